@@ -1,0 +1,29 @@
+"""How a mistake of the user's reaches the user: one line, exit code 1, no traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something that the person at the terminal can put right; its text is one line saying how."""
+
+
+def run(main: Callable[[], None], *also: type[Exception]) -> None:
+    """Run an entry point, turning foreseen failures into `error: ...` and exit code 1.
+
+    Args:
+        main: the program; takes no arguments.
+        also: further exception types whose text is meant for the user (the model layer, which
+            imports nothing from here, has its own).
+
+    `CRIS_TRACEBACK=1` in the environment shows the traceback all the same.
+    """
+    try:
+        main()
+    except (UserError, *also) as error:
+        if os.environ.get("CRIS_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
