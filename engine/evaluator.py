@@ -1,0 +1,250 @@
+"""The one evaluation loop: training validates with it and test.py scores with it.
+
+Per sentence: logits → probability → up to S×S → back to the photo's own size → threshold → IoU
+with the mask at that size. An image is encoded once for all its sentences, and masks are restored
+and compared in threads while the model computes the next batch.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from model.loss import resize_target
+from utils.dataset import EvaluationBatch, SentenceTask, load_mask
+from utils.distributed import gather_objects
+from utils.metrics import intersection_and_union, iou, summarize
+from utils.transforms import (
+    PROTOCOLS,
+    Protocol,
+    letterbox_mask,
+    normalize_images,
+    normalize_masks,
+    restore_size,
+    upsample_probability,
+)
+
+
+@dataclass(frozen=True)
+class SentenceScore:
+    """One sentence under one protocol. Counts are pixels at the photo's size.
+
+    `ceiling_*` are the counts of a prediction that equals the training target of the protocol:
+    what a perfect model would reach at this input size. They and `pred_rle` are filled on demand.
+    """
+
+    key: tuple[int, int]
+    ref_id: int
+    sent_id: int
+    sentence: str
+    image: str
+    image_id: int | None
+    category: int | None
+    height: int
+    width: int
+    target_area: int
+    intersection: int
+    union: int
+    ceiling_intersection: int | None = None
+    ceiling_union: int | None = None
+    pred_rle: str | None = None
+
+    @property
+    def iou(self) -> float:
+        """In [0, 1]."""
+        return iou(self.intersection, self.union)
+
+    def record(self) -> dict:
+        """The line of the JSON Lines file (COCO RLE, sizes in pixels)."""
+        return {
+            "ref_id": self.ref_id,
+            "sent_id": self.sent_id,
+            "sentence": self.sentence,
+            "image": self.image,
+            "image_id": self.image_id,
+            "category": self.category,
+            "height": self.height,
+            "width": self.width,
+            "target_area": self.target_area,
+            "intersection": self.intersection,
+            "union": self.union,
+            "iou": self.iou,
+            "pred_rle": {"size": [self.height, self.width], "counts": self.pred_rle},
+        }
+
+
+Scores = dict[str, list[SentenceScore]]
+
+
+def resolve_protocols(name: str, threshold: float | None = None) -> dict[str, Protocol]:
+    """The protocols that a config asks for, by name: one, or both with aligned first.
+
+    Args:
+        name: "published", "aligned" or "both".
+        threshold: replaces the protocol's own, if given.
+    """
+    names = ("aligned", "published") if name == "both" else (name,)
+    chosen = {n: PROTOCOLS[n] for n in names}
+    if threshold is None:
+        return chosen
+    return {n: replace(protocol, threshold=threshold) for n, protocol in chosen.items()}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    protocols: Mapping[str, Protocol],
+    sentences_per_batch: int,
+    *,
+    ceiling: bool = False,
+    rle: bool = False,
+    threads: int = 2,
+    progress: Iterable | None = None,
+) -> Scores:
+    """Score every sentence of a split exactly once, in float32, on all ranks together.
+
+    Args:
+        model: the unwrapped segmenter; left in the mode that it was in.
+        loader: from `engine.loaders.evaluation_loader`, this rank's share.
+        device: where the model is.
+        protocols: by name; the model runs once for all of them.
+        sentences_per_batch: at most so many at a time.
+        ceiling, rle: fill these fields of the scores.
+        threads: that restore and compare masks.
+        progress: wraps the loader, to show how far it is.
+    Returns:
+        By protocol, the scores of all ranks' sentences in the order of the LMDB, on every rank.
+    Raises:
+        RuntimeError: a sentence was scored twice or not at all.
+    """
+    was_training = model.training
+    model.eval()
+    pending: list[Future] = []
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for batch in loader if progress is None else progress:
+            for tasks, squares in _predict(model, batch, device, protocols, sentences_per_batch):
+                for row, task in enumerate(tasks):
+                    maps = {name: square[row] for name, square in squares.items()}
+                    pending.append(pool.submit(_score, task, maps, protocols, ceiling, rle))
+            _bound(pending)
+        rows = [future.result() for future in pending]
+    model.train(was_training)
+    scores = {name: [row[name] for row in rows] for name in protocols}
+    return {name: _gather(scores[name], loader.dataset.keys()) for name in protocols}
+
+
+def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float]:
+    """mIoU, oIoU and Pr@X of scored sentences."""
+    scores = list(scores)
+    return summarize([s.intersection for s in scores], [s.union for s in scores])
+
+
+def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float]:
+    """The same of a perfect model; needs scores made with `ceiling=True`."""
+    scores = list(scores)
+    return summarize([s.ceiling_intersection for s in scores], [s.ceiling_union for s in scores])
+
+
+def _predict(
+    model: nn.Module,
+    batch: EvaluationBatch,
+    device: torch.device,
+    protocols: Mapping[str, Protocol],
+    sentences_per_batch: int,
+) -> Iterator[tuple[list[SentenceTask], dict[str, np.ndarray]]]:
+    """Tasks with their (S, S) probability maps by protocol, some sentences at a time."""
+    images = batch["images"].to(device, non_blocking=True)
+    side = images.shape[1]
+    features = model.encode_image(normalize_images(images))
+    tokens = batch["tokens"].to(device, non_blocking=True)
+    image_index = batch["image_index"].to(device)
+    for start in range(0, len(tokens), sentences_per_batch):
+        part = slice(start, start + sentences_per_batch)
+        logits = model.segment(features.repeat(image_index[part]), tokens[part])
+        probability = logits.float().sigmoid()
+        squares = {
+            name: upsample_probability(probability, side, protocol).cpu().numpy()
+            for name, protocol in protocols.items()
+        }
+        yield batch["tasks"][part], squares
+
+
+def _score(
+    task: SentenceTask,
+    maps: Mapping[str, np.ndarray],
+    protocols: Mapping[str, Protocol],
+    ceiling: bool,
+    rle: bool,
+) -> dict[str, SentenceScore]:
+    """Restore one sentence's maps to the photo's size and count pixels."""
+    ref = task.ref
+    soft = load_mask(ref)
+    mask = soft > 0
+    scores = {}
+    for name, protocol in protocols.items():
+        pred_mask = restore_size(maps[name], mask.shape) > protocol.threshold
+        intersection, union = intersection_and_union(pred_mask, mask)
+        best = perfect_prediction(soft, len(maps[name]), protocol) if ceiling else None
+        counts = (None, None) if best is None else intersection_and_union(best, mask)
+        scores[name] = SentenceScore(
+            key=task.key,
+            ref_id=ref.ref_id,
+            sent_id=task.sent_id,
+            sentence=task.sentence,
+            image=ref.image_key,
+            image_id=ref.image_id,
+            category=ref.category,
+            height=ref.height,
+            width=ref.width,
+            target_area=int(np.count_nonzero(mask)),
+            intersection=intersection,
+            union=union,
+            ceiling_intersection=counts[0],
+            ceiling_union=counts[1],
+            pred_rle=encode_rle(pred_mask) if rle else None,
+        )
+    return scores
+
+
+def perfect_prediction(mask: np.ndarray, side: int, protocol: Protocol) -> np.ndarray:
+    """The mask that comes out when the network reproduces its training target exactly.
+
+    Args:
+        mask: (H, W) uint8, the ground truth as stored.
+        side: S.
+    Returns:
+        (H, W) bool.
+    """
+    square = normalize_masks(torch.from_numpy(letterbox_mask(mask, side))[None])
+    target = resize_target(square, (side // 4, side // 4), protocol.target)
+    restored = restore_size(upsample_probability(target, side, protocol)[0].numpy(), mask.shape)
+    return restored > protocol.threshold
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """(H, W) bool -> the counts of a COCO RLE."""
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+def _bound(pending: list[Future], limit: int = 512) -> None:
+    """Wait for old results, so that maps do not pile up when threads are slower than the model."""
+    if len(pending) > limit:
+        pending[-limit].result()
+
+
+def _gather(scores: list[SentenceScore], expected: set[tuple[int, int]]) -> list[SentenceScore]:
+    """Join the ranks' scores and assert that each sentence is there exactly once."""
+    joined = [score for part in gather_objects(scores) for score in part]
+    keys = [score.key for score in joined]
+    if len(keys) != len(expected) or set(keys) != expected:
+        missing, twice = len(expected - set(keys)), len(keys) - len(set(keys))
+        raise RuntimeError(f"sentences not scored: {missing}, scored twice: {twice}")
+    return sorted(joined, key=lambda score: score.key)

@@ -1,0 +1,131 @@
+"""Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
+
+import os
+from collections.abc import Iterator
+
+import cv2
+import torch
+from loguru import logger
+from torch.utils.data import DataLoader, Sampler
+
+from utils.dataset import EvaluationDataset, TrainingDataset, collate_images
+from utils.distributed import Ranks
+from utils.errors import UserError
+
+
+class VisitSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (position, epoch) for one rank.
+
+    A permutation of all refs is cut into global batches, the incomplete last one dropped, and
+    each global batch into equal micro-batches, `accumulation` a rank. So which refs make up step
+    n is the same on any number of ranks.
+
+    Args:
+        num_refs: refs of the split.
+        micro_batch: samples of one forward pass on one rank.
+        accumulation: forward passes of one optimiser step.
+        rank, world_size: this rank, and how many there are.
+        seed: with the epoch, decides the permutation.
+    """
+
+    def __init__(
+        self,
+        num_refs: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self.num_refs = num_refs
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        global_batch = micro_batch * accumulation * world_size
+        self.steps = num_refs // global_batch
+        if self.steps == 0:
+            raise UserError(
+                f"the training split has {num_refs} refs, fewer than one batch of {global_batch}; "
+                "lower TRAIN.batch_size"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation (and the sentences) of the next pass; epochs count from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_refs, generator=generator)
+        global_batch = self.micro_batch * self.accumulation * self.world_size
+        steps = order[: self.steps * global_batch].view(
+            self.steps, self.accumulation, self.world_size, self.micro_batch
+        )
+        for micro in steps[:, :, self.rank].flatten(0, 1):
+            yield [(position, self.epoch) for position in micro.tolist()]
+
+
+class ShardSampler(Sampler[int]):
+    """Every `world_size`-th image, without padding: all ranks together see each exactly once."""
+
+    def __init__(self, num_images: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+def train_loader(
+    dataset: TrainingDataset, micro_batch: int, accumulation: int, workers: int, ranks: Ranks
+) -> DataLoader:
+    """The endless-epochs loader; call `loader.batch_sampler.set_epoch` before each pass."""
+    sampler = VisitSampler(
+        len(dataset), micro_batch, accumulation, ranks.rank, ranks.world_size, dataset.seed
+    )
+    return DataLoader(dataset, batch_sampler=sampler, **_worker_options(workers, ranks))
+
+
+def evaluation_loader(
+    dataset: EvaluationDataset, images_per_batch: int, workers: int, ranks: Ranks
+) -> DataLoader:
+    """Images of this rank, several a batch; sentences come with their images."""
+    return DataLoader(
+        dataset,
+        batch_size=images_per_batch,
+        sampler=ShardSampler(len(dataset), ranks.rank, ranks.world_size),
+        collate_fn=collate_images,
+        **_worker_options(workers, ranks),
+    )
+
+
+def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:
+    """Loader processes for this rank: `wanted` is for the machine, as are its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    allowed = min(wanted, cores)
+    if allowed < wanted and ranks.is_main:
+        logger.info(f"{name} {wanted} → {allowed}: this machine has {cores} cores")
+    return -(-allowed // ranks.local_size)
+
+
+def _worker_options(workers: int, ranks: Ranks) -> dict:
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _start_worker,
+        "persistent_workers": workers > 0,
+        "pin_memory": ranks.device.type == "cuda",
+        # Its own generator, or making an iterator would draw from the global one and shift
+        # every random number after it.
+        "generator": torch.Generator().manual_seed(0),
+    }
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)

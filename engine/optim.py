@@ -1,0 +1,88 @@
+"""Parameter groups, optimiser and learning-rate schedule of CRIS (SPEC of the recipe: README)."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch import nn, optim
+
+BACKBONE, HEAD = "backbone", "head"
+
+
+def parameter_groups(model: nn.Module, cfg) -> list[dict]:
+    """Split the trained parameters as released.
+
+    Args:
+        model: the unwrapped segmenter.
+        cfg: the whole config; `TRAIN.base_lr` and `TRAIN.lr_multi` are read.
+    Returns:
+        Two groups with `name`, `params` and `initial_lr`: **backbone** is what starts with
+        `backbone` and is no positional embedding, **head** all the rest.
+    """
+    groups = {BACKBONE: [], HEAD: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_backbone = name.startswith("backbone") and "positional_embedding" not in name
+            groups[BACKBONE if is_backbone else HEAD].append(parameter)
+    rates = {BACKBONE: cfg.TRAIN.base_lr * cfg.TRAIN.lr_multi, HEAD: cfg.TRAIN.base_lr}
+    return [
+        {"name": name, "params": params, "initial_lr": rates[name]}
+        for name, params in groups.items()
+    ]
+
+
+def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
+    """Adam over all groups at `TRAIN.base_lr`; the schedule sets the rates of each epoch."""
+    return optim.Adam(
+        groups, lr=cfg.TRAIN.base_lr, weight_decay=cfg.TRAIN.weight_decay, fused=True
+    )
+
+
+class Schedule:
+    """Learning rates as a function of epoch and step; it keeps no state, so resuming is free.
+
+    As released, the first epoch trains **every** group at the base rate: the groups set only
+    `initial_lr`, which takes effect when the schedule is stepped for the first time.
+
+    Args:
+        optimizer: whose groups have `initial_lr`.
+        base_lr: the rate of the first epoch.
+        milestones: epochs (from 0) from which the rate is multiplied by `decay` once more.
+        decay: factor.
+        warmup_steps: optimiser steps over which the rates rise linearly from 0; 0 as published.
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        base_lr: float,
+        milestones: Sequence[int],
+        decay: float,
+        warmup_steps: int = 0,
+    ) -> None:
+        self.optimizer = optimizer
+        self.base_lr = base_lr
+        self.milestones = sorted(milestones)
+        self.decay = decay
+        self.warmup_steps = warmup_steps
+
+    def rates(self, epoch: int, step: int) -> list[float]:
+        """The rate of each group at optimiser step `step` (of the whole run), both from 0."""
+        drop = self.decay ** bisect_right(self.milestones, epoch)
+        ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return [
+            (self.base_lr if epoch == 0 else group["initial_lr"] * drop) * ramp
+            for group in self.optimizer.param_groups
+        ]
+
+    def set(self, epoch: int, step: int) -> None:
+        """Give the optimiser the rates of this step."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates(epoch, step), strict=True):
+            group["lr"] = rate
+
+
+def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
+    """The schedule that the config's TRAIN section describes."""
+    train = cfg.TRAIN
+    return Schedule(
+        optimizer, train.base_lr, train.milestones, train.lr_decay, train.warmup_steps
+    )

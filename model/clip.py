@@ -1,0 +1,248 @@
+"""CLIP's modified ResNet and text transformer, made dense (CRIS Sec. 3.1).
+
+B batch, C channels, H W map size, L tokens, D embedding width. Parameter names are OpenAI's, so
+that CLIP archives and CRIS checkpoints load by name.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64  # channels per attention head, in CLIP's attention pool and text transformer
+
+
+class Bottleneck(nn.Module):
+    """Residual block whose convolutions keep stride 1; an average pool before conv3 strides."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample: nn.Sequential | None = None
+        if stride > 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, 4·width, H/stride, W/stride)."""
+        shortcut = x if self.downsample is None else self.downsample(self.pool(x))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(self.pool(x)))
+        return F.relu(x + shortcut, inplace=True)
+
+
+class DenseAttentionPool(nn.Module):
+    """CLIP's attention pool with every position as a query and no class token.
+
+    The `connect` shortcut is CRIS's own, no archive holds it.
+    """
+
+    def __init__(self, grid: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.num_heads = in_channels // HEAD_WIDTH
+        # Row 0 belonged to CLIP's class token; it stays for the checkpoints' sake.
+        self.positional_embedding = nn.Parameter(
+            torch.randn(grid**2 + 1, in_channels) / in_channels**0.5
+        )
+        self.k_proj = nn.Linear(in_channels, in_channels)
+        self.q_proj = nn.Linear(in_channels, in_channels)
+        self.v_proj = nn.Linear(in_channels, in_channels)
+        self.c_proj = nn.Linear(in_channels, out_channels)
+        self.connect = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The positional table resized to a map: (1, H·W, C)."""
+        table = self.positional_embedding[1:].T.reshape(1, -1, self.grid, self.grid)
+        table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W)."""
+        height, width = x.shape[-2:]
+        pixels = x.flatten(2).transpose(1, 2) + self.positions(height, width).to(x.dtype)
+        q, k, v = (
+            proj(pixels).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        pooled = self.c_proj(attended).transpose(1, 2).unflatten(2, (height, width))
+        # contiguous: on the CPU, BatchNorm's gradients go silently wrong at batch 1 when they
+        # arrive with the strides of permuted tokens (torch 2.13).
+        return F.relu(pooled.contiguous() + self.connect(x), inplace=True)
+
+
+class DenseResNet(nn.Module):
+    """CLIP's image encoder, returning three maps instead of one vector."""
+
+    def __init__(self, layers: Sequence[int], width: int, embed_dim: int, resolution: int) -> None:
+        """
+        Args:
+            layers: bottlenecks of the four stages.
+            width: channels after the stem.
+            embed_dim: channels of the last map, CLIP's joint embedding width.
+            resolution: image side that CLIP was trained at, in pixels; sets the positional table.
+        """
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        channels = [width, *(width * 2**i * Bottleneck.expansion for i in range(4))]
+        for i, blocks in enumerate(layers):
+            stage = [Bottleneck(channels[i], width * 2**i, stride=1 if i == 0 else 2)]
+            stage += [Bottleneck(channels[i + 1], width * 2**i) for _ in range(blocks - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = DenseAttentionPool(resolution // 32, channels[-1], embed_dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode normalised images.
+
+        Args:
+            image: (B, 3, S, S) float; S a multiple of 32.
+        Returns:
+            C3 (B, 8·width, S/8, S/8), C4 (B, 16·width, S/16, S/16), C5 (B, embed_dim, S/32, S/32).
+        """
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = self.layer1(self.avgpool(x))
+        c3 = self.layer2(x)
+        c4 = self.layer3(c3)
+        return c3, c4, self.attnpool(self.layer4(c4))
+
+
+class QuickGELU(nn.Module):
+    """The GELU approximation that CLIP was trained with: x·sigmoid(1.702x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer layer of CLIP's text encoder."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, causal_mask: Tensor) -> Tensor:
+        """x (B, L, D), causal_mask (L, L) bool, True = hidden -> (B, L, D)."""
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, attn_mask=causal_mask, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTransformer(nn.Module):
+    """The stack of text layers; a module of its own only for CLIP's parameter names."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D); a token sees itself and those before it."""
+        length = x.shape[1]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        for block in self.resblocks:
+            x = block(x, hidden)
+        return x
+
+
+class DenseCLIP(nn.Module):
+    """CLIP with dense image features and per-token text features.
+
+    Args:
+        embed_dim: width of the joint embedding.
+        image_resolution: pixels; the image size that CLIP was trained at.
+        vision_layers, vision_width: see `DenseResNet`.
+        context_length: rows of the text's positional table.
+        vocab_size: tokens.
+        transformer_width, transformer_heads, transformer_layers: the text encoder.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: Sequence[int],
+        vision_width: int,
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_heads: int,
+        transformer_layers: int,
+    ) -> None:
+        super().__init__()
+        self.visual = DenseResNet(vision_layers, vision_width, embed_dim, image_resolution)
+        self.transformer = TextTransformer(transformer_width, transformer_layers, transformer_heads)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        # CLIP's temperature: in every checkpoint, used by nothing here. Frozen, so that no
+        # parameter is without a gradient (DistributedDataParallel would have to search for it).
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as CLIP was before its training (Radford et al. 2021, released code)."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        width = self.ln_final.normalized_shape[0]
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        depth = len(self.transformer.resblocks)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * depth) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * depth) ** -0.5)
+        pool = self.visual.attnpool
+        for proj in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+            nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+        for block in self.visual.modules():
+            if isinstance(block, Bottleneck):
+                nn.init.zeros_(block.bn3.weight)
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DenseResNet.forward`."""
+        return self.visual(image)
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode sentences.
+
+        Args:
+            tokens: (B, L) int64 ids, padded with 0; the end token has the largest id.
+        Returns:
+            word_feats (B, L, transformer_width), unprojected, and sent_feat (B, embed_dim), the
+            projected state at the end token.
+        """
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        word_feats = self.ln_final(self.transformer(x))
+        end = word_feats[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+        return word_feats, end @ self.text_projection

@@ -1,0 +1,318 @@
+"""CLIP's weights out of a file, without running anything that the file contains.
+
+OpenAI publishes CLIP as TorchScript archives: zip files in which `<name>/data.pkl` pickles a tree
+of module objects, `<name>/data/<key>` holds the bytes of each storage, and `<name>/code/` the
+program. Here the tree is read by an unpickler that knows a short list of names, each standing for
+something of ours that only stores; the program is never looked at. A plain state dict (`.pt`,
+`.pth`) and `.safetensors` with CLIP's key names are read too.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# SHA-256 of the files as OpenAI publishes them; their addresses carry the same digests.
+PUBLISHED_DIGESTS = {
+    "RN50.pt": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101.pt": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4.pt": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16.pt": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+}
+DOWNLOAD_HINT = "tools/prepare_datasets.md says where to download it"
+
+NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")
+REQUIRED_KEYS = (
+    "visual.conv1.weight",
+    *(f"visual.layer{stage}.0.conv1.weight" for stage in range(1, 5)),
+    "visual.attnpool.positional_embedding",
+    "token_embedding.weight",
+    "positional_embedding",
+    "transformer.resblocks.0.attn.in_proj_weight",
+    "ln_final.weight",
+    "text_projection",
+)
+# Convolutions, linear layers and attention, weights and biases.
+KEPT_IN_HALF = re.compile(
+    r"(^|\.)(conv\d|downsample\.0|[qkvc]_proj|out_proj|c_fc)\.(weight|bias)$"
+    r"|(^|\.)in_proj_(weight|bias)$|^text_projection$"
+)
+WEB_PAGE = re.compile(rb"\s*<(!doctype|!--|\?xml|html|head|body|error)", re.IGNORECASE)
+
+
+class ArchiveError(ValueError):
+    """The file holds no CLIP that can be used here; the text is one line saying what to do."""
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """Every size that a CLIP with a ResNet image encoder is built from."""
+
+    embed_dim: int  # of the space that images and sentences share
+    image_resolution: int  # pixels a side that the attention pool's positions were trained at
+    vision_layers: tuple[int, int, int, int]  # blocks in each of the four stages
+    vision_width: int  # channels of the first stage before expansion
+    context_length: int  # tokens
+    vocab_size: int
+    transformer_width: int
+    transformer_heads: int
+    transformer_layers: int
+
+
+def read_clip(path: str | Path, as_released: bool = True) -> dict[str, Tensor]:
+    """Read CLIP's parameters and buffers by name.
+
+    Args:
+        path: OpenAI's TorchScript archive, a state dict saved by `torch.save` (bare or under
+            `state_dict`), or `.safetensors`. Tensors saved on a GPU need none to be read.
+        as_released: apply `round_through_half`; changes nothing in OpenAI's own archives.
+    Returns:
+        Tensors on the CPU under CLIP's names (`visual.conv1.weight`, ...), float32 except for
+        integer buffers; the entries that describe sizes are left out.
+    Raises:
+        ArchiveError: the file is missing, damaged, something else, or asks for code to be run.
+    Warns:
+        UserWarning: the file bears the name of a published archive and is not that archive.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArchiveError(
+            f"no CLIP archive at {path}: {DOWNLOAD_HINT} "
+            "(or train without: TRAIN.clip_pretrain null and TRAIN.clip_arch)"
+        )
+    try:
+        state = _clip_entries(_read_tensors(path))
+    except ArchiveError as problem:
+        raise ArchiveError(f"{path}: {problem}") from problem
+    _check_digest(path)
+    return round_through_half(state) if as_released else state
+
+
+def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
+    """Read every size off the shapes of CLIP's tensors (names as `read_clip` returns them).
+
+    Raises:
+        ArchiveError: the tensors are not those of a CLIP with a ResNet image encoder.
+    """
+    _check_is_resnet_clip(state)
+    # One row for the class token and one for each cell of a square map at stride 32.
+    num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
+    side = round(num_cells**0.5)
+    if side * side != num_cells:
+        raise ArchiveError(f"the attention pool has positions for {num_cells} cells, no square")
+    transformer_width = state["ln_final.weight"].shape[0]
+    return ClipSizes(
+        embed_dim=state["text_projection"].shape[1],
+        image_resolution=side * 32,
+        vision_layers=tuple(_count_blocks(state, f"visual.layer{n}.") for n in range(1, 5)),
+        vision_width=state["visual.layer1.0.conv1.weight"].shape[0],
+        context_length=state["positional_embedding"].shape[0],
+        vocab_size=state["token_embedding.weight"].shape[0],
+        transformer_width=transformer_width,
+        transformer_heads=transformer_width // 64,
+        transformer_layers=_count_blocks(state, "transformer.resblocks."),
+    )
+
+
+def round_through_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Round the weights that CLIP keeps in float16 to what float16 can hold, as released.
+
+    The official loader builds the model in float16 where CLIP is (convolutions, linear layers,
+    attention, `text_projection`), fills it and only then casts to float32, so even float32 files
+    pass through float16. Norms and embeddings do not. Returns a new dict of float32.
+    """
+    return {
+        name: tensor.half().float() if KEPT_IN_HALF.search(name) else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _check_digest(path: Path) -> None:
+    published = PUBLISHED_DIGESTS.get(path.name)
+    if published is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != published:
+        warnings.warn(
+            f"{path} is not the published {path.name}: SHA-256 {digest} instead of {published} "
+            f"({DOWNLOAD_HINT}; rename it if it is meant to differ)",
+            stacklevel=3,
+        )
+
+
+def _clip_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check that these are CLIP's tensors, drop what is no parameter, cast to float32."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    derive_sizes(state)
+    return {
+        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name not in NOT_PARAMETERS
+    }
+
+
+def _check_is_resnet_clip(state: Mapping[str, Tensor]) -> None:
+    if any(name.startswith(("backbone.", "neck.", "decoder.")) for name in state):
+        raise ArchiveError(
+            "a CRIS checkpoint, not a CLIP archive: give it as TRAIN.weight to start from it"
+        )
+    if "visual.class_embedding" in state or "visual.proj" in state:
+        raise ArchiveError(
+            f"CLIP {_vit_name(state)}, whose image encoder has no feature maps at stride 8, 16 and "
+            f"32: use a ResNet ({', '.join(PUBLISHED_DIGESTS)})"
+        )
+    missing = [name for name in REQUIRED_KEYS if name not in state]
+    if missing:
+        raise ArchiveError(
+            f"{len(missing)} of the entries that make a CLIP are missing, {', '.join(missing[:3])} "
+            f"among them (it has {', '.join(list(state)[:3]) or 'no tensors'} ...): {DOWNLOAD_HINT}"
+        )
+
+
+def _vit_name(state: Mapping[str, Tensor]) -> str:
+    if "visual.conv1.weight" not in state:
+        return "ViT"
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    return f"ViT-{ {768: 'B', 1024: 'L', 1280: 'H'}.get(width, width) }/{patch}"
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read whatever named tensors the file holds, by its kind."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ArchiveError(f"an empty file: {DOWNLOAD_HINT}")
+    if WEB_PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
+        raise ArchiveError(f"a web page, not the file behind the link: {DOWNLOAD_HINT}")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        if head.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return _read_torchscript(archive)
+        return _read_state_dict(path)
+    except ArchiveError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise ArchiveError(
+            f"cut off or damaged at {path.stat().st_size} bytes: {DOWNLOAD_HINT}"
+        ) from error
+    except Exception as error:  # a parser can stumble over foreign bytes in any way
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise ArchiveError(
+            f"damaged, or no file of weights ({type(error).__name__}: {reason}): {DOWNLOAD_HINT}"
+        ) from error
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked is None:
+            raise
+        raise _refusal(asked.group(1)) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        raise ArchiveError(f"a {type(content).__name__} saved by torch.save, not a state dict")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ArchiveError("reading it needs a package: pip install safetensors") from error
+    return load_file(path, device="cpu")
+
+
+def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    (root,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+    return dict(_named_tensors(_TreeUnpickler(archive, root.removesuffix("data.pkl")).load()))
+
+
+def _named_tensors(module: "_Module", prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in module.attributes.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+def _refusal(asked: str) -> ArchiveError:
+    return ArchiveError(
+        f"it asks for {asked}, which weights do not need: refused, and none of it was run "
+        f"(save a state dict of tensors only, or get the published file: {DOWNLOAD_HINT})"
+    )
+
+
+class _Module:
+    """What stands for any module of the program: its attributes and no behaviour."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.attributes = state
+
+
+class _TreeUnpickler(pickle.Unpickler):
+    """Rebuild the tree of modules and tensors; a name outside the list ends the reading.
+
+    An allowed name never becomes the function it names, only a builtin type or a method of this
+    object: there is nothing else that a pickle could call.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive = archive
+        self.folder = folder
+        self.storages: dict[str, Tensor] = {}
+        lists = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+        numbers = ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")
+        self.allowed = {
+            "collections.OrderedDict": dict,
+            "torch.device": str,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch.jit._pickle.restore_type_tag": self._untagged,
+            **{f"torch.jit._pickle.{name}": list for name in lists},
+            **{f"torch.{name}Storage": getattr(torch, name.lower()) for name in numbers},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "__torch__":
+            return _Module
+        asked = f"{module}.{name}"
+        if asked not in self.allowed:
+            raise _refusal(asked)
+        return self.allowed[asked]
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        """Read one storage as a flat tensor, wherever it lay when it was saved."""
+        _, dtype, key, _device, numel = pid
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        if key not in self.storages:
+            content = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+            self.storages[key] = torch.frombuffer(content, dtype=dtype, count=numel)
+        return self.storages[key]
+
+    def _tensor(self, flat: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        return flat.as_strided(size, stride, offset)
+
+    def _untagged(self, value: Any, _type: str) -> Any:
+        return value

@@ -1,0 +1,107 @@
+"""The vision-language decoder: every pixel attends to every pixel, then to the words (CRIS Sec. 3.2).
+
+B batch, C channels, H W map size, L tokens. Pixels are a sequence of H·W positions, row by row.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm self-attention over pixels, cross-attention to words, feed-forward.
+
+    Unlike the usual layer, each attention's output and the hidden layer are normalised as well.
+    """
+
+    def __init__(self, channels: int, num_heads: int, dim_ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn_norm = nn.LayerNorm(channels)
+        self.cross_attn_norm = nn.LayerNorm(channels)
+        self.self_attn = nn.MultiheadAttention(channels, num_heads, dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(channels, num_heads, dropout, batch_first=True)
+        self.ffn = nn.Sequential(
+            nn.Linear(channels, dim_ffn),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.LayerNorm(dim_ffn),
+            nn.Linear(dim_ffn, channels),
+        )
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, vis: Tensor, words: Tensor, vis_pos: Tensor, word_pos: Tensor, pad_mask: Tensor
+    ) -> Tensor:
+        """vis (B, H·W, C), words (B, L, C), positions of each, pad_mask (B, L) -> (B, H·W, C)."""
+        x = self.norm1(vis)
+        q = x + vis_pos
+        x = self.self_attn(q, q, x, need_weights=False)[0]
+        vis = vis + self.dropout(self.self_attn_norm(x))
+        x = self.norm2(vis) + vis_pos
+        x = self.multihead_attn(
+            x, words + word_pos, words, key_padding_mask=pad_mask, need_weights=False
+        )[0]
+        vis = vis + self.dropout(self.cross_attn_norm(x))
+        return vis + self.dropout(self.ffn(self.norm3(vis)))
+
+
+class Decoder(nn.Module):
+    """A stack of `DecoderLayer`s and a last normalisation.
+
+    Args:
+        num_layers: layers.
+        channels: of the map and of the words.
+        num_heads: attention heads.
+        dim_ffn: hidden width of the feed-forward part.
+        dropout: probability, attention weights included.
+    """
+
+    def __init__(
+        self, num_layers: int, channels: int, num_heads: int, dim_ffn: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(channels, num_heads, dim_ffn, dropout) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, vis: Tensor, words: Tensor, pad_mask: Tensor) -> Tensor:
+        """Let every pixel attend to the words.
+
+        Args:
+            vis: (B, C, H, W) float, neck output at stride 16.
+            words: (B, L, C) float, token features including padding.
+            pad_mask: (B, L) bool, True where the token is padding.
+        Returns:
+            (B, C, H, W), contiguous.
+        """
+        _, channels, height, width = vis.shape
+        vis_pos = map_positions(height, width, channels, vis.device).to(vis.dtype)
+        word_pos = sequence_positions(words.shape[1], channels, vis.device).to(words.dtype)
+        x = vis.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, words, vis_pos, word_pos, pad_mask)
+        # contiguous: see DenseAttentionPool.forward.
+        return self.norm(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
+
+
+def sequence_positions(length: int, channels: int, device: torch.device) -> Tensor:
+    """Sine-cosine positions 0 … length-1: (length, channels), sine and cosine interleaved."""
+    rates = torch.exp(
+        torch.arange(0, channels, 2, device=device, dtype=torch.float32)
+        * (-math.log(10000.0) / channels)
+    )
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def map_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Positions of a map, row by row: (H·W, channels); x in the first half, y in the second."""
+    xs = sequence_positions(width, channels // 2, device)
+    ys = sequence_positions(height, channels // 2, device)
+    both = [xs[None].expand(height, -1, -1), ys[:, None].expand(-1, width, -1)]
+    return torch.cat(both, dim=-1).flatten(0, 1)

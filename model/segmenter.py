@@ -1,0 +1,121 @@
+"""The whole network: an image and a sentence in, logits of the referent's mask out.
+
+B batch, C channels, H W map size, L tokens, S side of the input.
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from model.clip import DenseCLIP
+from model.clip_archive import ClipSizes, derive_sizes, read_clip
+from model.decoder import Decoder
+from model.neck import ImageFeatures, Neck
+from model.projector import Projector
+
+if TYPE_CHECKING:
+    from utils.config import Config
+
+
+class Segmenter(nn.Module):
+    """CRIS. `model(image, tokens)` gives logits, the same in training and evaluation mode."""
+
+    def __init__(
+        self, backbone: DenseCLIP, neck: Neck, decoder: Decoder, proj: Projector
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.decoder = decoder
+        self.proj = proj
+
+    def encode_image(self, image: Tensor) -> ImageFeatures:
+        """All that can be computed before a sentence is known.
+
+        Args:
+            image: (B, 3, S, S) float, normalised; S a multiple of 32.
+        """
+        return self.neck.project(*self.backbone.encode_image(image))
+
+    def segment(self, features: ImageFeatures, tokens: Tensor) -> Tensor:
+        """Segment one sentence an image; see `ImageFeatures.repeat` for several.
+
+        Args:
+            features: of B images.
+            tokens: (B, L) int64 ids; id 0 is padding.
+        Returns:
+            logits (B, 1, S/4, S/4).
+        """
+        word_feats, sent_feat = self.backbone.encode_text(tokens)
+        fused = self.neck(features, sent_feat)
+        pixels = self.decoder(fused, word_feats, pad_mask=tokens == 0)
+        return self.proj(pixels, sent_feat)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """image (B, 3, S, S) float, normalised, tokens (B, L) int64 -> logits (B, 1, S/4, S/4)."""
+        return self.segment(self.encode_image(image), tokens)
+
+
+def build_segmenter(cfg: "Config") -> Segmenter:
+    """Assemble the model that a config describes.
+
+    CLIP's sizes come from the archive `TRAIN.clip_pretrain`, or without one from
+    `TRAIN.clip_arch`; the widths in between follow from them.
+
+    Raises:
+        ArchiveError: the archive cannot be used.
+        ValueError: neither is given, or the config contradicts CLIP's sizes.
+    """
+    train = cfg.TRAIN
+    weights = read_clip(train.clip_pretrain) if train.clip_pretrain else None
+    if weights is not None:
+        sizes = derive_sizes(weights)
+    elif train.clip_arch is not None:
+        sizes = ClipSizes(**asdict(train.clip_arch))
+    else:
+        raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null; give one")
+    model = assemble(
+        sizes,
+        fpn_out=train.fpn_out,
+        channels=train.vis_dim,
+        num_layers=train.num_layers,
+        num_heads=train.num_head,
+        dim_ffn=train.dim_ffn,
+        dropout=train.dropout,
+    )
+    if weights is not None:
+        load_backbone(model.backbone, weights)
+    return model
+
+
+def assemble(
+    sizes: ClipSizes,
+    fpn_out: tuple[int, int, int],
+    channels: int,
+    num_layers: int,
+    num_heads: int,
+    dim_ffn: int,
+    dropout: float,
+) -> Segmenter:
+    """Build the four parts so that their widths fit."""
+    width = sizes.vision_width
+    return Segmenter(
+        DenseCLIP(**asdict(sizes)),
+        Neck((8 * width, 16 * width, sizes.embed_dim), fpn_out, sizes.embed_dim),
+        Decoder(num_layers, channels, num_heads, dim_ffn, dropout),
+        Projector(sizes.embed_dim, channels),
+    )
+
+
+def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:
+    """Copy CLIP's weights in; only CRIS's own `connect` shortcut keeps its initialisation.
+
+    The shortcut's convolution is rounded through float16 as the archive's are (as released).
+    """
+    connect = backbone.visual.attnpool.connect[0]
+    connect.weight.data = connect.weight.data.half().float()
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    missing = [key for key in missing if not key.startswith("visual.attnpool.connect.")]
+    if missing or unexpected:
+        raise ValueError(f"CLIP weights do not fit: missing {missing}, unexpected {unexpected}")

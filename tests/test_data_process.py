@@ -1,0 +1,175 @@
+"""tools/data_process.py: the official JSON and masks from REFER folders, or a clear refusal."""
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tools import data_process
+from utils.errors import UserError
+
+BOX = [2.9, 1.2, 4.7, 4.9]
+SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]
+
+
+def make_ref(ref_id: int, split: str, image_id: int = 7) -> dict:
+    return {
+        "ref_id": ref_id,
+        "ann_id": 100 + ref_id,
+        "image_id": image_id,
+        "category_id": 13,
+        "split": split,
+        "file_name": f"a_{image_id}_{ref_id}.jpg",
+        "sentences": [
+            {"sent": " thing é ", "sent_id": 10 * ref_id, "raw": "?", "tokens": []},
+            {"sent": "other", "sent_id": 10 * ref_id + 1, "raw": "?", "tokens": []},
+        ],
+    }
+
+
+def write(root: Path, splits: list[str], dataset: str = "toys", split_by: str = "me") -> Path:
+    refs = [make_ref(i, split) for i, split in enumerate(splits)]
+    write_refs(root, refs, dataset, split_by)
+    return root
+
+
+def write_refs(root: Path, refs: list[dict], dataset: str, split_by: str) -> None:
+    folder = root / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [
+            {"id": i, "file_name": f"a_{i}.jpg", "height": 8, "width": 10}
+            for i in sorted({ref["image_id"] for ref in refs})
+        ],
+        "annotations": [
+            {"id": ref["ann_id"], "bbox": BOX, "segmentation": [SQUARE]} for ref in refs
+        ],
+        "categories": [{"id": 13}],
+    }
+    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, 2))
+    (folder / "instances.json").write_text(json.dumps(content))
+
+
+def prepare(root: Path, out: Path, *more: str, dataset: str = "toys", split: str = "me") -> None:
+    where = ["--data_root", str(root), "--output_dir", str(out)]
+    data_process.main([*where, "--dataset", dataset, "--split", split, *more])
+
+
+def files(out: Path) -> set[str]:
+    return {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+
+
+def test_an_entry_has_the_official_fields_in_their_order(tmp_path: Path) -> None:
+    prepare(write(tmp_path / "in", ["val"]), tmp_path)
+    assert json.loads((tmp_path / "anns/toys/val.json").read_text()) == [
+        {
+            "bbox": [2, 1, 6, 5],
+            "cat": 11,
+            "segment_id": 0,
+            "img_name": "a_7.jpg",
+            "sentences": [
+                {"idx": 0, "sent_id": 0, "sent": "thing é"},
+                {"idx": 1, "sent_id": 1, "sent": "other"},
+            ],
+            "sentences_num": 2,
+        }
+    ]
+
+
+def test_masks_are_drawn_only_when_asked_for(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", ["train", "val"])
+    prepare(root, tmp_path / "a")
+    assert files(tmp_path / "a") == {"anns/toys/train.json", "anns/toys/val.json"}
+    prepare(root, tmp_path / "b", "--generate_mask", "--name", "toys_u")
+    assert files(tmp_path / "b") == {
+        "anns/toys_u/train.json", "anns/toys_u/val.json",
+        "masks/toys_u/0.png", "masks/toys_u/1.png",
+    }  # fmt: skip
+    mask = cv2.imread(str(tmp_path / "b/masks/toys_u/1.png"), cv2.IMREAD_UNCHANGED)
+    expected = np.zeros((8, 10), np.uint8)
+    expected[1:5, 2:6] = 255
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_the_summary_counts_refs_sentences_images_and_tokens(tmp_path: Path, capsys) -> None:
+    prepare(write(tmp_path / "in", ["train", "train", "val"]), tmp_path)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["split", "refs", "sentences", "images"] in rows
+    assert ["train", "2", "4", "1"] in rows
+    assert ["val", "1", "2", "1"] in rows
+    assert "3:3  4:3" in out  # start, word(s), end
+    assert "cut at word_len 17: 0, at 22: 0, of 6 sentences" in out
+
+
+def test_an_empty_split_gets_a_notice_and_no_file(tmp_path: Path, capsys) -> None:
+    root = write(tmp_path / "in", ["train", "val"], "refcocog", "google")
+    prepare(root, tmp_path / "out", dataset="refcocog", split="google")
+    assert files(tmp_path / "out") == {"anns/refcocog/train.json", "anns/refcocog/val.json"}
+    out = capsys.readouterr().out
+    assert "test           0          0       0   no refs: nothing written" in out
+    assert "pass --name" in out
+
+
+def test_refclef_takes_splits_by_letter_and_skips_the_bad_images(tmp_path: Path) -> None:
+    splits = ["train", "val", "testA", "testAB", "testBC"]
+    refs = [make_ref(i, split) for i, split in enumerate(splits)]
+    refs += [make_ref(10 + i, "train", image) for i, image in enumerate([19579, 17975, 19575])]
+    write_refs(tmp_path / "in", refs, "refclef", "unc")
+    prepare(tmp_path / "in", tmp_path / "out", dataset="refclef", split="unc")
+    found = {
+        path.stem: [entry["segment_id"] for entry in json.loads(path.read_text())]
+        for path in (tmp_path / "out/anns/refclef").iterdir()
+    }
+    assert found == {"train": [0], "val": [1], "testA": [2, 3], "testB": [3, 4], "testC": [4]}
+
+
+def test_other_folders_get_the_splits_their_refs_name(tmp_path: Path) -> None:
+    prepare(write(tmp_path / "in", ["train", "hard-val", "testAB"]), tmp_path / "out")
+    assert files(tmp_path / "out") == {
+        f"anns/toys/{split}.json" for split in ("train", "hard-val", "testAB")
+    }
+
+
+def test_a_folder_without_any_known_split_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", ["dev"], "refcoco", "unc")
+    with pytest.raises(UserError, match="no refs of train, val, testA, testB; its splits: dev"):
+        prepare(root, tmp_path / "out", dataset="refcoco", split="unc")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": []}, r"annotation 101 \(ref 1\) has no segmentation: unpack"),
+        ({"bbox": [1, 2, 3]}, r"annotation 101 \(ref 1\) has a bbox that is not four numbers"),
+        ({"bbox": [1, 2, 3, None]}, r"annotation 101 \(ref 1\) has a bbox that is not four"),
+        ({"id": 555}, "has no annotation 101, which ref 1"),
+    ],
+)
+def test_a_bad_annotation_is_named_and_leaves_no_file(tmp_path: Path, changes, message) -> None:
+    root = write(tmp_path / "in", ["train", "val"])
+    path = root / "toys" / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1].update(changes)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        prepare(root, tmp_path / "out", "--generate_mask")
+    assert files(tmp_path / "out") == set()
+
+
+def test_real_refcoco_equals_what_the_official_tool_wrote(mini_root: Path, tmp_path: Path) -> None:
+    expected = mini_root.parent / "refcoco_mini_expected"
+    if not expected.is_dir():
+        pytest.skip(f"the official tool's output is not part of the repository: no {expected}")
+    prepare(mini_root, tmp_path, "--generate_mask", dataset="refcoco", split="unc")
+    assert files(tmp_path) == files(expected)
+    for name in files(expected):
+        ours, theirs = tmp_path / name, expected / name
+        if name.endswith(".json"):
+            assert ours.read_text() == theirs.read_text(), name
+        else:
+            pixels = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in (ours, theirs)]
+            np.testing.assert_array_equal(*pixels, err_msg=name)

@@ -1,0 +1,224 @@
+"""tools/folder2lmdb.py: a split packed into one file, or a clear refusal and no file."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tools import data_process, folder2lmdb
+from utils.errors import UserError
+from utils.records import RecordReader
+
+HEIGHT, WIDTH = 12, 16
+
+
+def make_entry(ref_id: int, img_name: str) -> dict:
+    return {
+        "bbox": [0, 0, 4, 4],
+        "cat": 5,
+        "segment_id": ref_id,
+        "img_name": img_name,
+        "sentences": [
+            {"idx": 0, "sent_id": 10 * ref_id, "sent": "the red thing"},
+            {"idx": 1, "sent_id": 10 * ref_id + 1, "sent": "número dos"},
+        ],
+        "sentences_num": 2,
+    }
+
+
+def encode(extension: str, pixels: np.ndarray) -> bytes:
+    return cv2.imencode(extension, pixels)[1].tobytes()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """anns/toys/val.json with three refs on two images, and what belongs to them."""
+    rng = np.random.default_rng(0)
+    for folder in ("anns/toys", "images", "masks/toys"):
+        (tmp_path / folder).mkdir(parents=True)
+    entries = [make_entry(i, name) for i, name in enumerate(("p_012.jpg", "q.png", "p_012.jpg"))]
+    (tmp_path / "anns/toys/val.json").write_text(json.dumps(entries))
+    for name in ("p_012.jpg", "q.png"):
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        (tmp_path / "images" / name).write_bytes(encode(Path(name).suffix, pixels))
+    for ref_id in range(3):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[ref_id : ref_id + 4, :4] = 254
+        (tmp_path / f"masks/toys/{ref_id}.png").write_bytes(encode(".png", mask))
+    return tmp_path
+
+
+def pack(data: Path, *more: str) -> RecordReader:
+    where = ["-j", "anns/toys/val.json", "-i", "images", "-m", "masks/toys", "-o", "lmdb/toys"]
+    folder2lmdb.main([arg if arg[0] == "-" else str(data / arg) for arg in where] + [*more])
+    return RecordReader(data / "lmdb/toys/val.lmdb")
+
+
+def test_everything_lies_in_the_file_as_it_was(data: Path) -> None:
+    reader = pack(data)
+    assert len(reader) == 3
+    for i, (key, image_id) in enumerate((("p_012.jpg", 12), ("q.png", None), ("p_012.jpg", 12))):
+        record = reader.ref(i)
+        assert (record.ref_id, record.image_key, record.image_id) == (i, key, image_id)
+        assert (record.category, record.height, record.width) == (5, HEIGHT, WIDTH)
+        assert record.sentences == ("the red thing", "número dos")
+        assert record.sent_ids == (10 * i, 10 * i + 1)
+        assert record.mask == (data / f"masks/toys/{i}.png").read_bytes()
+        assert reader.image(key) == (data / "images" / key).read_bytes()
+    assert os.listdir(data / "lmdb/toys") == ["val.lmdb"]
+
+
+def test_dataset_and_split_are_named_after_the_json(data: Path) -> None:
+    meta = pack(data).meta
+    assert (meta["dataset"], meta["split"]) == ("toys", "val")
+    assert (meta["refs"], meta["sentences"], meta["images"]) == (3, 6, 2)
+    assert meta["token_length"][5] == 3  # <start> the red thing <end>
+    assert pack(data, "--dataset", "games").meta["dataset"] == "games"
+
+
+def test_the_summary_gives_counts_size_and_token_lengths(data: Path, capsys) -> None:
+    pack(data)
+    out = capsys.readouterr().out
+    assert "val.lmdb: 3 refs, 6 sentences, 2 images, 0.0 MB" in out
+    assert "at 22: 0, of 6 sentences" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "image_id"),
+    [
+        ("COCO_train2014_000000581857.jpg", 581857),
+        ("saiapr/19579.jpg", 19579),
+        ("REFSHAPES_7a.png", None),
+        ("f" + "1" * 30 + ".jpg", None),
+    ],
+)
+def test_the_image_id_is_the_number_that_the_name_ends_in(key: str, image_id: int | None) -> None:
+    assert folder2lmdb.image_id_of(key) == image_id
+
+
+def edit_json(change: Callable[[list], object]) -> Callable[[Path], None]:
+    def apply(data: Path) -> None:
+        path = data / "anns/toys/val.json"
+        entries = json.loads(path.read_text())
+        replaced = change(entries)
+        path.write_text(json.dumps(entries if replaced is None else replaced))
+
+    return apply
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda data: (data / name).write_bytes(content)
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda data: os.truncate(data / name, (data / name).stat().st_size // 2)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda data: (data / name).unlink()
+
+
+BLANK = encode(".png", np.zeros((HEIGHT, WIDTH), np.uint8))
+OTHER_SIZE = encode(".png", np.full((WIDTH, HEIGHT), 255, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("images/q.png"), r"q\.png does not exist: check -i"),
+        (write("images/q.png", b""), r"q\.png is an empty file: check -i"),
+        (write("images/q.png", b"<html>"), r"q\.png cannot be decoded \(6 bytes.*check -i"),
+        (cut("images/q.png"), r"q\.png cannot be decoded .* cut off"),
+        (cut("images/p_012.jpg"), r"p_012\.jpg cannot be decoded .* cut off"),
+        (remove("masks/toys/1.png"), r"1\.png does not exist: .*data_process.py --generate_mask"),
+        (write("masks/toys/1.png", b""), r"1\.png is an empty file: .*data_process"),
+        (cut("masks/toys/1.png"), r"1\.png cannot be decoded .*data_process"),
+        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask \(ref 1\)"),
+        (
+            write("masks/toys/1.png", OTHER_SIZE),
+            r"1\.png is 16 x 12 pixels, its image q\.png 12 x 16",
+        ),
+    ],
+)
+def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, message) -> None:
+    damage(data)
+    with pytest.raises(UserError, match=message) as caught:
+        pack(data)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(data / "lmdb/toys") == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("anns/toys/val.json"), "does not exist: make it with .*data_process"),
+        (cut("anns/toys/val.json"), "is not readable JSON"),
+        (edit_json(lambda e: {"refs": e}), "is not a list of refs"),
+        (edit_json(lambda e: []), r"val\.json has no refs: the split is empty"),
+        (edit_json(lambda e: e[1].pop("img_name") and None), "entry 1 has no field img_name"),
+        (edit_json(lambda e: e.insert(1, "ref")), "entry 1 is 'ref', not a mapping"),
+        (edit_json(lambda e: e[1].update(img_name=None)), "entry 1: img_name cannot be None"),
+        (edit_json(lambda e: e[1].update(sentences=[])), "entry 1: sentences is empty"),
+        (
+            edit_json(lambda e: e[1]["sentences"][1].update(sent=3)),
+            "entry 1, sentence 1: sent cannot be 3",
+        ),
+        (edit_json(lambda e: e[1].update(segment_id=0)), "entry 1 has segment_id 0, as entry 0"),
+        (
+            edit_json(lambda e: e[1]["sentences"][1].update(sent_id=10)),
+            "entry 1 has sent_id 10, as entry 1 has",
+        ),
+    ],
+)
+def test_a_bad_json_is_refused_by_entry_and_field(data: Path, damage, message: str) -> None:
+    damage(data)
+    with pytest.raises(UserError, match=message):
+        pack(data)
+    assert not (data / "lmdb").exists()
+
+
+@pytest.mark.parametrize(("folder", "option"), [("images", "-i"), ("masks", "-m")])
+def test_a_missing_folder_is_named(data: Path, folder: str, option: str) -> None:
+    (data / folder).rename(data / "elsewhere")
+    with pytest.raises(UserError, match=rf"\({option}\) does not exist: .*{folder}"):
+        pack(data)
+
+
+def test_a_failed_run_keeps_the_file_of_the_last_one(data: Path) -> None:
+    pack(data)
+    remove("masks/toys/2.png")(data)
+    with pytest.raises(UserError):
+        pack(data)
+    assert len(RecordReader(data / "lmdb/toys/val.lmdb")) == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split_by", "refs"),
+    [
+        ("refcoco", "unc", {"train": 38, "val": 13, "testA": 4, "testB": 8}),
+        ("refcoco+", "unc", {"val": 13, "testA": 4, "testB": 8}),
+        ("refcocog", "umd", {"train": 23, "val": 8, "test": 4}),
+    ],
+)
+def test_real_photos_go_through_both_tools(
+    mini_root: Path, tmp_path: Path, dataset: str, split_by: str, refs: dict[str, int]
+) -> None:
+    where = ["--data_root", str(mini_root), "--output_dir", str(tmp_path), "--dataset", dataset]
+    data_process.main([*where, "--split", split_by, "--generate_mask"])
+    paths = sorted((tmp_path / "anns" / dataset).iterdir())
+    for path in paths:
+        images, masks = mini_root / "images/train2014", tmp_path / "masks" / dataset
+        out = tmp_path / "lmdb" / dataset
+        args = ["-j", path, "-i", images, "-m", masks, "-o", out]
+        folder2lmdb.main([str(arg) for arg in args])
+        reader = RecordReader(out / f"{path.stem}.lmdb")
+        for i, entry in enumerate(json.loads(path.read_text())):
+            record = reader.ref(i)
+            assert record.ref_id == entry["segment_id"]
+            assert reader.image(record.image_key) == (images / entry["img_name"]).read_bytes()
+            assert str(record.image_id) in record.image_key
+    assert {p.stem: len(RecordReader(out / f"{p.stem}.lmdb")) for p in paths} == refs

@@ -1,0 +1,267 @@
+"""tools/refer.py: refs and instances of a REFER folder, and what is refused."""
+
+import collections
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.refer import Refer, load_refs
+from utils.errors import UserError
+
+SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]
+OVERLAPPING = [4, 1, 8, 1, 8, 5, 4, 5]
+
+
+def ref(ref_id: int, split: str = "train", **changes) -> dict:
+    fields = {
+        "ref_id": ref_id,
+        "ann_id": 100 + ref_id,
+        "image_id": 7,
+        "category_id": 1,
+        "split": split,
+        "sentences": [{"sent": f"thing {ref_id}", "sent_id": ref_id}],
+    }
+    return {**fields, **changes}
+
+
+def instances(refs: list[dict]) -> dict:
+    return {
+        "images": [{"id": 7, "file_name": "a_7.jpg", "height": 8, "width": 10}],
+        "annotations": [
+            {"id": r["ann_id"], "bbox": [2, 1, 4, 4], "segmentation": [SQUARE]} for r in refs
+        ],
+        "categories": [{"id": 1}],
+    }
+
+
+def write(root: Path, refs: list[dict], content: dict | None = None) -> Path:
+    folder = root / "toys"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "refs(me).p").write_bytes(pickle.dumps(refs))
+    (folder / "instances.json").write_text(json.dumps(content or instances(refs)))
+    return root
+
+
+def with_segmentation(root: Path, segmentation) -> Refer:
+    refs = [ref(1)]
+    content = instances(refs)
+    content["annotations"][0]["segmentation"] = segmentation
+    return Refer(write(root, refs, content), "toys", "me")
+
+
+# -- the pickle ----------------------------------------------------------------------------------
+
+PYTHON_2_PROTOCOL_0 = (
+    b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xc3\\xa9'\np3\nsS'ref_id'\np4\nI5\ns"
+    b"S'raw'\np5\nS'caf\\xe9'\np6\nsS'big'\nL12L\nsS'uni'\nVcaf\\u00e9\nsa."
+)
+PYTHON_2_PROTOCOL_2 = (
+    b"\x80\x02]q\x00}q\x01(U\x04sentq\x02U\x05caf\xc3\xa9q\x03U\x06ref_idq\x04K\x05"
+    b"U\x03rawq\x05U\x04caf\xe9q\x06U\x03big\x8a\x01\x0cU\x03uniX\x05\x00\x00\x00caf\xc3\xa9ua."
+)
+
+
+@pytest.mark.parametrize("data", [PYTHON_2_PROTOCOL_0, PYTHON_2_PROTOCOL_2], ids=["p0", "p2"])
+def test_python_2_byte_strings_become_text_by_utf8_then_latin1(tmp_path: Path, data) -> None:
+    (tmp_path / "x.p").write_bytes(data)
+    text = "café"
+    assert load_refs(tmp_path / "x.p") == [
+        {"sent": text, "ref_id": 5, "raw": text, "big": 12, "uni": text}
+    ]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_containers_are_read_in_every_protocol(tmp_path: Path, protocol: int) -> None:
+    refs = [{"a": [1, 2.5, None, True], "b": ("é", {"c": -(2**70)})}]
+    (tmp_path / "x.p").write_bytes(pickle.dumps(refs, protocol))
+    assert load_refs(tmp_path / "x.p") == refs
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_that_asks_for_a_function_is_refused_and_does_not_run_it(
+    tmp_path: Path, protocol: int
+) -> None:
+    path, target = tmp_path / "x.p", tmp_path / "ran"
+    path.write_bytes(pickle.dumps([Hostile(target)], protocol))
+    with pytest.raises(UserError, match=r"x\.p asks for (posix|nt)\.mkdir"):
+        load_refs(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
+        (b"(S'true'\nios\nsystem\n.", "os.system"),
+        (pickle.dumps([collections.OrderedDict()]), "collections.OrderedDict"),
+        (pickle.dumps([np.int64(3)]), "numpy"),
+        (pickle.dumps([{1}], 2), "set"),
+    ],
+)
+def test_any_name_is_refused(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / "x.p").write_bytes(data)
+    with pytest.raises(UserError, match=f"asks for .*{name}"):
+        load_refs(tmp_path / "x.p")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a readable pickle"),
+        (b"<html><body>404</body></html>", "not a readable pickle"),
+        (PYTHON_2_PROTOCOL_2[:-30], "not a readable pickle, or cut off"),
+        (b"\x80\x02]q\x00Pperson\na.", "not a readable pickle"),
+        (pickle.dumps({"a": 1}), "not hold a list of refs"),
+        (pickle.dumps([1, 2]), "not hold a list of refs"),
+        (pickle.dumps([]), "holds no refs"),
+    ],
+)
+def test_a_broken_pickle_is_refused_with_its_name(tmp_path: Path, data, message: str) -> None:
+    (tmp_path / "x.p").write_bytes(data)
+    with pytest.raises(UserError, match=rf"x\.p.* {message}|x\.p {message}"):
+        load_refs(tmp_path / "x.p")
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+def test_splits_are_matched_as_refer_does(tmp_path: Path) -> None:
+    names = ["train", "val", "testA", "testB", "testAB", "testC", "testBC"]
+    refer = Refer(write(tmp_path, [ref(i, name) for i, name in enumerate(names)]), "toys", "me")
+
+    def found(split: str) -> list[str]:
+        return [r["split"] for r in refer.split_refs(split)]
+
+    assert refer.split_names() == names
+    assert found("train") == ["train"]
+    assert found("val") == ["val"]
+    assert found("testA") == ["testA", "testAB"]
+    assert found("testB") == ["testB", "testAB", "testBC"]
+    assert found("testC") == ["testC", "testBC"]
+    assert found("test") == names[2:]
+    assert found("tes") == []
+
+
+def test_coco_categories_count_from_0_to_79(tmp_path: Path) -> None:
+    ids = [1, 11, 13, 90]
+    refs = [ref(i, category_id=category) for i, category in enumerate(ids)]
+    content = {**instances(refs), "categories": [{"id": i} for i in ids]}
+    refer = Refer(write(tmp_path, refs, content), "toys", "me")
+    assert [refer.category(r) for r in refs] == [0, 10, 11, 79]
+
+
+def test_other_categories_are_numbered_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    ids = [276, -1, 12]
+    refs = [ref(i, category_id=category) for i, category in enumerate(ids)]
+    content = {**instances(refs), "categories": [{"id": i} for i in ids]}
+    refer = Refer(write(tmp_path, refs, content), "toys", "me")
+    assert [refer.category(r) for r in refs] == [2, 0, 1]
+
+
+def test_overlapping_polygons_are_254_and_the_rest_255(tmp_path: Path) -> None:
+    mask = with_segmentation(tmp_path, [SQUARE, OVERLAPPING]).mask(ref(1))
+    expected = np.zeros((8, 10), np.uint8)
+    expected[1:5, 2:8] = 255
+    expected[1:5, 4:6] = 254
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bool) -> None:
+    from pycocotools import mask as coco_mask
+
+    runs = {"size": [8, 10], "counts": [17, 4, 4, 4, 51]}  # down the columns: x 2-3, y 1-4
+    if compressed:
+        runs = coco_mask.frPyObjects(runs, 8, 10)
+        runs["counts"] = runs["counts"].decode()
+    mask = with_segmentation(tmp_path, [runs] if as_list else runs).mask(ref(1))
+    expected = np.zeros((8, 10), np.uint8)
+    expected[1:5, 2:4] = 255
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "has no segmentation: unpack the folder"),
+        (None, "has no segmentation: unpack the folder"),
+        ([[1, 2]], "has an unreadable segmentation"),
+        ({"size": [8, 10]}, "has an unreadable segmentation"),
+        ("polygon", "has an unreadable segmentation"),
+        ({"size": [4, 4], "counts": [0, 16]}, "of 4 x 4 pixels on an image of 8 x 10"),
+        ([[-9, -9, -8, -9, -8, -8]], "covers no pixel"),
+    ],
+)
+def test_a_useless_segmentation_is_refused(tmp_path: Path, segmentation, message: str) -> None:
+    refer = with_segmentation(tmp_path, segmentation)
+    with pytest.raises(UserError, match=rf"annotation 101 \(ref 1\) .*{message}"):
+        refer.mask(ref(1))
+
+
+def test_an_annotation_image_or_category_that_is_missing_is_named(tmp_path: Path) -> None:
+    refer = Refer(write(tmp_path, [ref(1)]), "toys", "me")
+    for look_up, changes, message in (
+        (refer.annotation, {"ann_id": 999}, r"instances\.json has no annotation 999, which ref 1"),
+        (refer.image, {"image_id": 999}, r"instances\.json has no image 999, which ref 1"),
+        (refer.category, {"category_id": 999}, r"instances\.json has no category 999, which ref"),
+    ):
+        with pytest.raises(UserError, match=message):
+            look_up(ref(1, **changes))
+
+
+def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", [ref(1)])
+    with pytest.raises(UserError, match=r"no refs\(umd\)\.p; split-by there: me"):
+        Refer(root, "toys", "umd")
+    with pytest.raises(UserError, match="no folder refcoco; REFER folders there: toys"):
+        Refer(root, "refcoco", "me")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Refer(tmp_path / "nowhere", "toys", "me")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": None}, "ref number 1: split cannot be None"),
+        ({"ann_id": "12"}, "ref number 1: ann_id cannot be '12'"),
+        ({"sentences": []}, r"ref number 1 \(ref_id 2\) has no sentences"),
+        ({"sentences": [{"sent_id": 3}]}, "ref number 1, a sentence has no field sent"),
+        ({"ref_id": 1}, "ref number 1 has ref_id 1, as another ref has"),
+        ({"split": "../../elsewhere"}, "ref number 1 has a split that is no plain name"),
+    ],
+)
+def test_a_malformed_ref_is_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Refer(write(tmp_path, [ref(1), ref(2) | changes]), "toys", "me")
+
+
+def test_broken_instances_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, [ref(1)]) / "toys" / "instances.json"
+    content = path.read_text()
+    for text, message in (
+        (content[:50], "is not readable JSON"),
+        ("[]", "not a mapping"),
+        ("{}", "has no field images"),
+        (content.replace('"bbox"', '"box"'), r"annotations\[0\] has no field bbox"),
+        (content.replace('"height": 8', '"height": null'), r"images\[0\]: height cannot be None"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"instances\.json.* {message}|\.json: {message}"):
+            Refer(tmp_path, "toys", "me")
+    path.unlink()
+    with pytest.raises(UserError, match=r"instances\.json does not exist: unpack the folder"):
+        Refer(tmp_path, "toys", "me")

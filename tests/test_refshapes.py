@@ -1,0 +1,346 @@
+"""RefShapes: REFER's format, sentences true of exactly one object, no luck without reading."""
+
+import json
+import pickle
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tools import refshapes
+from utils.errors import UserError
+
+COUNTS = {"train": 20, "val": 150, "testA": 15, "testB": 25}
+
+
+def read(root: Path) -> tuple[dict, list[dict]]:
+    folder = root / "refshapes"
+    refs = pickle.loads((folder / "refs(unc).p").read_bytes())
+    return json.loads((folder / "instances.json").read_text()), refs
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "shapes"
+    refshapes.generate(out, COUNTS, seed=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(root: Path) -> dict[int, dict]:
+    """Image id -> {width, height, refs, objects}, objects re-measured from their masks."""
+    instances, refs = read(root)
+    names = {c["id"]: c["name"] for c in instances["categories"]}
+    images = {i["id"]: {**i, "refs": [], "objects": []} for i in instances["images"]}
+    for annotation in instances["annotations"]:
+        image = images[annotation["image_id"]]
+        polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+        mask = np.zeros((image["height"], image["width"]), np.uint8)
+        cv2.fillPoly(mask, [np.round((polygon - 0.5) * 16).astype(np.int32)], 1, shift=4)
+        ys, xs = np.nonzero(mask)
+        image["objects"].append(
+            {
+                "id": annotation["id"],
+                "shape": names[annotation["category_id"]],
+                "colour": annotation["colour"],
+                "x": xs.mean() + 0.5,
+                "y": ys.mean() + 0.5,
+                "pixels": mask.sum(),
+                "mask": mask,
+            }
+        )
+    for ref in refs:
+        images[ref["image_id"]]["refs"].append(ref)
+    return images
+
+
+def attribute_reading(sentence: str, image: dict) -> tuple[list[dict], list[dict]]:
+    colour = next(w for w in sentence.split() if w in refshapes.COLOURS)
+    shape = next(w for w in sentence.split() if w in refshapes.SHAPES)
+    meant = [o for o in image["objects"] if (o["colour"], o["shape"]) == (colour, shape)]
+    return meant, [o for o in image["objects"] if shape == o["shape"] or colour == o["colour"]]
+
+
+def superlative_reading(sentence: str, image: dict) -> tuple[list[dict], list[dict]]:
+    """Position and size: everything within a small margin of the best counts as meant."""
+    shape = next(w for w in sentence.split() if w in refshapes.SHAPES)
+    rivals = [o for o in image["objects"] if o["shape"] == shape]
+    width, height = image["width"], image["height"]
+    value, margin = {
+        "left": (lambda o: -o["x"] / width, 0.07),
+        "right": (lambda o: o["x"] / width, 0.07),
+        "top": (lambda o: -o["y"] / height, 0.07),
+        "bottom|lowest": (lambda o: o["y"] / height, 0.07),
+        "biggest|largest": (lambda o: np.log(o["pixels"]), np.log(1.25)),
+        "smallest|tiniest": (lambda o: -np.log(o["pixels"]), np.log(1.25)),
+    }[next(k for k in KEYWORDS if re.search(k, sentence))]
+    best = max(value(o) for o in rivals)
+    return [o for o in rivals if value(o) > best - margin], rivals
+
+
+KEYWORDS = ("left", "right", "top", "bottom|lowest", "biggest|largest", "smallest|tiniest")
+
+
+def relation_reading(sentence: str, image: dict) -> tuple[list[dict], list[dict]]:
+    """Everything within 55 degrees of the direction, as seen from the anchor, counts as meant."""
+    words = sentence.removeprefix("the ").split()
+    anchors = [o for o in image["objects"] if [o["colour"], o["shape"]] == words[-2:]]
+    assert len(anchors) == 1, sentence
+    anchor = anchors[0]
+    rivals = [o for o in image["objects"] if o["shape"] == words[0] and o is not anchor]
+    centre = {"left": 180, "right": 0, "above": -90, "under": 90, "below": 90}[
+        next(w for w in words if w in ("left", "right", "above", "under", "below"))
+    ]
+
+    def deviation(o: dict) -> float:
+        angle = np.degrees(np.arctan2(o["y"] - anchor["y"], o["x"] - anchor["x"]))
+        return abs((angle - centre + 180) % 360 - 180)
+
+    return [o for o in rivals if deviation(o) < 55], rivals
+
+
+READINGS = {
+    "attribute": attribute_reading,
+    "position": superlative_reading,
+    "size": superlative_reading,
+    "relation": relation_reading,
+}
+
+
+def test_each_sentence_is_true_of_its_object_alone_and_faces_a_distractor(images):
+    for image in images.values():
+        for ref in image["refs"]:
+            for sentence in ref["sentences"]:
+                text = sentence["sent"]
+                meant, rivals = READINGS[refshapes.kind_of(text)](text, image)
+                assert [o["id"] for o in meant] == [ref["ann_id"]], text
+                assert len(rivals) >= 2, text
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    counts = {"train": 3, "testB": 2}
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        refshapes.generate(tmp_path / name, counts, seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert (
+        files(tmp_path / "a")["refshapes/refs(unc).p"]
+        != (files(tmp_path / "c")["refshapes/refs(unc).p"])
+    )
+
+
+def test_an_image_does_not_depend_on_how_many_are_asked_for(root, tmp_path):
+    refshapes.generate(tmp_path / "few", {"train": 1, "val": 2}, seed=0)
+    few, many = files(tmp_path / "few"), files(root)
+    assert all(many[name] == data for name, data in few.items() if name.startswith("images"))
+    assert [r for r in read(root)[1] if r["image_id"] in (1, 1_000_001, 1_000_002)] == (
+        read(tmp_path / "few")[1]
+    )
+
+
+def test_refs_have_refers_fields_and_stable_unique_ids(root):
+    instances, refs = read(root)
+    names = {image["id"]: image["file_name"] for image in instances["images"]}
+    annotations = {a["id"]: a for a in instances["annotations"]}
+    assert len(annotations) == len(instances["annotations"])
+    assert len({ref["ref_id"] for ref in refs}) == len({ref["ann_id"] for ref in refs}) == len(refs)
+    sent_ids = [i for ref in refs for i in ref["sent_ids"]]
+    assert len(set(sent_ids)) == len(sent_ids)
+    assert max(sent_ids) < 2**31
+    for ref in refs:
+        assert set(ref) == {
+            *("ref_id", "ann_id", "image_id", "category_id", "split"),
+            *("sentences", "sent_ids", "file_name"),
+        }
+        annotation = annotations[ref["ann_id"]]
+        assert annotation["image_id"] == ref["image_id"]
+        assert annotation["category_id"] == ref["category_id"]
+        stem = names[ref["image_id"]].removesuffix(".jpg")
+        assert ref["file_name"] == f"{stem}_{ref['ann_id']}.jpg"
+        assert [s["sent_id"] for s in ref["sentences"]] == ref["sent_ids"]
+        for sentence in ref["sentences"]:
+            assert sentence["sent"] == sentence["raw"] == " ".join(sentence["tokens"])
+
+
+def test_instances_are_whole_objects_inside_their_image(root):
+    instances, _ = read(root)
+    assert set(instances) == {"info", "licenses", "images", "annotations", "categories"}
+    sizes = {}
+    for image in instances["images"]:
+        pixels = cv2.imread(str(root / "images" / "train2014" / image["file_name"]))
+        assert pixels.shape == (image["height"], image["width"], 3)
+        sizes[image["id"]] = (image["width"], image["height"])
+    for annotation in instances["annotations"]:
+        polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+        x, y, w, h = annotation["bbox"]
+        assert np.allclose([*polygon.min(0), *polygon.max(0)], [x, y, x + w, y + h])
+        assert polygon.min() > 0
+        assert (polygon.max(0) < sizes[annotation["image_id"]]).all()
+        area = cv2.contourArea(polygon.astype(np.float32))
+        assert annotation["area"] == pytest.approx(area, rel=1e-3)
+        assert annotation["iscrowd"] == 0
+
+
+def test_images_hold_three_to_seven_objects_that_do_not_touch(images):
+    for image in images.values():
+        assert 3 <= len(image["objects"]) <= 7
+        grown = [cv2.dilate(o["mask"], np.ones((3, 3), np.uint8)) for o in image["objects"]]
+        assert np.sum(grown, axis=0).max() == 1
+
+
+def test_the_median_object_is_small_but_not_tiny(images):
+    shares = [
+        o["pixels"] / (image["width"] * image["height"])
+        for image in images.values()
+        for o in image["objects"]
+    ]
+    assert 0.03 < np.median(shares) < 0.05
+
+
+def test_painted_colour_lies_where_the_polygon_says(root, images):
+    for image in list(images.values())[:20]:
+        pixels = cv2.imread(str(root / "images" / "train2014" / image["file_name"]))[..., ::-1]
+        for thing in image["objects"]:
+            inner = cv2.erode(thing["mask"], np.ones((3, 3), np.uint8)).astype(bool)
+            seen = np.median(pixels[inner], axis=0)
+            distance = {name: np.linalg.norm(seen - rgb) for name, rgb in refshapes.COLOURS.items()}
+            assert min(distance, key=distance.get) == thing["colour"]
+
+
+def test_splits_hold_their_kinds_and_share_no_image(root):
+    _, refs = read(root)
+    kinds, of_split = defaultdict(Counter), defaultdict(set)
+    for ref in refs:
+        of_split[ref["split"]].add(ref["image_id"])
+        kinds[ref["split"]].update(refshapes.kind_of(s["sent"]) for s in ref["sentences"])
+    assert {split: len(ids) for split, ids in of_split.items()} == COUNTS
+    assert sum(map(len, of_split.values())) == len(set().union(*of_split.values()))
+    for split, allowed in refshapes.SPLITS.items():
+        assert set(kinds[split]) == set(allowed)
+    for kind, low, high in zip(
+        refshapes.KINDS, (0.28, 0.2, 0.12, 0.15), (0.42, 0.34, 0.24, 0.28), strict=True
+    ):
+        assert low < kinds["val"][kind] / kinds["val"].total() < high, kind
+
+
+def test_every_image_has_two_to_four_refs_with_one_to_four_different_sentences(images):
+    for image in images.values():
+        assert 2 <= len(image["refs"]) <= 4
+        for ref in image["refs"]:
+            texts = [s["sent"] for s in ref["sentences"]]
+            assert 1 <= len(texts) == len(set(texts)) <= 4
+
+
+def test_choosing_an_object_without_reading_scores_below_035_on_val(root):
+    baselines = refshapes.blind_baselines(root, "val")
+    assert set(baselines) == {"largest", "central", "random"}
+    assert all(0.05 < score < 0.35 for score in baselines.values()), baselines
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kind"),
+    [
+        ("the red star", "attribute"),
+        ("circle on the far left", "position"),
+        ("biggest square", "size"),
+        ("triangle under the blue circle", "relation"),
+        ("Star to the left of the white cross", "relation"),
+    ],
+)
+def test_the_grammar_tells_the_kind(sentence, kind):
+    assert refshapes.kind_of(sentence) == kind
+
+
+def test_a_foreign_sentence_has_no_kind():
+    with pytest.raises(ValueError, match="second man from the left"):
+        refshapes.kind_of("second man from the left")
+
+
+def thing(shape: str, colour: str, x: float, y: float, area: float = 100) -> refshapes.Thing:
+    return refshapes.Thing(shape, colour, x, y, area)
+
+
+def test_arguable_phrases_have_no_referent():
+    scene = refshapes.Scene(
+        100,
+        100,
+        (
+            thing("star", "red", 20, 20, 100),
+            thing("star", "red", 25, 80, 130),
+            thing("star", "blue", 80, 50, 300),
+            thing("cross", "blue", 60, 15),
+        ),
+    )
+    expected = {
+        refshapes.Phrase("attribute", "star", colour="red"): None,  # two of them
+        refshapes.Phrase("attribute", "star", colour="blue"): 2,
+        refshapes.Phrase("position", "star", "left"): None,  # 5 % ahead only
+        refshapes.Phrase("position", "star", "right"): 2,
+        refshapes.Phrase("position", "cross", "above"): None,  # no other cross
+        refshapes.Phrase("size", "star", "big"): 2,
+        refshapes.Phrase("size", "star", "small"): None,  # 1.3 times only
+        refshapes.Phrase("relation", "star", "below", "blue", "cross"): None,  # two fairly below
+        refshapes.Phrase("relation", "star", "left", "blue", "cross"): None,  # the second nearly so
+        refshapes.Phrase("relation", "star", "left", "red", "star"): None,  # which red star?
+    }
+    assert {phrase: refshapes.referent(scene, phrase) for phrase in expected} == expected
+
+
+def test_a_complete_folder_is_reused_and_other_parameters_replace_it(tmp_path, capsys):
+    out = tmp_path / "shapes"
+    arguments = ["-o", str(out), "--train", "2", "--val", "2", "--testA", "0", "--testB", "0"]
+    refshapes.main(arguments)
+    assert "reused" not in capsys.readouterr().out
+    foreign = out / "images" / "train2014" / "COCO_train2014_000000000009.jpg"
+    foreign.write_bytes(b"a photo of the user's")
+    before = files(out)
+    refshapes.main(arguments)
+    printed = capsys.readouterr().out
+    assert "reused" in printed
+    assert "blind baselines on val" in printed
+    assert files(out) == before
+
+    refshapes.main([*arguments, "--seed", "1", "--train", "1"])
+    assert "reused" not in capsys.readouterr().out
+    assert {r["image_id"] for r in read(out)[1]} == {1, 1_000_001, 1_000_002}
+    assert len(list(out.glob("images/train2014/REFSHAPES_*"))) == 3
+    assert foreign.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_a_folder_that_lost_an_image_is_made_again(tmp_path):
+    refshapes.generate(tmp_path / "s", {"val": 2}, seed=0)
+    assert refshapes.is_complete(tmp_path / "s", {"val": 2}, seed=0)
+    next(tmp_path.glob("s/images/train2014/*.jpg")).unlink()
+    assert not refshapes.is_complete(tmp_path / "s", {"val": 2}, seed=0)
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refshapes, "_ref", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        refshapes.generate(tmp_path / "s", {"val": 2}, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "seed", "message"),
+    [
+        ({"val": 0}, 0, "no images"),
+        ({"val": -1}, 0, "--val -1"),
+        ({"test": 3}, 0, "no split 'test'"),
+        ({"val": 1}, -1, "--seed -1"),
+    ],
+)
+def test_impossible_parameters_are_named(tmp_path, counts, seed, message):
+    with pytest.raises(UserError, match=message):
+        refshapes.generate(tmp_path / "s", counts, seed)
+    assert list(tmp_path.iterdir()) == []

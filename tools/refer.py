@@ -1,0 +1,260 @@
+"""Reads a REFER folder: refs(<split-by>).p with the sentences, instances.json with the objects.
+
+The pickle comes from the web, so it is read by an unpickler that knows plain containers, strings
+and numbers, and refuses everything else before any of it runs.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from utils.errors import UserError
+
+_REF_FIELDS = {
+    "ref_id": int,
+    "ann_id": int,
+    "image_id": int,
+    "category_id": int,
+    "split": str,
+    "sentences": list,
+}
+_SENTENCE_FIELDS = {"sent": str, "sent_id": int}
+_INSTANCES_FIELDS = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {"id": int, "bbox": list},
+    "categories": {"id": int},
+}
+_COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+class Refer:
+    """One REFER folder with one way of splitting it.
+
+    Args:
+        data_root: the folder that holds the folder.
+        dataset: the folder's name (refcoco, refcoco+, refcocog, refclef, or any other).
+        split_by: what stands in brackets in refs(...).p (unc, umd, google, berkeley, ...).
+
+    Attributes:
+        refs: the refs in the order of the file: {ref_id, ann_id, image_id, category_id, split,
+            sentences [{sent, sent_id, ...}], ...}.
+
+    Raises:
+        UserError: a folder or file is missing, cannot be read, or lacks a field.
+    """
+
+    def __init__(self, data_root: str | Path, dataset: str, split_by: str) -> None:
+        folder = _dataset_folder(Path(data_root), dataset)
+        self.refs_path = folder / f"refs({split_by}).p"
+        self.instances_path = folder / "instances.json"
+        if not self.refs_path.is_file():
+            there = ", ".join(sorted(p.name[5:-3] for p in folder.glob("refs(*).p"))) or "none"
+            raise UserError(f"{folder} has no {self.refs_path.name}; split-by there: {there}")
+        self.refs = load_refs(self.refs_path)
+        self._check_refs()
+        self._images, self._annotations, category_ids = self._load_instances()
+        ordered = sorted(_COCO_IDS if category_ids <= _COCO_IDS else category_ids)
+        self._categories = {category_id: i for i, category_id in enumerate(ordered)}
+
+    def split_names(self) -> list[str]:
+        """The names that the refs give their splits, in the order of the file."""
+        return list(dict.fromkeys(ref["split"] for ref in self.refs))
+
+    def split_refs(self, split: str) -> list[dict]:
+        """The refs of a split.
+
+        testA, testB and testC go by their letter (a ref of "testAB" is in two of them), test
+        takes every name with "test" in it, any other name is matched exactly.
+        """
+        return [ref for ref in self.refs if _is_in_split(ref["split"], split)]
+
+    def annotation(self, ref: dict) -> dict:
+        """The object of a ref: {bbox [x, y, w, h], segmentation, ...}.
+
+        Raises:
+            UserError: instances.json has no such object.
+        """
+        return self._look_up(self._annotations, "annotation", ref["ann_id"], ref)
+
+    def image(self, ref: dict) -> dict:
+        """The image of a ref: {file_name, height, width, ...}.
+
+        Raises:
+            UserError: instances.json has no such image.
+        """
+        return self._look_up(self._images, "image", ref["image_id"], ref)
+
+    def category(self, ref: dict) -> int:
+        """The ref's category counted from 0: 0-79 for COCO's, else its place among the ids.
+
+        Raises:
+            UserError: instances.json has no such category.
+        """
+        return self._look_up(self._categories, "category", ref["category_id"], ref)
+
+    def mask(self, ref: dict) -> np.ndarray:
+        """Draw a ref's object: (height, width) uint8, 0 outside, non-zero inside.
+
+        Parts are summed in uint8 times 255 as in the official release, so a pixel under two
+        overlapping polygons is 254.
+
+        Raises:
+            UserError: there is no segmentation, or none that can be read, or it covers no pixel.
+        """
+        image = self.image(ref)
+        segmentation = self.annotation(ref).get("segmentation")
+        what = f"{self.instances_path}: annotation {ref['ann_id']} (ref {ref['ref_id']})"
+        if not segmentation:
+            raise UserError(f"{what} has no segmentation: {self._remedy()}")
+        try:
+            parts = _decode_segmentation(segmentation, image["height"], image["width"])
+        except Exception as error:
+            raise UserError(f"{what} has an unreadable segmentation ({error!r})") from None
+        if parts.shape[:2] != (image["height"], image["width"]):
+            raise UserError(
+                f"{what} has a segmentation of {parts.shape[0]} x {parts.shape[1]} pixels on an "
+                f"image of {image['height']} x {image['width']}"
+            )
+        if not parts.any():
+            raise UserError(f"{what} has a segmentation that covers no pixel")
+        return parts.sum(axis=2).astype(np.uint8) * 255
+
+    def _check_refs(self) -> None:
+        seen: set[int] = set()
+        remedy = self._remedy()
+        for number, ref in enumerate(self.refs):
+            where = f"{self.refs_path}: ref number {number}"
+            check_fields(ref, _REF_FIELDS, where, remedy)
+            for sentence in ref["sentences"]:
+                check_fields(sentence, _SENTENCE_FIELDS, f"{where}, a sentence", remedy)
+            if not ref["sentences"]:
+                raise UserError(f"{where} (ref_id {ref['ref_id']}) has no sentences: {remedy}")
+            if Path(ref["split"]).name != ref["split"]:
+                raise UserError(f"{where} has a split that is no plain name: {ref['split']!r:.80}")
+            if ref["ref_id"] in seen:
+                raise UserError(f"{where} has ref_id {ref['ref_id']}, as another ref has: {remedy}")
+            seen.add(ref["ref_id"])
+
+    def _load_instances(self) -> tuple[dict[int, dict], dict[int, dict], set[int]]:
+        path = self.instances_path
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: {self._remedy()}")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not readable JSON ({error}): {self._remedy()}") from None
+        check_fields(content, dict.fromkeys(_INSTANCES_FIELDS, list), str(path), self._remedy())
+        for name, needs in _INSTANCES_FIELDS.items():
+            for number, item in enumerate(content[name]):
+                check_fields(item, needs, f"{path}: {name}[{number}]", self._remedy())
+        images = {image["id"]: image for image in content["images"]}
+        annotations = {item["id"]: item for item in content["annotations"]}
+        return images, annotations, {item["id"] for item in content["categories"]}
+
+    def _look_up(self, table: dict[int, Any], kind: str, key: int, ref: dict) -> Any:
+        if key not in table:
+            raise UserError(
+                f"{self.instances_path} has no {kind} {key}, which ref {ref['ref_id']} of "
+                f"{self.refs_path.name} names: {self._remedy()}"
+            )
+        return table[key]
+
+    def _remedy(self) -> str:
+        return f"unpack the folder {self.refs_path.parent} again from its REFER archive"
+
+
+def load_refs(path: str | Path) -> list[dict]:
+    """Read the list of refs in a pickle, running nothing that the file brings along.
+
+    Byte strings (Python 2 wrote those) become str: UTF-8 where that is valid, else Latin-1.
+
+    Raises:
+        UserError: the file is no pickle, is cut off, asks for any class or function, or is not a
+            list of dicts.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            refs = _to_text(_PlainUnpickler(file, path).load())
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged pickle can fail with almost anything.
+        raise UserError(f"{path} is not a readable pickle, or cut off ({error!r})") from None
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise UserError(f"{path} does not hold a list of refs")
+    if not refs:
+        raise UserError(f"{path} holds no refs")
+    return refs
+
+
+def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> None:
+    """Refuse an item of a data file that is no mapping or lacks a field of the given type.
+
+    Raises:
+        UserError: "`where` has no field x: `remedy`", or the like.
+    """
+    if not isinstance(item, dict):
+        raise UserError(f"{where} is {item!r:.80}, not a mapping: {remedy}")
+    for field, kind in needs.items():
+        if field not in item:
+            raise UserError(f"{where} has no field {field}: {remedy}")
+        if not isinstance(item[field], kind):
+            raise UserError(f"{where}: {field} cannot be {item[field]!r:.80}: {remedy}")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows the containers, strings and numbers that pickle has opcodes for, and no name."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(file, encoding="bytes")
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise UserError(
+            f"{self._path} asks for {module}.{name}: refs are plain lists, dicts, strings and "
+            "numbers, so this file is damaged or hostile and was not loaded"
+        )
+
+
+def _to_text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+    if isinstance(value, dict):
+        return {_to_text(key): _to_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_to_text, value))
+    return value
+
+
+def _dataset_folder(data_root: Path, dataset: str) -> Path:
+    folder = data_root / dataset
+    if folder.is_dir():
+        return folder
+    if not data_root.is_dir():
+        raise UserError(f"--data_root {data_root} does not exist; see tools/prepare_datasets.md")
+    there = ", ".join(sorted({p.parent.name for p in data_root.glob("*/refs(*).p")})) or "none"
+    raise UserError(f"{data_root} has no folder {dataset}; REFER folders there: {there}")
+
+
+def _is_in_split(name: str, split: str) -> bool:
+    if split in ("testA", "testB", "testC"):
+        return split[-1] in name
+    if split == "test":
+        return "test" in name
+    return name == split
+
+
+def _decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Polygons, a COCO run-length mask, or a list of those -> (height, width, parts) uint8."""
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    if isinstance(parts[0], list) or isinstance(parts[0]["counts"], list):
+        parts = coco_mask.frPyObjects(parts, height, width)
+    return coco_mask.decode(parts)

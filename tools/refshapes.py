@@ -1,0 +1,675 @@
+"""RefShapes: a small data set for referring segmentation, drawn from a seed in REFER format.
+
+Images of 3-7 coloured shapes with sentences of four kinds (`KINDS`). A sentence is kept only if
+it is true of exactly one object, by a clear margin, and if a distractor shares the referent's
+shape or colour, so that a model has to see *and* read. Image n of a split depends on the seed,
+the split and n alone, never on how many images are asked for.
+
+Coordinates are pixels as in COCO: x to the right, y down, pixel i covers [i, i + 1).
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.errors import UserError, run
+from utils.files import atomic_path
+
+EPILOG = """examples:
+  python tools/refshapes.py -o datasets/refshapes
+  python tools/refshapes.py -o /tmp/shapes --train 200 --val 50 --testA 0 --testB 0 --seed 7
+then, as for COCO:
+  python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
+      --dataset refshapes --split unc --generate_mask"""
+
+VERSION = 1  # raise it whenever the same parameters give other files
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of these stands out
+    "red": (205, 35, 40),
+    "green": (35, 150, 55),
+    "blue": (40, 75, 215),
+    "yellow": (235, 210, 45),
+    "purple": (150, 40, 165),
+    "white": (242, 242, 242),
+}
+KINDS = ("attribute", "position", "size", "relation")
+SPLITS = {"train": KINDS, "val": KINDS, "testA": KINDS[:1], "testB": KINDS[1:]}
+DEFAULT_IMAGES = {"train": 3000, "val": 200, "testA": 100, "testB": 100}
+IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
+
+# How often a kind is drawn where an object offers several: rarer ones more, to even them out.
+KIND_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
+MAX_REFS, MIN_REFS = 4, 2  # an image; two or more, so that sentences can be swapped between refs
+MAX_SENTENCES = 4  # a ref
+
+IMAGE_SIDE = (128, 224)
+AREA_SHARE = (0.018, 0.13)  # of the image, log-uniform; the upper end gives way in a crowd
+THINGS = {3: 0.2, 4: 0.24, 5: 0.24, 6: 0.18, 7: 0.14}  # how many, and how often
+MAX_TILT = 15  # degrees: a square must not turn into a diamond
+GAP = 3  # pixels between two objects' boxes and to the border
+SUPERSAMPLING = 4
+
+# Margins within which a sentence would be arguable; such sentences are never used.
+POSITION_MARGIN = 0.08  # of the image's side, to the next object of the shape
+POSITION_ZONE = 0.42  # "on the left" also has to lie in this part of the image
+SIZE_MARGIN = 1.35  # ratio of areas
+INSIDE_CONE, OUTSIDE_CONE = 0.6, 2.0  # |across| / along: clearly under; clearly not under
+
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+WORDINGS = {
+    ("attribute", ""): ("the {colour} {shape}", "{colour} {shape}", "{shape} that is {colour}"),
+    ("position", "left"): (
+        "leftmost {shape}",
+        "{shape} on the far left",
+        "the {shape} on the left",
+    ),
+    ("position", "right"): (
+        "rightmost {shape}",
+        "{shape} on the far right",
+        "the {shape} on the right",
+    ),
+    ("position", "above"): ("the top {shape}", "{shape} at the top", "topmost {shape}"),
+    ("position", "below"): ("the bottom {shape}", "{shape} at the bottom", "lowest {shape}"),
+    ("size", "big"): ("biggest {shape}", "the largest {shape}", "the biggest {shape}"),
+    ("size", "small"): ("smallest {shape}", "the smallest {shape}", "the tiniest {shape}"),
+    ("relation", "left"): (
+        "{shape} left of the {colour} {anchor}",
+        "{shape} to the left of the {colour} {anchor}",
+    ),
+    ("relation", "right"): (
+        "{shape} right of the {colour} {anchor}",
+        "{shape} to the right of the {colour} {anchor}",
+    ),
+    ("relation", "above"): (
+        "{shape} above the {colour} {anchor}",
+        "the {shape} above the {colour} {anchor}",
+    ),
+    ("relation", "below"): (
+        "{shape} under the {colour} {anchor}",
+        "{shape} below the {colour} {anchor}",
+    ),
+}
+
+
+# ---------------------------------------------------------------- scenes and what is true of them
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it looks like and where its centroid lies; area in square pixels."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    area: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What can be said about an image; sides in pixels."""
+
+    width: int
+    height: int
+    things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """The meaning of a sentence.
+
+    `word` is a direction, "big", "small" or, for attributes, empty. `colour` is the referent's
+    own for attributes and the anchor's for relations.
+    """
+
+    kind: str
+    shape: str
+    word: str = ""
+    colour: str = ""
+    anchor: str = ""
+
+
+def with_attributes(scene: Scene, colour: str, shape: str) -> list[int]:
+    """Indices of the things of this colour and shape."""
+    return [i for i, t in enumerate(scene.things) if (t.colour, t.shape) == (colour, shape)]
+
+
+def of_shape(scene: Scene, shape: str) -> list[int]:
+    """Indices of the things of this shape."""
+    return [i for i, t in enumerate(scene.things) if t.shape == shape]
+
+
+def clearly_outermost(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
+    """The candidate furthest in a direction, in the outer zone of the image and well ahead."""
+    dx, dy = DIRECTIONS[word]
+    side = scene.width if dx else scene.height
+
+    def reach(index: int) -> float:
+        thing = scene.things[index]
+        share = (thing.x if dx else thing.y) / side
+        return share if dx + dy > 0 else 1 - share
+
+    first, *others = sorted(candidates, key=reach, reverse=True)
+    ahead = all(reach(first) - reach(other) >= POSITION_MARGIN for other in others)
+    return first if ahead and reach(first) >= 1 - POSITION_ZONE else None
+
+
+def clearly_extreme_in_size(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
+    """The biggest or smallest candidate, if the next one differs by `SIZE_MARGIN` in area."""
+    sign = 1 if word == "big" else -1
+    first, *others = sorted(candidates, key=lambda i: -sign * scene.things[i].area)
+
+    def ratio(other: int) -> float:
+        return (scene.things[first].area / scene.things[other].area) ** sign
+
+    return first if all(ratio(other) >= SIZE_MARGIN for other in others) else None
+
+
+def clearly_beside(scene: Scene, candidates: Sequence[int], anchor: int, word: str) -> int | None:
+    """The only candidate in a narrow cone from the anchor, if none other is in the wide cone."""
+    dx, dy = DIRECTIONS[word]
+    origin = scene.things[anchor]
+
+    def slope(index: int) -> float:
+        thing = scene.things[index]
+        along = dx * (thing.x - origin.x) + dy * (thing.y - origin.y)
+        across = abs(dy * (thing.x - origin.x)) + abs(dx * (thing.y - origin.y))
+        return across / along if along > 0 else float("inf")
+
+    first, *others = sorted(candidates, key=slope)
+    clear = slope(first) <= INSIDE_CONE and all(slope(i) >= OUTSIDE_CONE for i in others)
+    return first if clear else None
+
+
+def referent(scene: Scene, phrase: Phrase) -> int | None:
+    """Index of the one thing that the phrase is clearly true of, in the face of a distractor.
+
+    None where it is true of nothing or several things, where it is arguable, and where the
+    shape alone (for attributes: shape and colour alike) already gives the referent away.
+    """
+    if phrase.kind == "attribute":
+        named = with_attributes(scene, phrase.colour, phrase.shape)
+        akin = [t for t in scene.things if t.shape == phrase.shape or t.colour == phrase.colour]
+        return named[0] if len(named) == 1 and len(akin) > 1 else None
+    candidates = of_shape(scene, phrase.shape)
+    if phrase.kind == "relation":
+        anchors = with_attributes(scene, phrase.colour, phrase.anchor)
+        candidates = [i for i in candidates if i not in anchors]
+        if len(anchors) != 1 or len(candidates) < 2:
+            return None
+        return clearly_beside(scene, candidates, anchors[0], phrase.word)
+    if len(candidates) < 2:
+        return None
+    if phrase.kind == "position":
+        return clearly_outermost(scene, candidates, phrase.word)
+    return clearly_extreme_in_size(scene, candidates, phrase.word)
+
+
+def phrases_about(scene: Scene, kinds: Sequence[str]) -> Iterator[Phrase]:
+    """Every phrase of these kinds that names only shapes and colours present in the scene."""
+    looks = sorted({(t.colour, t.shape) for t in scene.things})
+    shapes = sorted({t.shape for t in scene.things})
+    for kind, word in WORDINGS:
+        if kind not in kinds:
+            continue
+        if kind == "attribute":
+            yield from (Phrase(kind, shape, colour=colour) for colour, shape in looks)
+        elif kind == "relation":
+            for shape, (colour, anchor) in product(shapes, looks):
+                yield Phrase(kind, shape, word, colour, anchor)
+        else:
+            yield from (Phrase(kind, shape, word) for shape in shapes)
+
+
+@cache
+def _grammar() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    shape, colour = f"(?:{'|'.join(SHAPES)})", f"(?:{'|'.join(COLOURS)})"
+    return tuple(
+        (kind, re.compile(wording.format(shape=shape, colour=colour, anchor=shape)))
+        for (kind, _), wordings in WORDINGS.items()
+        for wording in wordings
+    )
+
+
+def kind_of(sentence: str) -> str:
+    """Tell the kind of a RefShapes sentence from its words alone.
+
+    Returns:
+        One of `KINDS`.
+    Raises:
+        ValueError: the sentence is not of this data set's grammar.
+    """
+    for kind, pattern in _grammar():
+        if pattern.fullmatch(sentence.strip().lower()):
+            return kind
+    raise ValueError(f"not a RefShapes sentence: {sentence!r}")
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+@cache
+def _unit_outline(shape: str) -> np.ndarray:
+    """(N, 2) corners of a shape of area 1 with its centroid at the origin."""
+    if shape == "cross":
+        a, b = 0.32, 1.0
+        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a)]
+        points = np.array(corners + [(-x, -y) for x, y in corners])
+    else:
+        count, inner = {
+            "circle": (40, 1),
+            "square": (4, 1),
+            "triangle": (3, 1),
+            "star": (10, 0.45),
+        }[shape]
+        turn = np.pi / 4 if shape == "square" else 0
+        angles = 2 * np.pi * np.arange(count) / count - np.pi / 2 + turn
+        radii = np.where(np.arange(count) % 2, inner, 1)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
+    return points / np.sqrt(cv2.contourArea(points.astype(np.float32)))
+
+
+def _outline(rng: np.random.Generator, shape: str, area: float) -> np.ndarray:
+    """(N, 2) corners around the origin, tilted a little; area in square pixels."""
+    tilt = np.radians(rng.uniform(-MAX_TILT, MAX_TILT))
+    turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+    return _unit_outline(shape) @ turn.T * np.sqrt(area)
+
+
+def _place(
+    rng: np.random.Generator, outline: np.ndarray, others: Sequence[np.ndarray], size: np.ndarray
+) -> np.ndarray | None:
+    """Find a centre where the outline's box is inside the image and off all others', or None."""
+    low, high = outline.min(0), outline.max(0)
+    first, last = GAP - low, size - GAP - high
+    if (first >= last).any():
+        return None
+    centres = rng.uniform(first, last, (60, 2))[:, None]
+    starts = np.array([other.min(0) for other in others]).reshape(-1, 2)
+    ends = np.array([other.max(0) for other in others]).reshape(-1, 2)
+    apart = (centres + low > ends + GAP) | (centres + high < starts - GAP)
+    free = np.flatnonzero(apart.any(axis=2).all(axis=1))
+    return centres[free[0], 0] if len(free) else None
+
+
+def _lay_out(
+    rng: np.random.Generator, shapes: Sequence[str], size: np.ndarray, largest: float
+) -> list[np.ndarray] | None:
+    """Draw areas and places for these shapes: outlines in pixels, or None if they do not fit."""
+    shares = np.exp(rng.uniform(np.log(AREA_SHARE[0]), np.log(largest), len(shapes)))
+    areas = shares * size.prod()
+    outlines: dict[int, np.ndarray] = {}
+    for index in np.argsort(-areas):  # the big ones first, while there is room
+        outline = _outline(rng, shapes[index], areas[index])
+        centre = _place(rng, outline, list(outlines.values()), size)
+        if centre is None:
+            return None
+        outlines[index] = np.round(outline + centre, 2)
+    return [outlines[index] for index in range(len(shapes))]
+
+
+def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
+    """Draw the content of one image: the scene and its outlines, (N, 2) each, in pixels."""
+    width, height = size = rng.integers(*IMAGE_SIDE, 2, endpoint=True)
+    count = int(rng.choice(list(THINGS), p=list(THINGS.values())))
+    # Few shapes and colours, so that distractors are the rule.
+    shapes = rng.choice(SHAPES, 2 if count < 5 else rng.integers(2, 4), replace=False)
+    shapes = [str(shape) for shape in rng.choice(shapes, count)]
+    palette = rng.choice(list(COLOURS), rng.integers(2, 5), replace=False)
+    outlines, largest = None, AREA_SHARE[1]
+    while outlines is None:
+        outlines = _lay_out(rng, shapes, size, largest)
+        largest = max(largest * 0.9, 2 * AREA_SHARE[0])
+    things = []
+    for shape, outline in zip(shapes, outlines, strict=True):
+        moments = cv2.moments(outline.astype(np.float32))
+        x, y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
+        things.append(Thing(shape, str(rng.choice(palette)), x, y, moments["m00"]))
+    return Scene(int(width), int(height), tuple(things)), outlines
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) float32 in about [60, 190]: a tint, gradient, clouds, stripes or a checker."""
+    tint = (rng.uniform(90, 160) + rng.uniform(-16, 16, 3)).astype(np.float32)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle = rng.uniform(0, np.pi)
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    period = rng.uniform(12, 40)
+    match rng.integers(5):
+        case 0:
+            pattern = np.zeros_like(x)
+        case 1:
+            pattern = 2 * (u - u.min()) / np.ptp(u) - 1
+        case 2:
+            coarse = rng.standard_normal((height // 16, width // 16), dtype=np.float32)
+            pattern = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) * 0.7
+        case 3:
+            pattern = np.sign(np.sin(2 * np.pi * u / period)) * 0.4
+        case _:
+            pattern = np.sign(np.sin(2 * np.pi * u / period) * np.sin(2 * np.pi * v / period)) * 0.4
+    grain = rng.standard_normal((height, width), dtype=np.float32) * 2
+    return tint + pattern[..., None] * rng.uniform(8, 26, 3).astype(np.float32) + grain[..., None]
+
+
+def _paint(image: np.ndarray, outline: np.ndarray, rgb: np.ndarray) -> None:
+    """Fill an outline, anti-aliased, in place."""
+    x0, y0 = np.floor(outline.min(0)).astype(int)
+    x1, y1 = np.ceil(outline.max(0)).astype(int)
+    fine = np.zeros(((y1 - y0) * SUPERSAMPLING, (x1 - x0) * SUPERSAMPLING), np.uint8)
+    # OpenCV counts from pixel centres, the outline from pixel corners; 4 bits of sub-pixels.
+    corners = ((outline - (x0, y0)) * SUPERSAMPLING - 0.5) * 16
+    cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255, shift=4)
+    alpha = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
+    alpha = (alpha.astype(np.float32) / 255)[..., None]
+    image[y0:y1, x0:x1] += alpha * (rgb - image[y0:y1, x0:x1])
+
+
+def _render(rng: np.random.Generator, scene: Scene, outlines: Sequence[np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8 RGB."""
+    image = _background(rng, scene.width, scene.height)
+    for thing, outline in zip(scene.things, outlines, strict=True):
+        brightness = rng.uniform(0.85, 1.1)
+        rgb = np.array(COLOURS[thing.colour]) * brightness + rng.uniform(-10, 10, 3)
+        _paint(image, outline, rgb.astype(np.float32))
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------- sentences
+
+
+def _choose_sentences(rng: np.random.Generator, phrases: Sequence[Phrase]) -> list[str]:
+    """Draw 1-4 different sentences from all wordings of the phrases that fit one thing."""
+    sentences, weights = [], []
+    in_kind = Counter(phrase.kind for phrase in phrases)
+    for phrase in phrases:
+        wordings = WORDINGS[phrase.kind, phrase.word]
+        for wording in wordings:
+            names = {"shape": phrase.shape, "colour": phrase.colour, "anchor": phrase.anchor}
+            sentences.append(wording.format(**names))
+            weights.append(KIND_WEIGHTS[phrase.kind] / in_kind[phrase.kind] / len(wordings))
+    number = min(len(sentences), rng.integers(1, MAX_SENTENCES, endpoint=True))
+    chance = np.array(weights) / sum(weights)
+    chosen = rng.choice(len(sentences), number, replace=False, p=chance)
+    return [sentences[index] for index in chosen]
+
+
+def _refer(rng: np.random.Generator, scene: Scene, kinds: Sequence[str]) -> dict[int, list[str]]:
+    """Choose the things of a scene to refer to, and the sentences that do it."""
+    phrases: dict[int, list[Phrase]] = defaultdict(list)
+    for phrase in phrases_about(scene, kinds):
+        index = referent(scene, phrase)
+        if index is not None:
+            phrases[index].append(phrase)
+    chosen = sorted(rng.permutation(sorted(phrases))[:MAX_REFS].tolist())
+    return {index: _choose_sentences(rng, phrases[index]) for index in chosen}
+
+
+# ---------------------------------------------------------------------------------- REFER's files
+
+
+def _make_image(
+    seed: int, split: str, number: int
+) -> tuple[np.ndarray, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Make image `number` (from 1) of a split: RGB pixels, image entry, annotations, refs."""
+    split_number = list(SPLITS).index(split)
+    rng = np.random.Generator(np.random.PCG64([seed, split_number, number]))
+    while True:
+        scene, outlines = _draw_scene(rng)
+        referred = _refer(rng, scene, SPLITS[split])
+        if len(referred) >= MIN_REFS:
+            break
+    image_id = split_number * IDS_PER_SPLIT + number
+    stem = f"REFSHAPES_train2014_{image_id:012d}"
+    image = {
+        "id": image_id,
+        "file_name": f"{stem}.jpg",
+        "width": scene.width,
+        "height": scene.height,
+        "license": 1,
+    }
+    annotations = [
+        _annotation(image_id, index, thing, outline)
+        for index, (thing, outline) in enumerate(zip(scene.things, outlines, strict=True))
+    ]
+    refs = [
+        _ref(image_id * 10 + rank, split, stem, annotations[index], sentences)
+        for rank, (index, sentences) in enumerate(referred.items())
+    ]
+    return _render(rng, scene, outlines), image, annotations, refs
+
+
+def _annotation(image_id: int, index: int, thing: Thing, outline: np.ndarray) -> dict[str, Any]:
+    x0, y0 = outline.min(0).tolist()
+    x1, y1 = outline.max(0).tolist()
+    return {
+        "id": image_id * 10 + index,
+        "image_id": image_id,
+        "category_id": SHAPES.index(thing.shape) + 1,
+        "colour": thing.colour,
+        "segmentation": [outline.ravel().tolist()],
+        "area": round(thing.area, 2),
+        "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
+        "iscrowd": 0,
+    }
+
+
+def _ref(
+    ref_id: int, split: str, stem: str, annotation: Mapping[str, Any], texts: Sequence[str]
+) -> dict[str, Any]:
+    sentences = [
+        {"sent_id": ref_id * 10 + i, "sent": text, "raw": text, "tokens": text.split()}
+        for i, text in enumerate(texts)
+    ]
+    return {
+        "ref_id": ref_id,
+        "ann_id": annotation["id"],
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "split": split,
+        "sentences": sentences,
+        "sent_ids": [sentence["sent_id"] for sentence in sentences],
+        "file_name": f"{stem}_{annotation['id']}.jpg",
+    }
+
+
+def _images_dir(out: Path) -> Path:
+    return out / "images" / "train2014"
+
+
+def _refer_dir(out: Path) -> Path:
+    return out / "refshapes"
+
+
+def _parameters(counts: Mapping[str, int], seed: int) -> dict[str, Any]:
+    images = {split: counts.get(split, 0) for split in SPLITS}
+    return {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
+
+
+def is_complete(out: Path, counts: Mapping[str, int], seed: int) -> bool:
+    """Whether `out` holds everything that `generate` would write there."""
+    folder = _refer_dir(out)
+    names = ("generator.json", "instances.json", "refs(unc).p")
+    if not all((folder / name).is_file() for name in names):
+        return False
+    try:
+        made = json.loads((folder / "generator.json").read_text())
+    except ValueError:
+        return False
+    num_images = sum(1 for _ in _images_dir(out).glob("REFSHAPES_*.jpg"))
+    return made == _parameters(counts, seed) and num_images == sum(counts.values())
+
+
+def _write_files(out: Path, counts: Mapping[str, int], seed: int) -> None:
+    """Write images, instances.json and refs(unc).p under `out`."""
+    images, annotations, refs = [], [], []
+    _images_dir(out).mkdir(parents=True)
+    _refer_dir(out).mkdir()
+    jobs = [(split, n) for split in SPLITS for n in range(1, counts.get(split, 0) + 1)]
+    for split, number in tqdm(jobs, desc="RefShapes", unit="image", disable=None):
+        pixels, image, its_annotations, its_refs = _make_image(seed, split, number)
+        path = _images_dir(out) / image["file_name"]
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
+        if not cv2.imwrite(str(path), pixels[..., ::-1], quality):
+            raise UserError(f"could not write {path}: is the disk full?")
+        images.append(image)
+        annotations += its_annotations
+        refs += its_refs
+    instances = {
+        "info": {"description": "RefShapes", "version": str(VERSION), "seed": seed},
+        "licenses": [{"id": 1, "name": "MIT", "url": "https://opensource.org/license/mit"}],
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, 1)
+        ],
+    }
+    (_refer_dir(out) / "instances.json").write_text(json.dumps(instances))
+    (_refer_dir(out) / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
+    """Write the data set in REFER format; files of an earlier run in the same place go.
+
+    Everything is made in a temporary folder beside `out` first. `generator.json`, which says
+    that the folder is complete, goes first and comes last; files of others stay.
+
+    Args:
+        out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
+        counts: images by split; a split left out gets none.
+        seed: 0 or greater.
+    Raises:
+        UserError: an unknown split, a count or seed out of range, no image at all.
+    """
+    for split, count in counts.items():
+        if split not in SPLITS:
+            raise UserError(f"RefShapes has no split {split!r}; there are {', '.join(SPLITS)}")
+        if not 0 <= count < IDS_PER_SPLIT:
+            raise UserError(f"--{split} {count}: give a number from 0 to {IDS_PER_SPLIT - 1}")
+    if sum(counts.values()) == 0:
+        raise UserError("no images asked for: give --train, --val, --testA or --testB a number")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give a number that is not negative")
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        _write_files(partial, counts, seed)
+        _images_dir(out).mkdir(parents=True, exist_ok=True)
+        _refer_dir(out).mkdir(exist_ok=True)
+        marker = _refer_dir(out) / "generator.json"
+        marker.unlink(missing_ok=True)
+        for old in _images_dir(out).glob("REFSHAPES_*.jpg"):
+            old.unlink()
+        for new in sorted(partial.rglob("*.*")):
+            os.replace(new, out / new.relative_to(partial))
+        with atomic_path(marker) as path:
+            path.write_text(json.dumps(_parameters(counts, seed), indent=2) + "\n")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------- summary
+
+
+def _load(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read instances.json and refs(unc).p of a generated folder."""
+    instances = json.loads((_refer_dir(root) / "instances.json").read_text())
+    return instances, pickle.loads((_refer_dir(root) / "refs(unc).p").read_bytes())
+
+
+def blind_baselines(root: Path, split: str) -> dict[str, float]:
+    """Score three ways of choosing a ground-truth object without reading the sentence.
+
+    Args:
+        root: a generated folder.
+        split: one that has refs.
+    Returns:
+        mIoU over sentences in [0, 1] of choosing the largest object, the one nearest the centre
+        of the image, and any object at random (the exact expectation, not a draw).
+    """
+    instances, refs = _load(root)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+    by_image = defaultdict(list)
+    for annotation in instances["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    scores = defaultdict(list)
+    for ref in refs:
+        if ref["split"] != split:
+            continue
+        objects, (height, width) = by_image[ref["image_id"]], sizes[ref["image_id"]]
+        masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
+        truth = [o["id"] for o in objects].index(ref["ann_id"])
+        ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
+        boxes = np.array([o["bbox"] for o in objects])
+        offsets = boxes[:, :2] + boxes[:, 2:] / 2 - (width / 2, height / 2)
+        repeat = len(ref["sentences"])
+        scores["largest"] += [ious[np.argmax(coco_mask.area(masks))]] * repeat
+        scores["central"] += [ious[np.argmin(np.hypot(*offsets.T))]] * repeat
+        scores["random"] += [ious.mean()] * repeat
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def print_summary(root: Path) -> None:
+    """Print what a generated folder holds, and the blind baselines on val."""
+    instances, refs = _load(root)
+    areas = {image["id"]: image["width"] * image["height"] for image in instances["images"]}
+    shares = [a["area"] / areas[a["image_id"]] for a in instances["annotations"]]
+    print(
+        f"{'split':<8}{'images':>8}{'refs':>8}{'sentences':>11}"
+        + "".join(f"{k:>11}" for k in KINDS)
+    )
+    for split in SPLITS:
+        of_split = [ref for ref in refs if ref["split"] == split]
+        kinds = Counter(kind_of(s["sent"]) for ref in of_split for s in ref["sentences"])
+        total, num_images = kinds.total(), len({ref["image_id"] for ref in of_split})
+        print(
+            f"{split:<8}{num_images:>8}{len(of_split):>8}{total:>11}"
+            + "".join(f"{100 * kinds[kind] / max(total, 1):>10.1f}%" for kind in KINDS)
+        )
+    print(f"median object: {100 * np.median(shares):.1f} % of its image")
+    if any(ref["split"] == "val" for ref in refs):
+        baselines = blind_baselines(root, "val")
+        texts = (f"{name} object {100 * value:.1f}" for name, value in baselines.items())
+        print(f"blind baselines on val (mIoU x100, all sentences): {', '.join(texts)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Generate RefShapes, a small data set in REFER format, from a seed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    for split, count in DEFAULT_IMAGES.items():
+        parser.add_argument(
+            f"--{split}", type=int, default=count, metavar="N", help=f"images (default {count})"
+        )
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    args = parser.parse_args(argv)
+    counts = {split: getattr(args, split) for split in SPLITS}
+    if is_complete(args.output, counts, args.seed):
+        print(f"{args.output} is complete and was made with these parameters: reused")
+    else:
+        generate(args.output, counts, args.seed)
+        print(f"wrote {args.output}")
+    print_summary(args.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+LAST, BEST = "last_model.pth", "best_model.pth"
+
+
+def save_checkpoint(state: dict, folder: str | Path, is_best: bool) -> None:
+    """Write `last_model.pth`, and `best_model.pth` as a link to the same bytes if it is best.
+
+    Args:
+        state: tensors and plain containers only; `state_dict` holds the model's weights.
+        folder: of the run.
+        is_best: whether the model beats all before it.
+    """
+    last, best = Path(folder) / LAST, Path(folder) / BEST
+    with atomic_path(last) as partial:
+        torch.save(state, partial)
+    if is_best:
+        with atomic_path(best) as partial:
+            try:
+                os.link(last, partial)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, partial)
+
+
+def read_checkpoint(path: str | Path, purpose: str) -> dict:
+    """Read a checkpoint onto the CPU; nothing but tensors and plain containers is admitted.
+
+    Args:
+        path: a checkpoint of ours, or an official one.
+        purpose: the config key that asked for it, for the error.
+    Raises:
+        UserError: missing, torn, asking for code, or without a `state_dict`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{purpose}: there is no checkpoint {path}; train first, or name another")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{purpose}: {path} holds more than weights, not read: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{purpose}: {path} is no whole checkpoint ({reason})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy a checkpoint's weights into the unwrapped model; every name and shape must fit.
+
+    The `module.` prefix that DataParallel and DistributedDataParallel leave is removed.
+
+    Raises:
+        UserError: keys are missing, unknown or of another shape; lists them.
+    """
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    own = model.state_dict()
+    faults = [f"missing {key}" for key in own if key not in weights]
+    faults += [f"unknown {key}" for key in weights if key not in own]
+    faults += [
+        f"{key} is {_shape(weights[key])}, the model has {_shape(own[key])}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise UserError(
+            f"{source} does not fit the config's model: {'; '.join(faults[:8])}{more}; "
+            "use the config that it was trained with"
+        )
+    model.load_state_dict(weights)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "scalar"

@@ -1,0 +1,184 @@
+"""Refs and sentences as samples: one ref at random sentence for training, whole images to score.
+
+S is the side of the network's input, L the number of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.errors import UserError
+from utils.records import RecordReader, RefRecord
+from utils.seed import draw
+from utils.tokenizer import tokenize
+from utils.transforms import decode_image, decode_mask, letterbox_image, letterbox_mask
+
+
+class TrainingSample(TypedDict):
+    """One ref with one of its sentences; `position` is the ref's place in the LMDB."""
+
+    image: Tensor  # (S, S, 3) uint8 RGB
+    mask: Tensor  # (S, S) uint8, soft at the edges
+    tokens: Tensor  # (L,) int64
+    position: int
+
+
+class TrainingDataset(Dataset):
+    """Refs of one LMDB; each visit draws one of the ref's sentences.
+
+    Args:
+        reader: the records.
+        input_size: S in pixels.
+        word_len: L.
+        seed: with epoch and position, decides the sentence.
+    """
+
+    def __init__(self, reader: RecordReader, input_size: int, word_len: int, seed: int) -> None:
+        self.reader = reader
+        self.input_size = input_size
+        self.word_len = word_len
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, visit: tuple[int, int]) -> TrainingSample:
+        """Load the ref of a visit (position, epoch).
+
+        The epoch comes with the index, so workers that live through all epochs need no telling.
+        """
+        position, epoch = visit
+        ref = self.reader.ref(position)
+        sentence = ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
+        return TrainingSample(
+            image=torch.from_numpy(load_image(self.reader, ref, self.input_size)),
+            mask=torch.from_numpy(letterbox_mask(load_mask(ref), self.input_size)),
+            tokens=tokenize(sentence, self.word_len)[0],
+            position=position,
+        )
+
+
+@dataclass(frozen=True)
+class SentenceTask:
+    """One sentence to score: `key` = (position of the sentence's ref, its place there) is unique.
+
+    `ref` is the ref whose mask counts; `sentence` and `sent_id` are its own unless swapped.
+    """
+
+    key: tuple[int, int]
+    ref: RefRecord
+    sentence: str
+    sent_id: int
+
+
+class ImageSample(TypedDict):
+    """One image with the N sentences to score on it."""
+
+    image: Tensor  # (S, S, 3) uint8 RGB
+    tokens: Tensor  # (N, L) int64
+    tasks: list[SentenceTask]
+
+
+class EvaluationDataset(Dataset):
+    """Images of one LMDB, each with all the sentences of all its refs, so it is read once.
+
+    Args:
+        reader: the records.
+        input_size: S in pixels.
+        word_len: L.
+        sentences: "all" of every ref, or "first" (what the official validation scores).
+        swap: give each ref the sentences of the next ref of the same image, the control that
+            shows whether a model reads; images with one ref are left out.
+    """
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        input_size: int,
+        word_len: int,
+        sentences: str = "all",
+        swap: bool = False,
+    ) -> None:
+        self.reader = reader
+        self.input_size = input_size
+        self.word_len = word_len
+        self.sentences = sentences
+        self.swap = swap
+        by_image: dict[str, list[int]] = {}
+        for position, key in enumerate(reader.index.image_keys):
+            by_image.setdefault(key, []).append(position)
+        self.groups = [g for g in by_image.values() if len(g) > 1 or not swap]
+        if not self.groups:
+            raise UserError(f"{reader.path}: no image has two refs whose sentences could be swapped")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def keys(self) -> set[tuple[int, int]]:
+        """The key of every sentence that has to be scored."""
+        counts = self.reader.index.num_sentences
+        return {
+            (position, place)
+            for group in self.groups
+            for position in group
+            for place in range(1 if self.sentences == "first" else counts[position])
+        }
+
+    def __getitem__(self, i: int) -> ImageSample:
+        """Load image `i` and its sentences."""
+        refs = [self.reader.ref(position) for position in self.groups[i]]
+        sources = list(zip(self.groups[i], refs, strict=True))
+        if self.swap:
+            sources = sources[1:] + sources[:1]
+        tasks = [
+            SentenceTask((position, place), ref, sentence, source.sent_ids[place])
+            for ref, (position, source) in zip(refs, sources, strict=True)
+            for place, sentence in enumerate(source.sentences)
+            if place == 0 or self.sentences == "all"
+        ]
+        return ImageSample(
+            image=torch.from_numpy(load_image(self.reader, refs[0], self.input_size)),
+            tokens=tokenize([task.sentence for task in tasks], self.word_len),
+            tasks=tasks,
+        )
+
+
+class EvaluationBatch(TypedDict):
+    """B images and their N sentences; row i of `tokens` belongs to image `image_index[i]`."""
+
+    images: Tensor  # (B, S, S, 3) uint8 RGB
+    image_index: Tensor  # (N,) int64
+    tokens: Tensor  # (N, L) int64
+    tasks: list[SentenceTask]
+
+
+def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
+    """Join images into a batch."""
+    counts = torch.tensor([len(sample["tasks"]) for sample in samples])
+    return EvaluationBatch(
+        images=torch.stack([sample["image"] for sample in samples]),
+        image_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
+        tokens=torch.cat([sample["tokens"] for sample in samples]),
+        tasks=[task for sample in samples for task in sample["tasks"]],
+    )
+
+
+def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:
+    """The ref's photo in the network's square: (S, S, 3) uint8 RGB."""
+    image = decode_image(reader.image(ref.image_key), f"{reader.path}, image {ref.image_key}")
+    if image.shape[:2] != (ref.height, ref.width):
+        raise UserError(
+            f"{reader.path}, image {ref.image_key} is {image.shape[1]}×{image.shape[0]} pixels, "
+            f"ref {ref.ref_id} says {ref.width}×{ref.height}; pack the split again"
+        )
+    return letterbox_image(image, side)
+
+
+def load_mask(ref: RefRecord) -> np.ndarray:
+    """The ref's mask at the photo's size: (H, W) uint8, non-zero is the referent."""
+    return decode_mask(ref.mask, f"mask of ref {ref.ref_id}")

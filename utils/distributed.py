@@ -1,0 +1,164 @@
+"""The one place that touches `torch.distributed`; without a process group everything still works.
+
+Ranks come from `torchrun`'s environment, which only this file reads. CUDA ranks speak nccl, CPU
+ranks gloo.
+"""
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks(NamedTuple):
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the person."""
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Join the process group that `torchrun` announced, if it did, and choose the device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(0, 1, 0, 1, device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wants_launch() -> bool:
+    """Whether a plain `python train.py` sees several GPUs and nobody launched ranks for them."""
+    return "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1
+
+
+def launch() -> None:
+    """Run this very command once per visible GPU, through torch's own launcher."""
+    from torch.distributed.run import main
+
+    main(["--standalone", f"--nproc_per_node={torch.cuda.device_count()}", *sys.argv])
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's `item`, on every rank, in the order of ranks."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
+    """Make the model train on all ranks; a single process gets it back as it is.
+
+    Args:
+        model: on `ranks.device`.
+        sync_bn: let BatchNorm see the batch of all ranks.
+    """
+    if ranks.world_size == 1:
+        return model
+    if sync_bn:
+        model = synchronize_batchnorm(model, ranks.device)
+    return DistributedDataParallel(
+        model,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=not sync_bn,
+        gradient_as_bucket_view=True,
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `wrap`."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def synchronize_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace every BatchNorm by one over all ranks; names and values stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, name, GlooBatchNorm.of(child))
+    return model
+
+
+class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over all ranks on the CPU, which `nn.SyncBatchNorm` refuses."""
+
+    @classmethod
+    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "GlooBatchNorm":
+        """One that shares the parameters and statistics of `norm`."""
+        synced = cls(norm.num_features, norm.eps, norm.momentum)
+        for name in ("weight", "bias"):
+            setattr(synced, name, getattr(norm, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(synced, name, getattr(norm, name))
+        synced.train(norm.training)
+        return synced
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (B, C, …), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, …) -> the same shape, normalised over the B of all ranks."""
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        x = input.float().transpose(0, 1).flatten(1)
+        # Every rank has the same number of samples: micro-batches are equal by construction.
+        count = x.shape[1] * dist.get_world_size()
+        mean = _sum_over_ranks(x.sum(1)) / count
+        centred = x - mean[:, None]
+        variance = _sum_over_ranks(centred.square().sum(1)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        output = (input.float() - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values)

@@ -1,0 +1,383 @@
+"""The one record codec: refs and images in an LMDB file, written once and read by every worker.
+
+What lies in the file, all of it readable without this module and none of it pickled:
+
+    __meta__         JSON: format_version, dataset, split, refs, sentences, images,
+                     token_length {length: sentences}, tool
+    __index__        Arrow table, a row a ref: ref_id, image_key, image_id, num_sentences
+    ref:<position>   Arrow table of one row, the fields of `RefRecord`
+    image:<key>      the image file's original bytes, once however many refs share it
+"""
+
+import json
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import lmdb
+import pyarrow as pa
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+FORMAT_VERSION = 1
+TOOL = "cris 0.1.0"
+
+_META_KEY = b"__meta__"
+_INDEX_KEY = b"__index__"
+_OFFICIAL_KEY = b"__keys__"
+_INITIAL_MAP_BYTES = 64 << 20
+_BATCH_BYTES = 32 << 20
+
+_REF_SCHEMA = pa.schema(
+    [
+        pa.field("ref_id", pa.int64(), nullable=False),
+        pa.field("image_key", pa.string(), nullable=False),
+        ("image_id", pa.int64()),
+        ("category", pa.int64()),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("mask", pa.binary(), nullable=False),
+        pa.field("sentences", pa.list_(pa.string()), nullable=False),
+        pa.field("sent_ids", pa.list_(pa.int64()), nullable=False),
+    ]
+)
+_INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("ref_id", pa.int64(), nullable=False),
+        pa.field("image_key", pa.string(), nullable=False),
+        ("image_id", pa.int64()),
+        pa.field("num_sentences", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RefRecord:
+    """One annotated object of one image, with the sentences that denote it.
+
+    `mask` is a grey PNG of (height, width), the image's own size; non-zero is the object.
+    `category` counts from 0. `image_id` and `category` are None where the source has none.
+    """
+
+    ref_id: int
+    image_key: str
+    image_id: int | None
+    category: int | None
+    height: int
+    width: int
+    mask: bytes
+    sentences: tuple[str, ...]
+    sent_ids: tuple[int, ...]
+
+
+class RefIndex(NamedTuple):
+    """What a sampler or evaluator asks of every ref, without reading a mask; one entry a ref."""
+
+    ref_ids: list[int]
+    image_keys: list[str]
+    image_ids: list[int | None]
+    num_sentences: list[int]
+
+
+class RecordWriter:
+    """Writes one split to one LMDB file, which appears at `path` when it is complete.
+
+        with RecordWriter(path, "refcoco", "val") as writer:
+            writer.add_image(record.image_key, jpeg_bytes)
+            writer.add_ref(record, token_lengths)
+
+    If the block raises, nothing is left and whatever stood at `path` before is untouched.
+    Memory holds one batch of records plus the index, whatever the size of the split.
+
+    Args:
+        path: the file to make; its folder is created.
+        dataset, split: names that go into the file's meta entry.
+        map_size: bytes of LMDB map to begin with; it grows as needed.
+    """
+
+    def __init__(
+        self, path: str | Path, dataset: str, split: str, *, map_size: int = _INITIAL_MAP_BYTES
+    ) -> None:
+        self.path = Path(path)
+        self._dataset = dataset
+        self._split = split
+        self._map_size = map_size
+        self._image_keys: set[str] = set()
+        self._index: list[dict] = []
+        self._token_length: Counter[int] = Counter()
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._pending_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        partial = self._stack.enter_context(atomic_path(self.path))
+        partial.unlink(missing_ok=True)
+        # One process writes a file that nobody else knows of: no lock file is needed, and one
+        # sync at the end is enough.
+        self._env = self._stack.enter_context(
+            lmdb.open(str(partial), subdir=False, map_size=self._map_size, lock=False, sync=False)
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._stack:
+            if error is not None:
+                raise error
+            self._finish()
+
+    def add_image(self, key: str, data: bytes) -> None:
+        """Store an image file's bytes under `key`; a key that is there already is left alone."""
+        if key not in self._image_keys:
+            self._image_keys.add(key)
+            self._put(_image_key(key), data)
+
+    def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
+        """Append a ref whose image has been added.
+
+        Args:
+            record: the ref.
+            token_lengths: tokens of each of its sentences, start and end token included,
+                before any cut.
+
+        Raises:
+            ValueError: its image is missing, or it has no sentence, or the numbers of sentences,
+                sentence ids and token lengths differ.
+        """
+        if record.image_key not in self._image_keys:
+            raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
+        count = len(record.sentences)
+        if count == 0 or not count == len(record.sent_ids) == len(token_lengths):
+            raise ValueError(
+                f"ref {record.ref_id}: {count} sentences, {len(record.sent_ids)} sentence ids, "
+                f"{len(token_lengths)} token lengths"
+            )
+        row = {field.name: getattr(record, field.name) for field in fields(record)}
+        self._put(_ref_key(len(self._index)), _to_arrow([row], _REF_SCHEMA))
+        row = {name: row.get(name) for name in _INDEX_SCHEMA.names} | {"num_sentences": count}
+        self._index.append(row)
+        self._token_length.update(token_lengths)
+
+    def _put(self, key: bytes, value: bytes) -> None:
+        self._pending.append((key, value))
+        self._pending_bytes += len(value)
+        if self._pending_bytes >= _BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Commit what is pending; a map that is too small is doubled and the batch repeated."""
+        while self._pending:
+            try:
+                with self._env.begin(write=True) as txn:
+                    for key, value in self._pending:
+                        txn.put(key, value)
+            except lmdb.MapFullError:
+                self._map_size *= 2
+                self._env.set_mapsize(self._map_size)
+            else:
+                self._pending.clear()
+                self._pending_bytes = 0
+
+    def _finish(self) -> None:
+        if not self._index:
+            raise UserError(
+                f"split {self._split} of {self._dataset} has no refs: {self.path} not written"
+            )
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dataset": self._dataset,
+            "split": self._split,
+            "refs": len(self._index),
+            "sentences": self._token_length.total(),
+            "images": len(self._image_keys),
+            "token_length": dict(sorted(self._token_length.items())),
+            "tool": TOOL,
+        }
+        self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
+        self._put(_META_KEY, json.dumps(meta).encode())
+        self._flush()
+        self._env.sync(True)
+
+
+class RecordReader:
+    """Reads a file of `RecordWriter`; opens it at the first use, in whichever process that is.
+
+    It costs nothing to make and to pickle (only the path travels) and may be carried through a
+    fork. Any number of readers, of the same file or not, may live in a process.
+    What it returns are copies, valid for ever.
+
+    Raises (at the first use):
+        UserError: the file is missing, no LMDB, cut off, in the official pickled format, in
+            another version of this format, or holds no refs.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._env: lmdb.Environment | None = None
+        self._pid = -1
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_env": None, "_pid": -1}
+
+    def __len__(self) -> int:
+        return self.meta["refs"]
+
+    @cached_property
+    def meta(self) -> dict:
+        """The `__meta__` entry; the keys of `token_length` are integers."""
+        raw = self._get(_META_KEY)
+        if raw is None:
+            self._refuse_without_meta()
+        meta = json.loads(raw)
+        version = meta["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} is in record format {version}, this code reads {FORMAT_VERSION}: "
+                f"{_repack(self.path)}"
+            )
+        if meta["refs"] == 0:
+            raise UserError(f"{self.path} holds no refs: {_repack(self.path)}")
+        meta["token_length"] = {int(k): count for k, count in meta["token_length"].items()}
+        return meta
+
+    @cached_property
+    def index(self) -> RefIndex:
+        """The `__index__` entry."""
+        len(self)  # refuses a file that is not ours
+        batch = _from_arrow(self._get(_INDEX_KEY))
+        return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
+
+    def ref(self, i: int) -> RefRecord:
+        """Read the ref at position `i`, 0 <= i < len.
+
+        Raises:
+            IndexError: there is no such position.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path} has {len(self)} refs, no position {i}")
+        row = _from_arrow(self._get(_ref_key(i))).to_pylist()[0]
+        row["sentences"] = tuple(row["sentences"])
+        row["sent_ids"] = tuple(row["sent_ids"])
+        return RefRecord(**row)
+
+    def image(self, key: str) -> bytes:
+        """Read the original bytes of an image file.
+
+        Raises:
+            KeyError: no image of that key.
+        """
+        data = self._get(_image_key(key))
+        if data is None:
+            raise KeyError(f"{self.path} has no image {key}")
+        return data
+
+    def _get(self, key: bytes) -> bytes | None:
+        """Copy one value out of the file; a view would not outlive the transaction."""
+        if self._pid != os.getpid():
+            self._env, self._pid = _open(self.path), os.getpid()
+        with self._env.begin() as txn:
+            return txn.get(key)
+
+    def _refuse_without_meta(self) -> None:
+        if self._get(_OFFICIAL_KEY) is not None:
+            raise UserError(
+                f"{self.path} is in the official release's pickled format, which is not read: "
+                f"{_repack(self.path)}"
+            )
+        raise UserError(f"{self.path} is an LMDB without __meta__: {_repack(self.path)}")
+
+
+# py-lmdb refuses to open one file twice in a process, so readers share. Keyed by process id and
+# by the file itself (device, inode): a file re-packed at the same path is another file. An
+# environment closes when its last reader goes.
+_environments: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+_environments_lock = threading.Lock()
+
+
+def _open(path: Path) -> lmdb.Environment:
+    """Return this process's environment for the file, opened if need be.
+
+    Raises:
+        UserError: the file is missing, no LMDB, or cut off.
+    """
+    if not path.is_file():
+        what = "is a folder, not an LMDB file" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: {_repack(path, 'make it with')}")
+    stat = path.stat()
+    key = (os.getpid(), stat.st_dev, stat.st_ino)
+    with _environments_lock:
+        _close_inherited()
+        env = _environments.get(key)
+        if env is None:
+            env = _open_file(path, stat.st_size)
+            _environments[key] = env
+    return env
+
+
+def _close_inherited() -> None:
+    """In a forked child, close its copies of the parent's environments.
+
+    py-lmdb would not open their files again. Without locks an environment is a read-only map and
+    a descriptor, both the child's own: the parent does not notice.
+    """
+    for key, env in list(_environments.items()):
+        if key[0] != os.getpid():
+            del _environments[key]
+            env.close()
+
+
+def _open_file(path: Path, size: int) -> lmdb.Environment:
+    try:
+        env = lmdb.open(
+            str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
+        )
+    except lmdb.Error as error:
+        raise UserError(f"no LMDB can be read from {error}: {_repack(path)}") from None
+    # Pages beyond the end of a partly copied file would kill the process when they are touched.
+    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if size < expected:
+        env.close()
+        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {_repack(path)}")
+    return env
+
+
+def _repack(path: Path, verb: str = "re-pack with") -> str:
+    """The command that makes the file, as far as its path tells."""
+    out, root = path.parent, path.parent.parent.parent
+    return (
+        f"{verb} python tools/folder2lmdb.py -j {root / 'anns' / out.name / path.stem}.json "
+        f"-i {root / 'images' / 'train2014'} -m {root / 'masks' / out.name} -o {out}"
+    )
+
+
+def _ref_key(position: int) -> bytes:
+    return b"ref:%09d" % position
+
+
+def _image_key(key: str) -> bytes:
+    return b"image:" + key.encode()
+
+
+def _to_arrow(rows: list[dict], schema: pa.Schema) -> bytes:
+    batch = pa.RecordBatch.from_pylist(rows, schema=schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_arrow(data: bytes) -> pa.RecordBatch:
+    return pa.ipc.open_stream(data).read_next_batch()

@@ -1,0 +1,36 @@
+"""Every random choice comes from a named seed; this is where they are named and restored."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device) of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def draw(high: int, *names: int) -> int:
+    """Draw from 0 … high-1; the same `names` (seed, epoch, index …) always give the same number.
+
+    It depends on nothing else: not on the process, the worker, or what was drawn before.
+    """
+    return int(np.random.Generator(np.random.PCG64(names)).integers(high))
+
+
+def rng_state() -> dict:
+    """The state of torch's generators, as tensors that `torch.load(weights_only=True)` reads."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` gave; a state of a device that is not here is skipped."""
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,178 @@
+"""Sentences as token ids: CLIP's byte-level BPE.
+
+A sentence is cleaned and split into words; a word is spelled in UTF-8 bytes, each byte written as
+one printable character, the last one marked as the end of the word; then neighbouring symbols are
+merged, the earliest-learned merge first, and what is left is looked up.
+
+Vocabulary, 49,408 ids in this order: 256 bytes, the same 256 at the end of a word, one symbol for
+each of 48,894 merges, start (49406), end (49407). Padding is id 0.
+
+Nothing is read before the first sentence, and torch is imported only to make tensors, so that
+tools which only count tokens start fast.
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import html
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import ftfy
+import regex
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+VOCABULARY_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+NUM_MERGES = 48_894
+START, END = "<|startoftext|>", "<|endoftext|>"
+START_ID, END_ID, PAD_ID = 49_406, 49_407, 0
+WORD_END = "</w>"
+
+WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+BLANKS = regex.compile(r"\s+")
+
+
+def tokenize(
+    texts: str | Sequence[str], context_length: int, truncate: bool = True
+) -> torch.LongTensor:
+    """Turn sentences into the ids that the text encoder takes.
+
+    Args:
+        texts: one sentence, or B of them.
+        context_length: L, at least 2; how many ids a row has, start and end included.
+        truncate: cut a sentence that is too long to L ids, the last of them the end token.
+    Returns:
+        (B, L) int64 in [0, 49407], padded with 0; B = 1 for a single string.
+    Raises:
+        ValueError: `context_length` is too small, or a sentence does not fit and `truncate` is off.
+    """
+    import torch
+
+    if context_length < 2:
+        raise ValueError(f"context_length {context_length} leaves no room for start and end tokens")
+    sentences = _as_list(texts)
+    tokens = torch.full((len(sentences), context_length), PAD_ID, dtype=torch.long)
+    for row, sentence in zip(tokens, sentences, strict=True):
+        ids = _encode(sentence)
+        if len(ids) > context_length:
+            if not truncate:
+                raise UserError(
+                    f"sentence of {len(ids)} tokens is longer than {context_length} "
+                    f"(shorten it, or raise the length): {_abridged(sentence)!r}"
+                )
+            ids = [*ids[: context_length - 1], END_ID]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def token_lengths(texts: str | Sequence[str]) -> list[int]:
+    """Count each sentence's tokens, start and end included, before any cut."""
+    return [len(_encode(sentence)) for sentence in _as_list(texts)]
+
+
+def _as_list(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _abridged(sentence: str, limit: int = 200) -> str:
+    return sentence if len(sentence) <= limit else sentence[:limit] + "…"
+
+
+def _encode(sentence: str) -> list[int]:
+    ids = [START_ID]
+    for word in WORD.findall(_clean(sentence)):
+        ids.extend(_word_ids(word))
+    return [*ids, END_ID]
+
+
+def _clean(sentence: str) -> str:
+    """Repair mojibake and curly quotes, resolve HTML entities, collapse blanks, lower-case."""
+    # Twice, because web text is often escaped twice ("&amp;lt;"), and CLIP was trained so.
+    text = html.unescape(html.unescape(ftfy.fix_text(sentence)))
+    return BLANKS.sub(" ", text.strip()).strip().lower()
+
+
+@lru_cache(maxsize=1 << 16)
+def _word_ids(word: str) -> tuple[int, ...]:
+    vocabulary = _vocabulary()
+    if word in (START, END):
+        return (vocabulary.ids[word],)
+    symbols = [vocabulary.byte_symbols[byte] for byte in word.encode("utf-8")]
+    symbols[-1] += WORD_END
+    return tuple(vocabulary.ids[symbol] for symbol in _merge(symbols, vocabulary.ranks))
+
+
+def _merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Apply merges, the lowest rank first and for each from left to right, until none fits.
+
+    A heap over a doubly linked list: a run of 10,000 letters costs milliseconds, where searching
+    for the best pair anew in every round would cost seconds.
+    """
+    spelled, size = list(symbols), len(symbols)  # "" where a symbol went into the one before it
+    before, after = list(range(-1, size - 1)), list(range(1, size + 1))
+
+    def candidates(lefts: Iterable[int]) -> Iterator[tuple[int, int, str, str]]:
+        for left in lefts:
+            if left >= 0 and after[left] < size:
+                a, b = spelled[left], spelled[after[left]]
+                if (a, b) in ranks:
+                    yield ranks[a, b], left, a, b
+
+    heap = list(candidates(range(size)))
+    heapq.heapify(heap)
+    while heap:
+        rank, touched = heap[0][0], []
+        while heap and heap[0][0] == rank:
+            _, left, a, b = heapq.heappop(heap)
+            right = after[left]
+            if spelled[left] != a or right >= size or spelled[right] != b:
+                continue  # one of the two has been merged since with another neighbour
+            spelled[left], spelled[right] = a + b, ""
+            after[left] = after[right]
+            if after[left] < size:
+                before[after[left]] = left
+            touched += [before[left], left]
+        # Only now: a pair made by this merge waits its turn even where its own rank is lower.
+        for candidate in candidates(touched):
+            heapq.heappush(heap, candidate)
+    return [symbol for symbol in spelled if symbol]
+
+
+class _Vocabulary(NamedTuple):
+    byte_symbols: list[str]  # byte -> printable character
+    ranks: dict[tuple[str, str], int]  # pair of symbols -> when it was learned
+    ids: dict[str, int]  # symbol -> token id
+
+
+@cache
+def _vocabulary() -> _Vocabulary:
+    with gzip.open(VOCABULARY_PATH, "rt", encoding="utf-8") as lines:
+        next(lines)  # a version header
+        merges = [tuple(line.split()) for _, line in zip(range(NUM_MERGES), lines, strict=False)]
+    byte_symbols = _byte_symbols()
+    # Ids count the bytes that print as themselves first, then the others: the characters' order.
+    alphabet = sorted(byte_symbols)
+    symbols = [*alphabet, *(s + WORD_END for s in alphabet), *map("".join, merges), START, END]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    return _Vocabulary(byte_symbols, {pair: rank for rank, pair in enumerate(merges)}, ids)
+
+
+def _byte_symbols() -> list[str]:
+    """Give every byte a character that is visible and no blank.
+
+    Bytes that Latin-1 prints stand for themselves; the others take the code points from 256 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
+    printable |= {*range(ord("®"), ord("ÿ") + 1)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

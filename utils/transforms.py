@@ -1,0 +1,126 @@
+"""Between a photo and the network's square: decoding, letterbox, normalisation, and the way back.
+
+Sizes are (height, width) in pixels, images uint8 RGB of shape (H, W, 3), masks uint8 (H, W) with
+0 = background. S is the side of the network's input.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BORDER = tuple(255 * value for value in CLIP_MEAN)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a probability map at S/4 becomes a mask at the photo's size.
+
+    target: how a training mask is brought to S/4 for this geometry (`model.loss.resize_target`).
+    align_corners: of the upsampling to S×S.
+    threshold: a pixel above it is foreground.
+    """
+
+    target: str
+    align_corners: bool
+    threshold: float
+
+
+PROTOCOLS = {
+    "published": Protocol(target="nearest", align_corners=True, threshold=0.35),
+    "aligned": Protocol(target="area", align_corners=False, threshold=0.5),
+}
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """Decode a JPEG or PNG to (H, W, 3) uint8 RGB; `name` is for the error."""
+    image = _decode(data, cv2.IMREAD_COLOR, name)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def decode_mask(data: bytes, name: str) -> np.ndarray:
+    """Decode a mask's PNG to (H, W) uint8; `name` is for the error."""
+    return _decode(data, cv2.IMREAD_GRAYSCALE, name)
+
+
+def _decode(data: bytes, mode: int, name: str) -> np.ndarray:
+    buffer = np.frombuffer(data, np.uint8)
+    image = cv2.imdecode(buffer, mode) if buffer.size else None
+    if image is None:
+        raise UserError(f"{name}: cannot be decoded as an image ({len(data)} bytes); replace it")
+    return image
+
+
+def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The affine map of a photo into the centre of a square, and its inverse.
+
+    Args:
+        size: (H, W) of the photo.
+        side: S.
+    Returns:
+        Two (2, 3) float64 matrices on (x, y, 1): photo to square, square to photo.
+    """
+    height, width = size
+    scale = min(side / height, side / width)
+    left, top = (side - width * scale) / 2, (side - height * scale) / 2
+    photo = np.array([[0, 0], [width, 0], [0, height]], np.float32)
+    square = np.array(
+        [[left, top], [width * scale + left, top], [left, height * scale + top]], np.float32
+    )
+    return cv2.getAffineTransform(photo, square), cv2.getAffineTransform(square, photo)
+
+
+def letterbox_image(image: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (S, S, 3) uint8, cubic; the border is CLIP's mean colour."""
+    forward, _ = letterbox_matrices(image.shape[:2], side)
+    return cv2.warpAffine(
+        image, forward, (side, side), flags=cv2.INTER_CUBIC, borderValue=BORDER
+    )
+
+
+def letterbox_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    """(H, W) uint8 -> (S, S) uint8, linear, so that edges are soft; the border is 0."""
+    forward, _ = letterbox_matrices(mask.shape, side)
+    return cv2.warpAffine(mask, forward, (side, side), flags=cv2.INTER_LINEAR, borderValue=0)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """Turn a batch of letterboxed photos, on its device, into the network's input.
+
+    Args:
+        images: (B, S, S, 3) uint8 RGB.
+    Returns:
+        (B, 3, S, S) float32, CLIP's mean and deviation removed; channels-last in memory.
+    """
+    mean = torch.tensor(CLIP_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=images.device).view(1, 3, 1, 1)
+    return images.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+
+def normalize_masks(masks: Tensor) -> Tensor:
+    """(B, S, S) uint8 in [0, 255] -> (B, 1, S, S) float32 in [0, 1]."""
+    return masks.unsqueeze(1).float().div_(255)
+
+
+def upsample_probability(probability: Tensor, side: int, protocol: Protocol) -> Tensor:
+    """(B, 1, S/4, S/4) float in [0, 1] -> (B, S, S), bicubic (may leave [0, 1] a little)."""
+    full = F.interpolate(
+        probability, (side, side), mode="bicubic", align_corners=protocol.align_corners
+    )
+    return full.squeeze(1)
+
+
+def restore_size(square: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Undo the letterbox: (S, S) float32 -> (H, W) float32 at the photo's size, cubic."""
+    _, inverse = letterbox_matrices(size, square.shape[0])
+    height, width = size
+    return cv2.warpAffine(
+        square, inverse, (width, height), flags=cv2.INTER_CUBIC, borderValue=0.0
+    )
