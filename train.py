@@ -4,35 +4,20 @@
     python train.py --config config/refshapes/cris_tiny.yaml --opts TRAIN.epochs 5
     torchrun --nproc_per_node=8 train.py --config config/refcoco/cris_r50.yaml
 
-One process trains on the GPU, or the CPU where there is none; with several visible GPUs the first
-form starts one rank on each. Everything is written to <output_folder>/<exp_name>.
+One process trains on the GPU, or on the CPU where there is none; with several visible GPUs the
+first form starts one rank on each. Everything is written to <output_folder>/<exp_name>.
 """
 
-import argparse
 from pathlib import Path
 
+from utils.arguments import parse_config_arguments
 from utils.errors import run as run_main
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file below config/")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="override config values, last on the line: --opts TRAIN.epochs 5 TRAIN.workers 4",
-    )
-    return parser.parse_args()
 
 
 def main() -> None:
     """Parse, start the ranks, train, stop."""
-    args = parse_arguments()
+    args = parse_config_arguments(__doc__)
+    # After parsing, so that --help and a mistyped option answer at once.
     from utils import distributed
     from utils.config import load_config
 
@@ -47,20 +32,80 @@ def main() -> None:
         distributed.stop()
 
 
-def train(cfg, ranks) -> None:
-    """Build everything that the config names, and fit."""
-    import torch
+def train(cfg, ranks) -> float:
+    """Build everything that the config names, and fit.
+
+    Returns:
+        The best validation mIoU, in [0, 1].
+    """
     from loguru import logger
 
-    from engine import trainer
-    from engine.build import build_model, evaluation_data, training_data
+    from engine.build import build_model, restore_model
     from engine.evaluator import resolve_protocols
+    from engine.loaders import build_evaluation_loader, build_train_loader
     from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from utils.checkpoint import read_checkpoint
-    from utils.config import save_config, to_dict
+    from engine.trainer import Run, build_scaler, fit, resolve_precision, resume
+    from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
     from utils.seed import seed_everything
 
-    folder = Path(cfg.TRAIN.output_folder) / cfg.TRAIN.exp_name
-    seed_everything(cfg.TRAIN.manual_seed + ranks.rank)
+    options, device = cfg.TRAIN, ranks.device
+    micro_batch = check_batch(options, ranks.world_size)
+    folder = Path(options.output_folder) / options.exp_name
+    folder.mkdir(parents=True, exist_ok=True)
+    setup_logging(folder, ranks.is_main)
+    for notice in cfg.notices:
+        logger.info(notice)
+
+    seed_everything(options.manual_seed)
+    state = None
+    if options.resume:
+        model, state = restore_model(cfg, device, options.resume, "TRAIN.resume")
+    elif options.weight:
+        model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
+    else:
+        model = build_model(cfg, device)
+    train_loader = build_train_loader(cfg, micro_batch, ranks)
+    val_loader = build_evaluation_loader(
+        cfg, cfg.DATA.val_lmdb, ranks, sentences=options.val_sentences
+    )
+    optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    dtype = resolve_precision(options.precision, device)
+    # From here on ranks draw different dropout.
+    seed_everything(options.manual_seed + ranks.rank)
+
+    if ranks.is_main:
+        save_config(cfg, folder / "config.yaml")
+    logger.info(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "
+        f"{len(train_loader.dataset):,} training refs, {len(val_loader.dataset):,} validation "
+        f"images; {ranks.world_size} rank(s) x {micro_batch} x {options.accumulation_steps} "
+        f"(accumulation) = batch {options.batch_size}; {options.epochs} epochs of "
+        f"{len(train_loader) // options.accumulation_steps} steps; output in {folder}"
+    )
+    with Tracker(
+        folder if ranks.is_main else None, options.wandb, options.exp_name, to_dict(cfg)
+    ) as tracker:
+        run = Run(
+            cfg=cfg,
+            ranks=ranks,
+            folder=folder,
+            model=wrap(model, ranks, options.sync_bn),
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, cfg),
+            scaler=build_scaler(dtype, device),
+            dtype=dtype,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            protocols=resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold),
+            tracker=tracker,
+            epoch=options.start_epoch,
+        )
+        if state is not None:
+            resume(run, state, options.resume)
+        return fit(run)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from model.loss import resize_target

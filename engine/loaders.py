@@ -8,9 +8,11 @@ import torch
 from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
+from utils.config import Config
 from utils.dataset import EvaluationDataset, TrainingDataset, collate_images
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.records import RecordReader
 
 
 class VisitSampler(Sampler[list[tuple[int, int]]]):
@@ -83,23 +85,45 @@ class ShardSampler(Sampler[int]):
         return iter(self.indices)
 
 
-def train_loader(
-    dataset: TrainingDataset, micro_batch: int, accumulation: int, workers: int, ranks: Ranks
-) -> DataLoader:
-    """The endless-epochs loader; call `loader.batch_sampler.set_epoch` before each pass."""
-    sampler = VisitSampler(
-        len(dataset), micro_batch, accumulation, ranks.rank, ranks.world_size, dataset.seed
+def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoader:
+    """This rank's micro-batches of the training split.
+
+    Call `loader.batch_sampler.set_epoch` before each pass.
+    """
+    train = cfg.TRAIN
+    dataset = TrainingDataset(
+        RecordReader(cfg.DATA.train_lmdb), train.input_size, train.word_len, train.manual_seed
     )
+    sampler = VisitSampler(
+        len(dataset),
+        micro_batch,
+        train.accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+        train.manual_seed,
+    )
+    workers = usable_workers(train.workers, ranks, "TRAIN.workers")
     return DataLoader(dataset, batch_sampler=sampler, **_worker_options(workers, ranks))
 
 
-def evaluation_loader(
-    dataset: EvaluationDataset, images_per_batch: int, workers: int, ranks: Ranks
+def build_evaluation_loader(
+    cfg: Config, lmdb: str, ranks: Ranks, sentences: str = "all", swap: bool = False
 ) -> DataLoader:
-    """Images of this rank, several a batch; sentences come with their images."""
+    """This rank's images of a split; sentences come with their images.
+
+    Args:
+        lmdb: path of the split's records.
+        sentences, swap: see `EvaluationDataset`.
+    """
+    train = cfg.TRAIN
+    dataset = EvaluationDataset(
+        RecordReader(lmdb), train.input_size, train.word_len, sentences, swap
+    )
+    workers = usable_workers(train.workers_val, ranks, "TRAIN.workers_val")
     return DataLoader(
         dataset,
-        batch_size=images_per_batch,
+        # An image brings several sentences; they are what fills the model's batch.
+        batch_size=max(1, train.batch_size_val // (4 * ranks.world_size)),
         sampler=ShardSampler(len(dataset), ranks.rank, ranks.world_size),
         collate_fn=collate_images,
         **_worker_options(workers, ranks),

@@ -32,9 +32,7 @@ def parameter_groups(model: nn.Module, cfg) -> list[dict]:
 
 def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
     """Adam over all groups at `TRAIN.base_lr`; the schedule sets the rates of each epoch."""
-    return optim.Adam(
-        groups, lr=cfg.TRAIN.base_lr, weight_decay=cfg.TRAIN.weight_decay, fused=True
-    )
+    return optim.Adam(groups, lr=cfg.TRAIN.base_lr, weight_decay=cfg.TRAIN.weight_decay, fused=True)
 
 
 class Schedule:
@@ -83,6 +81,4 @@ class Schedule:
 def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
     """The schedule that the config's TRAIN section describes."""
     train = cfg.TRAIN
-    return Schedule(
-        optimizer, train.base_lr, train.milestones, train.lr_decay, train.warmup_steps
-    )
+    return Schedule(optimizer, train.base_lr, train.milestones, train.lr_decay, train.warmup_steps)

@@ -100,9 +100,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     run.train_loader.batch_sampler.set_epoch(epoch)
     total, window = torch.zeros(3, device=device), torch.zeros(3, device=device)
     steps = len(run.train_loader) // train.accumulation_steps
-    bar = progress(
-        run.train_loader, len(run.train_loader), f"epoch {epoch + 1}", run.ranks.is_main
-    )
+    bar = progress(run.train_loader, len(run.train_loader), f"epoch {epoch + 1}", run.ranks.is_main)
     window_start = time.monotonic()
     for count, batch in enumerate(bar, start=1):
         completes = count % train.accumulation_steps == 0

@@ -1,4 +1,4 @@
-"""The vision-language decoder: every pixel attends to every pixel, then to the words (CRIS Sec. 3.2).
+"""The vision-language decoder: pixels attend to pixels, then to the words (CRIS Sec. 3.2).
 
 B batch, C channels, H W map size, L tokens. Pixels are a sequence of H·W positions, row by row.
 """

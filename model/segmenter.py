@@ -22,9 +22,20 @@ class Segmenter(nn.Module):
     """CRIS. `model(image, tokens)` gives logits, the same in training and evaluation mode."""
 
     def __init__(
-        self, backbone: DenseCLIP, neck: Neck, decoder: Decoder, proj: Projector
+        self,
+        sizes: ClipSizes,
+        backbone: DenseCLIP,
+        neck: Neck,
+        decoder: Decoder,
+        proj: Projector,
     ) -> None:
+        """
+        Args:
+            sizes: of the CLIP inside, kept for whoever asks.
+            backbone, neck, decoder, proj: the parts, of fitting widths (see `assemble`).
+        """
         super().__init__()
+        self.sizes = sizes
         self.backbone = backbone
         self.neck = neck
         self.decoder = decoder
@@ -57,24 +68,28 @@ class Segmenter(nn.Module):
         return self.segment(self.encode_image(image), tokens)
 
 
-def build_segmenter(cfg: "Config") -> Segmenter:
-    """Assemble the model that a config describes.
+def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> Segmenter:
+    """Assemble the model that a config describes, at its initialisation.
 
-    CLIP's sizes come from the archive `TRAIN.clip_pretrain`, or without one from
-    `TRAIN.clip_arch`; the widths in between follow from them.
+    CLIP's sizes come from `TRAIN.clip_arch`, or else from CLIP's weights, and the widths in
+    between follow from them.
 
+    Args:
+        cfg: its TRAIN section is read.
+        weights: CLIP's, by its names; None reads the archive `TRAIN.clip_pretrain`, if named.
     Raises:
         ArchiveError: the archive cannot be used.
-        ValueError: neither is given, or the config contradicts CLIP's sizes.
+        ValueError: there is neither an archive nor a `clip_arch`.
     """
     train = cfg.TRAIN
-    weights = read_clip(train.clip_pretrain) if train.clip_pretrain else None
-    if weights is not None:
-        sizes = derive_sizes(weights)
-    elif train.clip_arch is not None:
+    if weights is None and train.clip_pretrain:
+        weights = read_clip(train.clip_pretrain)
+    if train.clip_arch is not None:
         sizes = ClipSizes(**asdict(train.clip_arch))
+    elif weights is not None:
+        sizes = derive_sizes(weights)
     else:
-        raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null; give one")
+        raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
     model = assemble(
         sizes,
         fpn_out=train.fpn_out,
@@ -101,6 +116,7 @@ def assemble(
     """Build the four parts so that their widths fit."""
     width = sizes.vision_width
     return Segmenter(
+        sizes,
         DenseCLIP(**asdict(sizes)),
         Neck((8 * width, 16 * width, sizes.embed_dim), fpn_out, sizes.embed_dim),
         Decoder(num_layers, channels, num_heads, dim_ffn, dropout),

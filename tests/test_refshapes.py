@@ -331,6 +331,13 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_way_is_named_and_kept(tmp_path):
+    (tmp_path / "s").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        refshapes.generate(tmp_path / "s", {"val": 1}, seed=0)
+    assert (tmp_path / "s").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("counts", "seed", "message"),
     [

@@ -29,6 +29,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.refer import load_refs
 from utils.errors import UserError, run
 from utils.files import atomic_path
 
@@ -555,7 +556,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
         counts: images by split; a split left out gets none.
         seed: 0 or greater.
     Raises:
-        UserError: an unknown split, a count or seed out of range, no image at all.
+        UserError: an unknown split, a count or seed out of range, no image at all; `out` is a file.
     """
     for split, count in counts.items():
         if split not in SPLITS:
@@ -566,6 +567,8 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
         raise UserError("no images asked for: give --train, --val, --testA or --testB a number")
     if seed < 0:
         raise UserError(f"--seed {seed}: give a number that is not negative")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder")
     out = out.resolve()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -590,7 +593,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
 def _load(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read instances.json and refs(unc).p of a generated folder."""
     instances = json.loads((_refer_dir(root) / "instances.json").read_text())
-    return instances, pickle.loads((_refer_dir(root) / "refs(unc).p").read_bytes())
+    return instances, load_refs(_refer_dir(root) / "refs(unc).p")
 
 
 def blind_baselines(root: Path, split: str) -> dict[str, float]:

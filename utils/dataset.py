@@ -114,7 +114,9 @@ class EvaluationDataset(Dataset):
             by_image.setdefault(key, []).append(position)
         self.groups = [g for g in by_image.values() if len(g) > 1 or not swap]
         if not self.groups:
-            raise UserError(f"{reader.path}: no image has two refs whose sentences could be swapped")
+            raise UserError(
+                f"{reader.path}: no image has two refs whose sentences could be swapped"
+            )
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -128,6 +130,13 @@ class EvaluationDataset(Dataset):
             for position in group
             for place in range(1 if self.sentences == "first" else counts[position])
         }
+
+    def mask_source(self, key: tuple[int, int]) -> RefRecord:
+        """The ref whose mask a sentence is scored against: its own, unless swapped."""
+        if not self.swap:
+            return self.reader.ref(key[0])
+        group = next(group for group in self.groups if key[0] in group)
+        return self.reader.ref(group[group.index(key[0]) - 1])
 
     def __getitem__(self, i: int) -> ImageSample:
         """Load image `i` and its sentences."""

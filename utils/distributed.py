@@ -29,14 +29,18 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
 
-def start() -> Ranks:
-    """Join the process group that `torchrun` announced, if it did, and choose the device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+def start(alone: bool = False) -> Ranks:
+    """Join the process group that `torchrun` announced, if it did, and choose the device.
+
+    Args:
+        alone: stay a single process whatever the environment says.
+    """
+    local_rank = 0 if alone else int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if alone or "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, 0, 1, device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -80,9 +80,7 @@ def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np
 def letterbox_image(image: np.ndarray, side: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (S, S, 3) uint8, cubic; the border is CLIP's mean colour."""
     forward, _ = letterbox_matrices(image.shape[:2], side)
-    return cv2.warpAffine(
-        image, forward, (side, side), flags=cv2.INTER_CUBIC, borderValue=BORDER
-    )
+    return cv2.warpAffine(image, forward, (side, side), flags=cv2.INTER_CUBIC, borderValue=BORDER)
 
 
 def letterbox_mask(mask: np.ndarray, side: int) -> np.ndarray:
@@ -121,6 +119,4 @@ def restore_size(square: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Undo the letterbox: (S, S) float32 -> (H, W) float32 at the photo's size, cubic."""
     _, inverse = letterbox_matrices(size, square.shape[0])
     height, width = size
-    return cv2.warpAffine(
-        square, inverse, (width, height), flags=cv2.INTER_CUBIC, borderValue=0.0
-    )
+    return cv2.warpAffine(square, inverse, (width, height), flags=cv2.INTER_CUBIC, borderValue=0.0)

@@ -1,0 +1,56 @@
+"""From a config to a model on its device, fresh or from a checkpoint."""
+
+import torch
+
+from model.segmenter import Segmenter, build_segmenter
+from utils.checkpoint import load_weights, read_checkpoint
+from utils.config import Config, check_clip_dims
+from utils.errors import UserError
+from utils.tokenizer import END_ID
+
+
+def build_model(cfg: Config, device: torch.device) -> Segmenter:
+    """The config's model as training starts it: CLIP's weights, the rest at its initialisation.
+
+    Raises:
+        UserError: no CLIP is named, or the config's widths do not fit it.
+        ArchiveError: the archive cannot be used.
+    """
+    if not cfg.TRAIN.clip_pretrain and cfg.TRAIN.clip_arch is None:
+        raise UserError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
+    return _place(build_segmenter(cfg), cfg, device)
+
+
+def restore_model(
+    cfg: Config, device: torch.device, path: str, purpose: str
+) -> tuple[Segmenter, dict]:
+    """The config's model with a checkpoint's weights; no CLIP archive is needed for it.
+
+    Args:
+        path: a checkpoint, ours or official.
+        purpose: the config key that names it, for errors.
+    Returns:
+        The model and the rest of what the checkpoint holds.
+    Raises:
+        UserError: the checkpoint cannot be read, or does not fit the config.
+    """
+    state = read_checkpoint(path, purpose)
+    weights = {key.removeprefix("module."): v for key, v in state.pop("state_dict").items()}
+    prefix = "backbone."
+    clip = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not clip:
+        raise UserError(f"{purpose}: {path} has no backbone; it is no CRIS checkpoint")
+    model = build_segmenter(cfg, clip if cfg.TRAIN.clip_arch is None else None)
+    load_weights(model, weights, path)
+    return _place(model, cfg, device), state
+
+
+def _place(model: Segmenter, cfg: Config, device: torch.device) -> Segmenter:
+    check_clip_dims(cfg.TRAIN, model.sizes)
+    if model.sizes.vocab_size <= END_ID:
+        raise UserError(
+            f"the CLIP has {model.sizes.vocab_size} tokens, its tokenizer {END_ID + 1}: "
+            "set TRAIN.clip_arch.vocab_size to that"
+        )
+    # Convolutions run faster on pixels whose channels lie side by side, on CPU and CUDA alike.
+    return model.to(device, memory_format=torch.channels_last)

@@ -1,0 +1,136 @@
+"""What test.py does with a split: score it, write the scores down, draw some, print the table."""
+
+import json
+import time
+from pathlib import Path
+
+from loguru import logger
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from engine.evaluator import (
+    SentenceScore,
+    evaluate,
+    resolve_protocols,
+    summarize_ceiling,
+    summarize_scores,
+)
+from engine.loaders import build_evaluation_loader
+from utils.config import Config
+from utils.dataset import EvaluationDataset, load_mask
+from utils.distributed import Ranks
+from utils.files import atomic_path
+from utils.logger import progress
+from utils.metrics import METRIC_NAMES
+from utils.transforms import decode_image
+from utils.visualize import comparison, file_stem, save_picture
+
+
+def split_files(cfg: Config) -> list[tuple[str, str]]:
+    """(split, LMDB path) of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`."""
+    if not cfg.TEST.splits:
+        return [(cfg.TEST.test_split, cfg.TEST.test_lmdb)]
+    folder = Path(cfg.TEST.test_lmdb).parent
+    return [(split, str(folder / f"{split}.lmdb")) for split in cfg.TEST.splits]
+
+
+def test_split(
+    cfg: Config, model: nn.Module, ranks: Ranks, split: str, lmdb: str, weights: str, folder: Path
+) -> list[dict]:
+    """Score one split and write `test_<dataset>_<split>.json`, `.jsonl` and, if asked, pictures.
+
+    Returns:
+        One result a protocol: the JSON file's content plus `ceiling`.
+    """
+    loader = build_evaluation_loader(cfg, lmdb, ranks, swap=cfg.TEST.swap_sentences)
+    start = time.monotonic()
+    scores = evaluate(
+        model,
+        loader,
+        ranks.device,
+        resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold),
+        cfg.TRAIN.batch_size_val,
+        ceiling=True,
+        rle=True,
+        progress=progress(loader, len(loader), split),
+    )
+    seconds = time.monotonic() - start
+    results = []
+    for protocol, lines in scores.items():
+        result = {
+            "dataset": cfg.DATA.dataset,
+            "split": split,
+            "checkpoint": weights,
+            "protocol": protocol,
+            "refs": len({line.ref_id for line in lines}),
+            "sentences": len(lines),
+            **summarize_scores(lines),
+            "seconds": seconds,
+            "ceiling": summarize_ceiling(lines),
+            "swapped_sentences": cfg.TEST.swap_sentences,
+        }
+        write_scores(result, lines, folder)
+        results.append(result)
+    if cfg.TEST.visualize:
+        protocol, lines = next(iter(scores.items()))
+        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], folder / "vis" / split)
+    return results
+
+
+def result_stem(result: dict) -> str:
+    """Name of a result's files: what is not the published way of scoring is in the name."""
+    stem = f"test_{result['dataset']}_{result['split']}"
+    if result["protocol"] != "published":
+        stem += f".{result['protocol']}"
+    return stem + (".swapped" if result["swapped_sentences"] else "")
+
+
+def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None:
+    """Write the two files of a result, whole or not at all."""
+    stem = result_stem(result)
+    with atomic_path(folder / f"{stem}.jsonl") as partial, partial.open("w") as file:
+        file.writelines(json.dumps(line.record()) + "\n" for line in lines)
+    with atomic_path(folder / f"{stem}.json") as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -> None:
+    """Write one picture a sentence: photo, ground truth, prediction, sentence, IoU."""
+    for line in progress(lines, len(lines), "pictures"):
+        ref = dataset.mask_source(line.key)
+        image = decode_image(dataset.reader.image(ref.image_key), ref.image_key)
+        rle = {"size": [line.height, line.width], "counts": line.pred_rle}
+        picture = comparison(
+            image, load_mask(ref) > 0, coco_mask.decode(rle) > 0, line.sentence, line.iou
+        )
+        name = f"{line.ref_id}-{line.sent_id}-iou={line.iou:.2f}-{file_stem(line.sentence)}.png"
+        save_picture(picture, folder / name)
+    logger.info(f"{len(lines)} pictures in {folder}")
+
+
+def print_table(results: list[dict]) -> None:
+    """Print one row a split and protocol in per cent, the ceiling of a perfect model below it."""
+    heads = ["dataset", "split", "protocol", "sentences", *METRIC_NAMES]
+    rows = []
+    for result in results:
+        label = result["protocol"] + (" (swapped)" if result["swapped_sentences"] else "")
+        head = [result["dataset"], result["split"], label, f"{result['sentences']}"]
+        rows.append(head + [f"{100 * result[name]:.2f}" for name in METRIC_NAMES])
+        ceiling = [f"{100 * result['ceiling'][name]:.2f}" for name in METRIC_NAMES]
+        rows.append(["", "", "  perfect model", "", *ceiling])
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    for row in [heads, *rows]:
+        left = [cell.ljust(w) for cell, w in zip(row[:3], widths, strict=False)]
+        right = [cell.rjust(w) for cell, w in zip(row[3:], widths[3:], strict=True)]
+        print("  ".join(left + right))
+    if len(results) > 1 and len({r["split"] for r in results}) > 1:
+        print_paper_row(results)
+
+
+def print_paper_row(results: list[dict]) -> None:
+    """Print mIoU of all splits in one row, as papers do."""
+    for protocol in dict.fromkeys(result["protocol"] for result in results):
+        chosen = [r for r in results if r["protocol"] == protocol]
+        splits = " / ".join(r["split"] for r in chosen)
+        values = " / ".join(f"{100 * r['mIoU']:.2f}" for r in chosen)
+        print(f"{chosen[0]['dataset']} mIoU ({protocol}), {splits}: {values}")

@@ -1,0 +1,46 @@
+"""Score a trained model on every sentence of a split, at the photos' own sizes.
+
+    python test.py --config config/refcoco/cris_r50.yaml --opts TEST.test_split testA \\
+        TEST.test_lmdb datasets/lmdb/refcoco/testA.lmdb
+    python test.py --config config/refcoco/cris_r50.yaml --opts TEST.splits "[val, testA, testB]"
+
+Runs on one device. The scores go to <output_folder>/<exp_name>/test_<dataset>_<split>.json, a line
+a sentence to the .jsonl beside it.
+"""
+
+from pathlib import Path
+
+from utils.arguments import parse_config_arguments
+from utils.errors import run as run_main
+
+
+def main() -> None:
+    """Parse, restore the model, score each split, print the table."""
+    args = parse_config_arguments(__doc__)
+    # After parsing, so that --help and a mistyped option answer at once.
+    from loguru import logger
+
+    from engine.build import restore_model
+    from engine.tester import print_table, split_files, test_split
+    from utils.checkpoint import BEST
+    from utils.config import load_config
+    from utils.distributed import start
+    from utils.logger import setup_logging
+
+    cfg = load_config(args.config, args.opts)
+    setup_logging(None, is_main=True)
+    for notice in cfg.notices:
+        logger.info(notice)
+    folder = Path(cfg.TRAIN.output_folder) / cfg.TRAIN.exp_name
+    weights = cfg.TEST.weights or str(folder / BEST)
+    ranks = start(alone=True)
+    model, _ = restore_model(cfg, ranks.device, weights, "TEST.weights")
+    results = []
+    for split, lmdb in split_files(cfg):
+        results += test_split(cfg, model, ranks, split, lmdb, weights, folder)
+    print_table(results)
+    logger.info(f"scores and predictions are in {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,76 @@
+"""Pictures of predictions that a person can judge at a glance."""
+
+import textwrap
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.files import atomic_path
+
+TRUTH_COLOR, PRED_COLOR = (46, 204, 113), (255, 64, 129)
+PANEL_WIDTH, MARGIN, FONT_SIZE = 360, 8, 18
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Tint a mask and draw its outline.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool.
+        color: RGB.
+    Returns:
+        (H, W, 3) uint8 RGB, a copy.
+    """
+    tinted = image.copy()
+    tinted[mask] = (0.5 * image[mask] + 0.5 * np.array(color)).astype(np.uint8)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    thickness = max(1, round(max(image.shape[:2]) / 250))
+    cv2.drawContours(tinted, outlines, -1, color, thickness)
+    return tinted
+
+
+def comparison(
+    image: np.ndarray, mask: np.ndarray, pred_mask: np.ndarray, sentence: str, iou: float
+) -> Image.Image:
+    """Photo, ground truth and prediction side by side under the sentence and its IoU.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask, pred_mask: (H, W) bool.
+        iou: in [0, 1].
+    """
+    height = max(1, round(image.shape[0] * PANEL_WIDTH / image.shape[1]))
+    panels = {
+        "photo": image,
+        "ground truth": overlay(image, mask, TRUTH_COLOR),
+        "prediction": overlay(image, pred_mask, PRED_COLOR),
+    }
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = textwrap.wrap(f"“{sentence}”   IoU {iou:.2f}", 100) or [""]
+    line_height = FONT_SIZE + 6
+    head = MARGIN + line_height * len(lines)
+    width = 3 * PANEL_WIDTH + 4 * MARGIN
+    canvas = Image.new("RGB", (width, head + line_height + height + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN / 2 + row * line_height), line, "black", font)
+    for column, (title, panel) in enumerate(panels.items()):
+        left = MARGIN + column * (PANEL_WIDTH + MARGIN)
+        draw.text((left, head), title, "gray", font)
+        resized = cv2.resize(panel, (PANEL_WIDTH, height), interpolation=cv2.INTER_AREA)
+        canvas.paste(Image.fromarray(resized), (left, head + line_height))
+    return canvas
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a PNG or JPEG, whole or not at all; the suffix chooses."""
+    path = Path(path)
+    with atomic_path(path) as partial:
+        picture.save(partial, format={".jpg": "JPEG"}.get(path.suffix, "PNG"))
+
+
+def file_stem(text: str, limit: int = 60) -> str:
+    """A sentence as part of a file name: letters and digits of any script, the rest as `_`."""
+    return "".join(c if c.isalnum() else "_" for c in text)[:limit].strip("_") or "empty"
