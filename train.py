@@ -44,7 +44,14 @@ def train(cfg, ranks) -> float:
     from engine.evaluator import resolve_protocols
     from engine.loaders import build_evaluation_loader, build_train_loader
     from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from engine.trainer import Run, build_scaler, fit, resolve_precision, resume
+    from engine.trainer import (
+        Run,
+        build_scaler,
+        check_resumable,
+        fit,
+        resolve_precision,
+        resume,
+    )
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
@@ -53,7 +60,6 @@ def train(cfg, ranks) -> float:
     options, device = cfg.TRAIN, ranks.device
     micro_batch = check_batch(options, ranks.world_size)
     folder = Path(options.output_folder) / options.exp_name
-    folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, ranks.is_main)
     for notice in cfg.notices:
         logger.info(notice)
@@ -62,6 +68,7 @@ def train(cfg, ranks) -> float:
     state = None
     if options.resume:
         model, state = restore_model(cfg, device, options.resume, "TRAIN.resume")
+        check_resumable(state, options.resume)
     elif options.weight:
         model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
     else:

@@ -13,12 +13,16 @@ def build_model(cfg: Config, device: torch.device) -> Segmenter:
     """The config's model as training starts it: CLIP's weights, the rest at its initialisation.
 
     Raises:
-        UserError: no CLIP is named, or the config's widths do not fit it.
-        ArchiveError: the archive cannot be used.
+        UserError: no CLIP is named, its archive cannot be used, or the config's widths do not fit
+            it.
     """
     if not cfg.TRAIN.clip_pretrain and cfg.TRAIN.clip_arch is None:
         raise UserError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
-    return _place(build_segmenter(cfg), cfg, device)
+    try:
+        model = build_segmenter(cfg)
+    except ValueError as error:  # the model layer knows no UserError
+        raise UserError(f"TRAIN.clip_pretrain: {error}") from error
+    return _place(model, cfg, device)
 
 
 def restore_model(
@@ -40,7 +44,10 @@ def restore_model(
     clip = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not clip:
         raise UserError(f"{purpose}: {path} has no backbone; it is no CRIS checkpoint")
-    model = build_segmenter(cfg, clip if cfg.TRAIN.clip_arch is None else None)
+    try:
+        model = build_segmenter(cfg, clip if cfg.TRAIN.clip_arch is None else None)
+    except ValueError as error:
+        raise UserError(f"{purpose}: {path}: {error}") from error
     load_weights(model, weights, path)
     return _place(model, cfg, device), state
 

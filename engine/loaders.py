@@ -1,7 +1,7 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import torch
@@ -9,7 +9,14 @@ from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
 from utils.config import Config
-from utils.dataset import EvaluationDataset, TrainingDataset, collate_images
+from utils.dataset import (
+    EvaluationDataset,
+    TrainingDataset,
+    collate_images,
+    collate_refs,
+    collate_refs_by_image,
+    group_by_image,
+)
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.records import RecordReader
@@ -23,7 +30,8 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
     n is the same on any number of ranks.
 
     Args:
-        num_refs: refs of the split.
+        groups: positions that stay side by side; only the order of groups is random. As
+            published, each ref is a group of its own.
         micro_batch: samples of one forward pass on one rank.
         accumulation: forward passes of one optimiser step.
         rank, world_size: this rank, and how many there are.
@@ -32,14 +40,14 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        num_refs: int,
+        groups: Sequence[Sequence[int]],
         micro_batch: int,
         accumulation: int,
         rank: int,
         world_size: int,
         seed: int,
     ) -> None:
-        self.num_refs = num_refs
+        self.groups = groups
         self.micro_batch = micro_batch
         self.accumulation = accumulation
         self.rank = rank
@@ -47,6 +55,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.epoch = 0
         global_batch = micro_batch * accumulation * world_size
+        num_refs = sum(map(len, groups))
         self.steps = num_refs // global_batch
         if self.steps == 0:
             raise UserError(
@@ -63,7 +72,8 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_refs, generator=generator)
+        shuffled = torch.randperm(len(self.groups), generator=generator).tolist()
+        order = torch.tensor([position for i in shuffled for position in self.groups[i]])
         global_batch = self.micro_batch * self.accumulation * self.world_size
         steps = order[: self.steps * global_batch].view(
             self.steps, self.accumulation, self.world_size, self.micro_batch
@@ -94,8 +104,10 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     dataset = TrainingDataset(
         RecordReader(cfg.DATA.train_lmdb), train.input_size, train.word_len, train.manual_seed
     )
+    by_image = train.batch_by == "images"
+    groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
     sampler = VisitSampler(
-        len(dataset),
+        groups,
         micro_batch,
         train.accumulation_steps,
         ranks.rank,
@@ -103,7 +115,12 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         train.manual_seed,
     )
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
-    return DataLoader(dataset, batch_sampler=sampler, **_worker_options(workers, ranks))
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_refs_by_image if by_image else collate_refs,
+        **_worker_options(workers, ranks),
+    )
 
 
 def build_evaluation_loader(

@@ -22,16 +22,23 @@ from utils.distributed import Ranks
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.metrics import METRIC_NAMES
+from utils.records import RecordReader
 from utils.transforms import decode_image
 from utils.visualize import comparison, file_stem, save_picture
 
 
 def split_files(cfg: Config) -> list[tuple[str, str]]:
-    """(split, LMDB path) of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`."""
-    if not cfg.TEST.splits:
-        return [(cfg.TEST.test_split, cfg.TEST.test_lmdb)]
+    """(split, LMDB path) of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`.
+
+    Raises:
+        UserError: one of them cannot be read; told before the first is scored.
+    """
     folder = Path(cfg.TEST.test_lmdb).parent
-    return [(split, str(folder / f"{split}.lmdb")) for split in cfg.TEST.splits]
+    files = [(split, str(folder / f"{split}.lmdb")) for split in cfg.TEST.splits]
+    files = files or [(cfg.TEST.test_split, cfg.TEST.test_lmdb)]
+    for _, lmdb in files:
+        len(RecordReader(lmdb))
+    return files
 
 
 def test_split(

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from engine.evaluator import evaluate, summarize_scores
@@ -17,7 +16,8 @@ from engine.optim import Schedule
 from model.loss import resize_target, text_to_pixel_loss
 from utils.checkpoint import save_checkpoint
 from utils.config import Config, to_dict
-from utils.distributed import Ranks, gather_objects, mean_over_ranks, unwrap
+from utils.dataset import TrainingBatch
+from utils.distributed import Ranks, gather_objects, mean_over_ranks, no_sync, unwrap
 from utils.errors import UserError
 from utils.logger import Tracker, duration, progress
 from utils.metrics import training_scores
@@ -125,26 +125,28 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     return means(total, len(run.train_loader))
 
 
-def forward_backward(run: Run, batch: dict, synchronize: bool) -> Tensor:
+def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tensor:
     """Add one micro-batch's gradients.
 
     Args:
-        batch: of `utils.dataset.TrainingSample`s.
+        batch: a `utils.dataset.TrainingBatch`.
         synchronize: whether ranks exchange gradients now (the last micro-batch of a step).
     Returns:
         (3,) on the device: loss, IoU, Pr@0.5.
     """
     train, device = run.cfg.TRAIN, run.ranks.device
-    image = normalize_images(batch["image"].to(device, non_blocking=True))
-    mask = normalize_masks(batch["mask"].to(device, non_blocking=True))
+    images = normalize_images(batch["images"].to(device, non_blocking=True))
+    masks = normalize_masks(batch["masks"].to(device, non_blocking=True))
     tokens = batch["tokens"].to(device, non_blocking=True)
-    is_ddp = isinstance(run.model, DistributedDataParallel)
-    with run.model.no_sync() if is_ddp and not synchronize else nullcontext():
+    image_index = batch["image_index"]
+    if image_index is not None:
+        image_index = image_index.to(device, non_blocking=True)
+    with nullcontext() if synchronize else no_sync(run.model):
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-            logits = run.model(image, tokens)
-        loss = text_to_pixel_loss(logits, mask, train.target)
+            logits = run.model(images, tokens, image_index)
+        loss = text_to_pixel_loss(logits, masks, train.target)
         run.scaler.scale(loss / train.accumulation_steps).backward()
-    scores = training_scores(logits, resize_target(mask, logits.shape[-2:], train.target))
+    scores = training_scores(logits, resize_target(masks, logits.shape[-2:], train.target))
     return torch.cat([loss.detach()[None], scores])
 
 
@@ -207,11 +209,11 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> None:
     save_checkpoint(state, run.folder, is_best)
 
 
-def resume(run: Run, state: dict, source: str) -> None:
-    """Continue where the checkpoint stopped; the weights were loaded when the model was built.
+def check_resumable(state: dict, source: str) -> None:
+    """Refuse a checkpoint that holds weights only (`state` is without them), or an official one.
 
     Raises:
-        UserError: it holds weights only.
+        UserError: what `resume` needs is not there.
     """
     missing = {"epoch", "step", "best_iou", "optimizer", "scaler", "rng"} - state.keys()
     if missing:
@@ -219,8 +221,13 @@ def resume(run: Run, state: dict, source: str) -> None:
             f"TRAIN.resume: {source} lacks {', '.join(sorted(missing))}; to start a new training "
             "from its weights give it as TRAIN.weight"
         )
+
+
+def resume(run: Run, state: dict, source: str) -> None:
+    """Continue where the checkpoint stopped; the weights were loaded when the model was built."""
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the precision needed no scaling then
+        run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step, run.best = state["epoch"], state["step"], state["best_iou"]
     if len(state["rng"]) == run.ranks.world_size:
         set_rng_state(state["rng"][run.ranks.rank])

@@ -63,9 +63,20 @@ class Segmenter(nn.Module):
         pixels = self.decoder(fused, word_feats, pad_mask=tokens == 0)
         return self.proj(pixels, sent_feat)
 
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """image (B, 3, S, S) float, normalised, tokens (B, L) int64 -> logits (B, 1, S/4, S/4)."""
-        return self.segment(self.encode_image(image), tokens)
+    def forward(self, image: Tensor, tokens: Tensor, image_index: Tensor | None = None) -> Tensor:
+        """Segment sentences on images.
+
+        Args:
+            image: (B, 3, S, S) float, normalised; (N, 3, S, S) with `image_index`.
+            tokens: (B, L) int64 ids; id 0 is padding.
+            image_index: (B,) int64, which of N images each sentence is about; None: its own row.
+        Returns:
+            logits (B, 1, S/4, S/4).
+        """
+        features = self.encode_image(image)
+        if image_index is not None:
+            features = features.repeat(image_index)
+        return self.segment(features, tokens)
 
 
 def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> Segmenter:

@@ -1,11 +1,11 @@
 """Fixtures that more than one test file uses."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from samples import ROOT, threads, write_records
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,27 @@ def mini_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"real photos are not part of the repository: no {root} (set REFCOCO_MINI)")
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of 12 images with 1-4 refs each (29 refs), 1-4 sentences a ref."""
+    path = tmp_path_factory.mktemp("records") / "train.lmdb"
+    return write_records(path, [2, 3, 1, 4, 2, 2, 3, 1, 4, 2, 3, 2])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread, so that what is compared exactly is computed alike."""
+    with threads(1):
+        yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With -v, print the differences that tests measured (`record_property("difference", …)`)."""
+    reports = terminalreporter.getreports("passed")
+    rows = [row for r in reports for key, row in r.user_properties if key == "difference"]
+    if rows and terminalreporter.verbosity > 0:
+        terminalreporter.section("largest differences measured")
+        for case, what, found, limit in rows:
+            terminalreporter.write_line(f"{case:<22} {what:<32} {found:>9.2e}  (limit {limit:.0e})")

@@ -146,6 +146,7 @@ ADDED = {
     "TRAIN": {
         "clip_arch": None,
         "accumulation_steps": 1,
+        "batch_by": "refs",
         "warmup_steps": 0,
         "precision": "auto",
         "target": "nearest",

@@ -40,7 +40,7 @@ then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
 
-VERSION = 1  # raise it whenever the same parameters give other files
+VERSION = 2  # raise it whenever the same parameters give other files
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of these stands out
     "red": (205, 35, 40),
@@ -60,9 +60,9 @@ KIND_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
 MAX_REFS, MIN_REFS = 4, 2  # an image; two or more, so that sentences can be swapped between refs
 MAX_SENTENCES = 4  # a ref
 
-IMAGE_SIDE = (128, 224)
-AREA_SHARE = (0.018, 0.13)  # of the image, log-uniform; the upper end gives way in a crowd
-THINGS = {3: 0.2, 4: 0.24, 5: 0.24, 6: 0.18, 7: 0.14}  # how many, and how often
+IMAGE_SIDE = (160, 224)
+AREA_SHARE = (0.028, 0.14)  # of the image, log-uniform; the upper end gives way in a crowd
+THINGS = {3: 0.28, 4: 0.28, 5: 0.22, 6: 0.13, 7: 0.09}  # how many, and how often
 MAX_TILT = 15  # degrees: a square must not turn into a diamond
 GAP = 3  # pixels between two objects' boxes and to the border
 SUPERSAMPLING = 4

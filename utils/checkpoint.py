@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, read without running anything that is in them."""
 
 import os
-import pickle
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,14 +47,12 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     if not path.is_file():
         raise UserError(f"{purpose}: there is no checkpoint {path}; train first, or name another")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{purpose}: {path} holds more than weights, not read: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{purpose}: {path} is no whole checkpoint ({reason})") from None
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a parser can stumble over foreign bytes in any way
+        raise UserError(f"{purpose}: {path} {_fault(error, path)}") from None
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
     return state
 
@@ -82,6 +81,21 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
             "use the config that it was trained with"
         )
     model.load_state_dict(weights)
+
+
+def _fault(error: Exception, path: Path) -> str:
+    """Why the file was not read, and what to do."""
+    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"asks for {asked[1]}, which weights do not need: refused, and none of it was run; "
+            "save it again as tensors and plain containers"
+        )
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive; if it is a CLIP, give it as TRAIN.clip_pretrain"
+    return (
+        f"is cut off, damaged or no checkpoint ({type(error).__name__} in its "
+        f"{path.stat().st_size} bytes); copy it again, or name another"
+    )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -118,6 +118,7 @@ class TrainConfig:
     batch_size: Size = 64
     batch_size_val: Size = 64
     accumulation_steps: Size = 1
+    batch_by: Literal["refs", "images"] = "refs"
     base_lr: Rate = 1e-4
     lr_decay: Rate = 0.1
     lr_multi: Amount = 0.1

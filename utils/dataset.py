@@ -22,6 +22,7 @@ from utils.transforms import decode_image, decode_mask, letterbox_image, letterb
 class TrainingSample(TypedDict):
     """One ref with one of its sentences; `position` is the ref's place in the LMDB."""
 
+    image_key: str
     image: Tensor  # (S, S, 3) uint8 RGB
     mask: Tensor  # (S, S) uint8, soft at the edges
     tokens: Tensor  # (L,) int64
@@ -52,15 +53,60 @@ class TrainingDataset(Dataset):
 
         The epoch comes with the index, so workers that live through all epochs need no telling.
         """
-        position, epoch = visit
-        ref = self.reader.ref(position)
-        sentence = ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
-        return TrainingSample(
-            image=torch.from_numpy(load_image(self.reader, ref, self.input_size)),
-            mask=torch.from_numpy(letterbox_mask(load_mask(ref), self.input_size)),
-            tokens=tokenize(sentence, self.word_len)[0],
-            position=position,
-        )
+        return self.__getitems__([visit])[0]
+
+    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> list[TrainingSample]:
+        """Load a batch of visits (torch's fetcher calls this), decoding each image once."""
+        images: dict[str, Tensor] = {}
+        samples = []
+        for position, epoch in visits:
+            ref = self.reader.ref(position)
+            if ref.image_key not in images:
+                image = load_image(self.reader, ref, self.input_size)
+                images[ref.image_key] = torch.from_numpy(image)
+            sentence = ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
+            sample = TrainingSample(
+                image_key=ref.image_key,
+                image=images[ref.image_key],
+                mask=torch.from_numpy(letterbox_mask(load_mask(ref), self.input_size)),
+                tokens=tokenize(sentence, self.word_len)[0],
+                position=position,
+            )
+            samples.append(sample)
+        return samples
+
+
+class TrainingBatch(TypedDict):
+    """B refs on N images; row i belongs to image `image_index[i]`, or to image i if it is None."""
+
+    images: Tensor  # (N, S, S, 3) uint8 RGB
+    image_index: Tensor | None  # (B,) int64
+    masks: Tensor  # (B, S, S) uint8
+    tokens: Tensor  # (B, L) int64
+    positions: Tensor  # (B,) int64
+
+
+def collate_refs(samples: Sequence[TrainingSample]) -> TrainingBatch:
+    """Join samples into a batch with one image a ref, as published."""
+    return TrainingBatch(
+        images=torch.stack([sample["image"] for sample in samples]),
+        image_index=None,
+        masks=torch.stack([sample["mask"] for sample in samples]),
+        tokens=torch.stack([sample["tokens"] for sample in samples]),
+        positions=torch.tensor([sample["position"] for sample in samples]),
+    )
+
+
+def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
+    """Join samples into a batch in which each image stands once, however many refs share it."""
+    firsts: dict[str, TrainingSample] = {}
+    for sample in samples:
+        firsts.setdefault(sample["image_key"], sample)
+    rows = {key: row for row, key in enumerate(firsts)}
+    batch = collate_refs(samples)
+    batch["images"] = torch.stack([sample["image"] for sample in firsts.values()])
+    batch["image_index"] = torch.tensor([rows[sample["image_key"]] for sample in samples])
+    return batch
 
 
 @dataclass(frozen=True)
@@ -109,10 +155,7 @@ class EvaluationDataset(Dataset):
         self.word_len = word_len
         self.sentences = sentences
         self.swap = swap
-        by_image: dict[str, list[int]] = {}
-        for position, key in enumerate(reader.index.image_keys):
-            by_image.setdefault(key, []).append(position)
-        self.groups = [g for g in by_image.values() if len(g) > 1 or not swap]
+        self.groups = [g for g in group_by_image(reader) if len(g) > 1 or not swap]
         if not self.groups:
             raise UserError(
                 f"{reader.path}: no image has two refs whose sentences could be swapped"
@@ -175,6 +218,14 @@ def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
         tokens=torch.cat([sample["tokens"] for sample in samples]),
         tasks=[task for sample in samples for task in sample["tasks"]],
     )
+
+
+def group_by_image(reader: RecordReader) -> list[list[int]]:
+    """Positions of the refs of each image, images in the order of their first ref."""
+    groups: dict[str, list[int]] = {}
+    for position, key in enumerate(reader.index.image_keys):
+        groups.setdefault(key, []).append(position)
+    return list(groups.values())
 
 
 def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:

@@ -6,6 +6,7 @@ ranks gloo.
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +113,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def no_sync(model: nn.Module) -> AbstractContextManager:
+    """A context in which backward passes exchange no gradients, for accumulation."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
 def synchronize_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Replace every BatchNorm by one over all ranks; names and values stay."""
     if device.type == "cuda":
@@ -146,9 +152,10 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
-        x = input.float().transpose(0, 1).flatten(1)
-        # Every rank has the same number of samples: micro-batches are equal by construction.
-        count = x.shape[1] * dist.get_world_size()
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        x = wide.transpose(0, 1).flatten(1)
+        # Ranks may see different numbers of images (TRAIN.batch_by images).
+        count = _sum_over_ranks(torch.tensor(float(x.shape[1])))
         mean = _sum_over_ranks(x.sum(1)) / count
         centred = x - mean[:, None]
         variance = _sum_over_ranks(centred.square().sum(1)) / count
@@ -158,7 +165,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shape = (1, -1) + (1,) * (input.dim() - 2)
-        output = (input.float() - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        output = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
         return output.to(input.dtype)
 
 

@@ -1,6 +1,7 @@
 """How a mistake of the user's reaches the user: one line, exit code 1, no traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,14 @@ def run(main: Callable[[], None], *also: type[Exception]) -> None:
     except (UserError, *also) as error:
         if os.environ.get("CRIS_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _line(error: Exception) -> str:
+    """The error's text; one that comes from a DataLoader's worker ends the worker's traceback."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker", text):
+        return text.splitlines()[-1].partition(": ")[2]
+    return text

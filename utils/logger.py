@@ -32,7 +32,8 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         colorize=sys.stderr.isatty(),
     )
     if folder is not None:
-        logger.add(Path(folder) / "train.log", format=FILE_FORMAT)
+        # delay: a run that fails before it has anything to say leaves no folder behind.
+        logger.add(Path(folder) / "train.log", format=FILE_FORMAT, delay=True, encoding="utf-8")
 
 
 def progress(iterable, total: int, description: str, show: bool = True):
@@ -72,9 +73,12 @@ class Tracker:
         name: str = "",
         config: dict | None = None,
     ) -> None:
-        self._file = None if folder is None else (folder / "metrics.jsonl").open("a")
-        self._wandb = None
-        if folder is not None and wandb_mode != "disabled":
+        self._file = self._wandb = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a")
+        if wandb_mode != "disabled":
             import wandb
 
             self._wandb = wandb.init(

@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels, images uint8 RGB of shape (H, W, 3), masks 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
@@ -97,9 +98,16 @@ def normalize_images(images: Tensor) -> Tensor:
     Returns:
         (B, 3, S, S) float32, CLIP's mean and deviation removed; channels-last in memory.
     """
-    mean = torch.tensor(CLIP_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _clip_statistics(images.device)
     return images.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's mean and deviation, (1, 3, 1, 1) each; copying them anew would stall a GPU's host."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
+        return mean, torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)
 
 
 def normalize_masks(masks: Tensor) -> Tensor:

@@ -71,6 +71,11 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(partial, format={".jpg": "JPEG"}.get(path.suffix, "PNG"))
 
 
-def file_stem(text: str, limit: int = 60) -> str:
-    """A sentence as part of a file name: letters and digits of any script, the rest as `_`."""
-    return "".join(c if c.isalnum() else "_" for c in text)[:limit].strip("_") or "empty"
+def file_stem(text: str, limit: int = 80) -> str:
+    """A sentence as part of a file name: letters and digits of any script, the rest as `_`.
+
+    Args:
+        limit: bytes of UTF-8, in which file systems count (255 for a whole name, as a rule).
+    """
+    name = "".join(c if c.isalnum() else "_" for c in text)
+    return name.encode()[:limit].decode(errors="ignore").strip("_") or "empty"

@@ -1,0 +1,56 @@
+# Needs make and Python 3.11 or newer, nothing else: everything is installed into .venv.
+#     make quickstart PYTHON=python3.12        another Python, for a new .venv
+#     make quickstart CONFIG=config/refshapes/cris_small.yaml
+
+PYTHON ?= python3
+CONFIG ?= config/refshapes/cris_tiny.yaml
+BIN := .venv/bin
+INSTALLED := .venv/installed-requirements.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-full lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## Make .venv with all that requirements.txt names
+
+quickstart: install ## Draw RefShapes, train on it, evaluate, and show the result: minutes on a CPU
+	@$(BIN)/python tools/quickstart.py --config $(CONFIG)
+
+test: install ## Run the tests, without the slow ones
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-full: install ## Run all the tests
+	@$(BIN)/python -m pytest
+
+lint: install ## Check style, and that the files are formatted
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: install ## Format the files, and repair what can be repaired
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Remove caches; data, runs and .venv stay
+	@rm -rf .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+
+# The copy is made last, so an interrupted installation is continued; and it is compared, because
+# a checkout gives an unchanged requirements.txt a new date.
+$(INSTALLED): requirements.txt
+	@if cmp -s requirements.txt $@; then touch $@; else $(MAKE) --no-print-directory .install; fi
+
+.PHONY: .install .venv
+.install: .venv
+	@echo "installing requirements.txt into .venv (the first time, torch is a large download)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@cp requirements.txt $(INSTALLED)
+
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+.venv:
+	@$(BIN)/python -c 'import pip; $(RECENT)' 2>/dev/null \
+	    || $(PYTHON) -c '$(RECENT)' 2>/dev/null \
+	    || { echo "error: this needs Python 3.11 or newer, and $(PYTHON) is none;" \
+	        "name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(BIN)/python -c 'import pip; $(RECENT)' 2>/dev/null || $(PYTHON) -m venv --clear .venv

@@ -1,0 +1,329 @@
+"""What a person can get wrong: one line that names it and the remedy, exit code 1, no traceback.
+
+Errors of the data preparation tools are in the tests of those tools.
+"""
+
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lmdb
+import pytest
+import torch
+from engine_helpers import error_of, make_shapes, run_command, run_program, write_config
+from samples import ROOT
+
+from utils.errors import UserError, run
+from utils.records import RecordReader, RecordWriter
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, data) -> Path:
+    """Of the tiny model, after one epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_program("train.py", write_config(folder, data))
+    return folder / "exp/tiny/last_model.pth"
+
+
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    return write_config(tmp_path, data)
+
+
+def left_behind(folder: Path) -> set[str]:
+    """What a run wrote below its output folder."""
+    return {path.name for path in (folder / "exp").rglob("*") if path.is_file()}
+
+
+def train_error(config: Path, *opts: object) -> str:
+    """How training ends; nothing may be written by then."""
+    line = error_of("train.py", config, *opts)
+    assert left_behind(config.parent) == set()
+    return line
+
+
+def put(path: Path, entries: dict[bytes, bytes]) -> Path:
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        for key, value in entries.items():
+            txn.put(key, value)
+    return path
+
+
+def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
+    """A copy of the records in which the last image's file is replaced."""
+    reader = RecordReader(source)
+    refs = [reader.ref(position) for position in range(len(reader))]
+    with RecordWriter(target, "shapes", target.stem) as writer:
+        for ref in refs:
+            is_last = ref.image_key == refs[-1].image_key
+            writer.add_image(ref.image_key, content if is_last else reader.image(ref.image_key))
+            writer.add_ref(ref, [4] * len(ref.sentences))
+    return target
+
+
+# --------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("program", ["train.py", "test.py"])
+def test_a_missing_config(program, tmp_path):
+    assert f"config file {tmp_path / 'no.yaml'}" in error_of(program, tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("opts", "messages"),
+    [
+        (["TRAIN.epoch", 3], ["unknown key TRAIN.epoch", "did you mean TRAIN.epochs?"]),
+        (["TRAIN.epochs"], ["--opts takes KEY VALUE pairs; TRAIN.epochs has no value"]),
+        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be an integer, not 'many'"]),
+        (["TRAIN.batch_size", 9000], ["training split has", "one batch of 9000", "batch_size"]),
+        (["TRAIN.batch_size", 1], ["TRAIN.batch_size 1", "single sample"]),
+        (["TRAIN.accumulation_steps", 3], ["TRAIN.batch_size 8 does not divide by 1 x 3"]),
+        (["TRAIN.word_dim", 100], ["TRAIN.word_dim 100 does not fit the CLIP: use 64"]),
+        (["TRAIN.fpn_in", "[64,64,64]"], ["TRAIN.fpn_in", "use [64, 128, 64]"]),
+        (["TRAIN.clip_arch", None], ["TRAIN.clip_pretrain and TRAIN.clip_arch are both null"]),
+        (["TRAIN.clip_arch.vocab_size", 512], ["has 512 tokens", "TRAIN.clip_arch.vocab_size"]),
+        (["TRAIN.weight", "no.pth"], ["TRAIN.weight: there is no checkpoint no.pth"]),
+        (["TRAIN.resume", "no.pth"], ["TRAIN.resume: there is no checkpoint no.pth"]),
+        (["DATA.train_lmdb", "no/t.lmdb"], ["no/t.lmdb does not exist", "tools/folder2lmdb.py"]),
+        (["DATA.val_lmdb", "no/v.lmdb"], ["no/v.lmdb does not exist", "tools/folder2lmdb.py"]),
+    ],
+)
+def test_values_that_cannot_be(config, opts, messages):
+    line = train_error(config, *opts)
+    for message in messages:
+        assert message in line
+
+
+def test_an_unknown_option_of_the_command_line_is_told_with_the_usage(config):
+    ending = run_command(sys.executable, "train.py", "--config", config, "--epochs", 3)
+    assert ending.returncode == 2  # argparse's own
+    assert "unrecognized arguments: --epochs 3" in ending.stderr
+    assert "usage:" in ending.stderr
+    assert "Traceback" not in ending.stderr
+
+
+# ------------------------------------------------------------------------------------- archives
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+VIT = {"visual.class_embedding": torch.ones(8), "visual.conv1.weight": torch.ones(768, 3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda _: b"<!DOCTYPE html><html></html>", "a web page"),
+        (lambda _: saved({"visual.conv1.weight": torch.ones(999)})[:900], "cut off or damaged"),
+        (lambda checkpoint: checkpoint.read_bytes(), "TRAIN.weight"),
+        (lambda _: saved(VIT), "CLIP ViT-B/32"),
+        (lambda _: b"", "an empty file"),
+        (lambda _: saved({"some.weight": torch.ones(2)}), "entries that make a CLIP are missing"),
+    ],
+    ids=["page", "cut", "checkpoint", "vit", "empty", "other"],
+)
+def test_an_archive_that_is_none(config, tmp_path, checkpoint, content: Callable, message):
+    path = tmp_path / "archive.pt"
+    path.write_bytes(content(checkpoint))
+    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
+    assert line.startswith(f"TRAIN.clip_pretrain: {path}: ")
+    assert message in line
+
+
+def test_a_missing_archive(config, tmp_path):
+    path = tmp_path / "RN50.pt"
+    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
+    assert f"no CLIP archive at {path}" in line
+    assert "tools/prepare_datasets.md" in line
+
+
+def clip_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The CLIP inside a checkpoint, under its own names."""
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return {
+        key.removeprefix("backbone."): value
+        for key, value in weights.items()
+        if key.startswith("backbone.") and ".connect." not in key
+    }
+
+
+def test_widths_that_do_not_fit_the_archive(config, tmp_path, checkpoint):
+    path = tmp_path / "archive.pt"
+    torch.save(clip_of(checkpoint), path)
+    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
+    line = train_error(config, *opts, "TRAIN.word_dim", 1024)
+    assert "TRAIN.word_dim 1024 does not fit the CLIP: use 64 or null" in line
+    line = train_error(config, *opts, "TRAIN.word_len", 30)
+    assert "TRAIN.word_len 30 exceeds CLIP's context_length 20" in line
+
+
+def test_an_archive_with_something_that_no_clip_has(config, tmp_path, checkpoint):
+    path = tmp_path / "archive.pt"
+    torch.save(clip_of(checkpoint) | {"visual.adapter": torch.ones(3)}, path)
+    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
+    assert "unexpected ['visual.adapter']" in line
+
+
+# ---------------------------------------------------------------------------------------- LMDBs
+
+
+def official(path: Path) -> Path:
+    return put(path, {b"0": pickle.dumps({"img": b""}), b"__keys__": b"", b"__len__": b"1"})
+
+
+def empty(path: Path) -> Path:
+    return put(path, {b"__meta__": b'{"format_version": 1, "refs": 0, "token_length": {}}'})
+
+
+def no_lmdb(path: Path) -> Path:
+    path.write_text("train")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (official, "official release's pickled format, which is not read: re-pack with"),
+        (empty, "holds no refs: re-pack with"),
+        (no_lmdb, "no LMDB can be read from"),
+    ],
+)
+def test_records_that_are_none(config, tmp_path, checkpoint, make: Callable, message):
+    path = make(tmp_path / "split.lmdb")
+    for key in ("DATA.train_lmdb", "DATA.val_lmdb"):
+        assert message in train_error(config, key, path)
+    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", path)
+    line = error_of("test.py", config, *opts)
+    assert message in line
+    assert str(path) in line
+    assert left_behind(tmp_path) == set()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 no photo"], ids=["empty", "corrupt"])
+def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, content):
+    config = write_config(tmp_path, data, workers=workers, workers_val=workers)
+    source = data / "lmdb/shapes/val.lmdb"
+    bad = with_bad_image(source, tmp_path / "bad.lmdb", content)
+    key = RecordReader(source).index.image_keys[-1]
+    message = f"{bad}, image {key}: cannot be decoded as an image ({len(content)} bytes)"
+
+    for opt in ("DATA.train_lmdb", "DATA.val_lmdb"):
+        assert error_of("train.py", config, opt, bad).startswith(message)
+    assert not any(name.endswith((".pth", ".partial")) for name in left_behind(tmp_path))
+
+    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad)
+    assert error_of("test.py", config, *opts).startswith(message)
+    assert not any(name.startswith("test_") for name in left_behind(tmp_path))
+
+
+def test_sentences_cannot_be_swapped_where_images_have_one_ref(data, tmp_path, checkpoint):
+    reader, path = RecordReader(data / "lmdb/shapes/val.lmdb"), tmp_path / "single.lmdb"
+    ref = reader.ref(0)
+    with RecordWriter(path, "shapes", "single") as writer:
+        writer.add_image(ref.image_key, reader.image(ref.image_key))
+        writer.add_ref(ref, [4] * len(ref.sentences))
+    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", path, "TEST.swap_sentences", True)
+    assert "no image has two refs" in error_of("test.py", write_config(tmp_path, data), *opts)
+
+
+# -------------------------------------------------------------------------------------- test.py
+
+
+def test_testing_before_training(config, tmp_path):
+    line = error_of("test.py", config)
+    assert f"TEST.weights: there is no checkpoint {tmp_path / 'exp/tiny/best_model.pth'}" in line
+    assert "train first" in line
+
+
+def test_an_unknown_split(config, checkpoint):
+    line = error_of("test.py", config, "TEST.splits", "[val, testZ]", "TEST.weights", checkpoint)
+    assert "testZ.lmdb does not exist" in line
+    assert left_behind(config.parent) == set()
+
+
+def test_a_checkpoint_of_another_clip(config, checkpoint):
+    opts = ("TRAIN.clip_arch.vision_width", 16, "TEST.weights", checkpoint)
+    line = error_of("test.py", config, *opts)
+    assert "backbone.visual.conv1.weight is 4×3×3×3, the model has 8×3×3×3" in line
+
+
+def test_a_checkpoint_whose_clip_lacks_something(config, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"]["backbone.ln_final.weight"]
+    torch.save(content, tmp_path / "torn.pth")
+    weights = ("TEST.weights", tmp_path / "torn.pth")
+    line = error_of("test.py", config, *weights, "TRAIN.clip_arch", None)
+    assert line.startswith(f"TEST.weights: {tmp_path / 'torn.pth'}: ")
+    assert "ln_final.weight" in line
+    assert "missing backbone.ln_final.weight" in error_of("test.py", config, *weights)
+
+
+# ---------------------------------------------------------------------------- as a person sees it
+
+
+def one_line(ending, message: str) -> None:
+    assert ending.returncode == 1
+    assert ending.stdout == ""
+    lines = [line for line in ending.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in ending.stderr
+    assert lines[0] == ending.stderr.splitlines()[-1]
+
+
+def test_the_terminal_shows_one_line(config, tmp_path):
+    archive = tmp_path / "RN50.pt"
+    archive.write_text("<html></html>")
+    opts = ("--opts", "TRAIN.clip_arch", "None", "TRAIN.clip_pretrain", archive)
+    ending = run_command(sys.executable, "-u", "train.py", "--config", config, *opts)
+    one_line(ending, "a web page")
+    assert len(ending.stderr.splitlines()) == 1
+
+
+def test_the_terminal_shows_one_line_for_an_error_in_a_loaders_process(data, tmp_path):
+    config = write_config(tmp_path, data, workers=1)
+    bad = with_bad_image(data / "lmdb/shapes/train.lmdb", tmp_path / "bad.lmdb", b"")
+    opts = ("--opts", "DATA.train_lmdb", bad, "TRAIN.epochs", 5)
+    ending = run_command(sys.executable, "-u", "train.py", "--config", config, *opts)
+    one_line(ending, "cannot be decoded as an image (0 bytes)")
+
+
+def test_a_traceback_is_shown_on_demand(monkeypatch):
+    def fail():
+        raise UserError("no such thing")
+
+    monkeypatch.setenv("CRIS_TRACEBACK", "1")
+    with pytest.raises(UserError, match="no such thing"):
+        run(fail)
+    monkeypatch.delenv("CRIS_TRACEBACK")
+    with pytest.raises(SystemExit, match="error: no such thing"):
+        run(fail)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 // 0)
+
+
+def test_help_answers_without_importing_torch():
+    code = "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+    code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally: print('torch' in sys.modules)"
+    for program in ("train.py", "test.py"):
+        ending = run_command(sys.executable, "-c", code, program, PYTHONPATH=os.fspath(ROOT))
+        assert ending.returncode == 0
+        assert "python" in ending.stdout
+        assert ending.stdout.splitlines()[-1] == "False"

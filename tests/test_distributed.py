@@ -1,0 +1,261 @@
+"""Two ranks on the CPU compute what one process computes, and torchrun starts them."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import (
+    ALONE,
+    Batches,
+    assert_same,
+    build_run,
+    load,
+    make_shapes,
+    on_cpu,
+    read_jsonl,
+    spawn,
+    torchrun,
+    write_config,
+)
+from samples import threads
+from torch import nn
+
+from engine.trainer import Run, forward_backward, train_one_epoch
+from utils import distributed
+from utils.distributed import GlooBatchNorm, Ranks, synchronize_batchnorm, unwrap, wrap
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, data) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    return write_config(folder, data, dropout=0.0, print_freq=1)
+
+
+# ------------------------------------------------------- what each rank does, and one process too
+
+
+def normalise(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """A training step and an evaluation of batch norms on this rank's share of a batch."""
+    torch.manual_seed(0)
+    norms = nn.ModuleDict({"maps": nn.BatchNorm2d(5), "vectors": nn.BatchNorm1d(3)})
+    for parameter in norms.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    inputs = {"maps": 3 + 2 * torch.randn(8, 5, 6, 7), "vectors": 100 + torch.randn(8, 3)}
+    targets = {name: torch.randn_like(x) for name, x in inputs.items()}
+    keys = set(norms.state_dict())
+    if ranks.world_size > 1:
+        norms = synchronize_batchnorm(norms, ranks.device)
+        assert all(isinstance(norm, GlooBatchNorm) for norm in norms.values())
+        assert set(norms.state_dict()) == keys
+    results = {}
+    for name, norm in norms.items():
+        share = inputs[name].chunk(ranks.world_size)[ranks.rank].requires_grad_()
+        target = targets[name].chunk(ranks.world_size)[ranks.rank]
+        output = norm(share)
+        (output * target).sum().backward()
+        norm.eval()
+        results |= {
+            f"{name}.output": output.detach(),
+            f"{name}.input_gradient": share.grad,
+            f"{name}.weight_gradient": norm.weight.grad,
+            f"{name}.bias_gradient": norm.bias.grad,
+            f"{name}.evaluated": norm(share).detach(),
+        }
+    return results | {f"state.{key}": value for key, value in norms.state_dict().items()}
+
+
+class Losses(list):
+    """A tracker that keeps the losses of the steps."""
+
+    def log(self, kind: str, record: dict) -> None:
+        if kind == "step":
+            self.append(record["loss"])
+
+
+def descend(ranks: Ranks, config: Path, *opts: object) -> tuple[list[float], Run]:
+    """The first steps of a training with plain gradient descent: losses, and the run."""
+    run = build_run(config, *opts, ranks=ranks)
+    run.optimizer = torch.optim.SGD(
+        [{"params": run.model.parameters(), "name": name} for name in ("all",)], lr=0.05
+    )
+    run.tracker = Losses()
+    batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
+    run.train_loader = Batches(batches)
+    with on_cpu():
+        train_one_epoch(run, 0)
+    return list(run.tracker), run
+
+
+def synchronised_only_when_complete(ranks: Ranks, config: Path) -> list[bool]:
+    """After each of two micro-batches: whether the ranks hold the same gradients."""
+    run = build_run(config, "TRAIN.accumulation_steps", 2, ranks=ranks)
+    agree = []
+    for batch, completes in zip(run.train_loader, (False, True), strict=False):
+        forward_backward(run, batch, synchronize=completes)
+        gradient = unwrap(run.model).proj.txt.weight.grad
+        parts = distributed.gather_objects(gradient.clone())
+        agree.append(all(torch.equal(part, gradient) for part in parts))
+    return agree
+
+
+def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
+    """Everything that is compared below, computed by one of two ranks."""
+    assert distributed.gather_objects(ranks.rank) == [0, 1]
+    assert distributed.mean_over_ranks(torch.tensor([2.0 * ranks.rank])).item() == 1.0
+    assert not distributed.wants_launch()
+    plain = wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), ranks, sync_bn=False)
+    assert type(unwrap(plain)[1]) is nn.BatchNorm1d
+    results = {"norms": normalise(ranks)}
+    for name, opts in (("plain", ()), ("accumulated", ("TRAIN.accumulation_steps", 2))):
+        losses, run = descend(ranks, config, *opts)
+        results[name] = (losses, unwrap(run.model).state_dict())
+    results["agree"] = synchronised_only_when_complete(ranks, config)
+    torch.save(results, out / f"{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, config) -> list[dict]:
+    """The results of both ranks."""
+    out = tmp_path_factory.mktemp("results")
+    spawn(2, on_rank, config, out)
+    return [load(out / f"{rank}.pt") for rank in range(2)]
+
+
+# ---------------------------------------------------------------------------------- comparisons
+
+
+def test_batch_norm_over_two_ranks_is_that_of_one_process(two_ranks):
+    with threads(1):
+        expected = normalise(ALONE)
+    first, second = (results["norms"] for results in two_ranks)
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.startswith("state"):
+            assert torch.equal(first[name], second[name]), name
+            got = first[name]
+        elif name.endswith(("weight_gradient", "bias_gradient")):
+            got = first[name] + second[name]
+        else:
+            got = torch.cat([first[name], second[name]])
+        # Inputs around 100 leave a part in 1e5 of their variation.
+        tolerance = 1e-4 if name.startswith("vectors") else 1e-6
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=tolerance, msg=name)
+
+
+def test_two_ranks_train_like_one_process_with_the_whole_batch(two_ranks, config):
+    losses, run = descend(ALONE, config)
+    assert len(losses) == STEPS
+    assert losses[0] > losses[-1]
+    state = run.model.state_dict()
+    for results in two_ranks:
+        got_losses, got_state = results["plain"]
+        assert got_losses == pytest.approx(losses, rel=1e-5)
+        assert got_state.keys() == state.keys()
+        for key, value in state.items():
+            scale = value.abs().max().item()
+            torch.testing.assert_close(got_state[key], value, rtol=1e-5, atol=1e-5 * scale, msg=key)
+    assert_same(dict(two_ranks[0]["plain"][1]), dict(two_ranks[1]["plain"][1]))
+
+
+def test_ranks_that_accumulate_stay_alike_and_exchange_gradients_once_a_step(two_ranks):
+    assert_same(dict(two_ranks[0]["accumulated"][1]), dict(two_ranks[1]["accumulated"][1]))
+    for results in two_ranks:
+        assert results["agree"] == [False, True]
+
+
+def test_every_trained_parameter_is_used(config):
+    # What DistributedDataParallel insists on; the runs above would have failed otherwise.
+    run = build_run(config)
+    with on_cpu():
+        forward_backward(run, next(iter(run.train_loader)), True)
+    unused = [n for n, p in run.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+
+
+def test_alone_everything_works_without_a_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with on_cpu():
+        ranks = distributed.start()
+        assert ranks == ALONE
+        assert not distributed.wants_launch()
+    assert ranks.is_main
+    assert not replace_rank(ranks, 1).is_main
+    model = nn.Linear(2, 2)
+    assert wrap(model, ranks, sync_bn=True) is model
+    assert unwrap(model) is model
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.mean_over_ranks(torch.tensor([3.0])).item() == 3.0
+    distributed.barrier()
+    distributed.stop()
+
+
+def replace_rank(ranks: Ranks, rank: int) -> Ranks:
+    return ranks._replace(rank=rank)
+
+
+def test_a_plain_start_takes_all_visible_gpus(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.wants_launch()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun has done it already
+    assert not distributed.wants_launch()
+
+
+# ------------------------------------------------------------------------------------- torchrun
+
+
+def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp_path):
+    config = write_config(tmp_path, data)
+    opts = ("--opts", "TRAIN.batch_size", 7)
+    ending = torchrun(2, "train.py", "--config", config, *opts)
+    assert ending.returncode == 1
+    message = "error: TRAIN.batch_size 7 does not divide by 2 x 1 (ranks x"
+    lines = [line for line in ending.stderr.splitlines() if message in line]
+    assert 1 <= len(lines) <= 2
+    assert "nearest that works: 6 or 8" in lines[0]
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_validates_saves_and_resumes(data, tmp_path):
+    straight = write_config(tmp_path / "straight", data, dropout=0.1, workers=1, workers_val=1)
+    parts = write_config(tmp_path / "parts", data, dropout=0.1, workers=1, workers_val=1)
+    last = parts.parent / "exp/tiny/last_model.pth"
+    for config, opts in (
+        (straight, ("TRAIN.epochs", 2)),
+        (parts, ("TRAIN.epochs", 1)),
+        (parts, ("TRAIN.epochs", 2, "TRAIN.resume", last)),
+    ):
+        ending = torchrun(2, "train.py", "--config", config, "--opts", *opts)
+        assert ending.returncode == 0, ending.stderr
+        assert ending.stderr.count("2 rank(s) x 4 x 1 (accumulation) = batch 8") == 1
+    got, expected = load(last), load(straight.parent / "exp/tiny/last_model.pth")
+    assert len(got["rng"]) == 2
+    assert not torch.equal(got["rng"][0]["torch"], got["rng"][1]["torch"])
+    assert not any(key.startswith("module.") for key in got["state_dict"])
+    del got["config"], expected["config"]
+    assert_same(got, expected)
+    for folder in (straight.parent, parts.parent):
+        records = read_jsonl(folder / "exp/tiny/metrics.jsonl")
+        assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2]
+        assert (folder / "exp/tiny/best_model.pth").is_file()
+
+
+@pytest.mark.slow
+def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(data, tmp_path, capfd):
+    config = write_config(tmp_path, data)
+    assert torchrun(2, "train.py", "--config", config).returncode == 0
+    last = tmp_path / "exp/tiny/last_model.pth"
+    run = build_run(config, "TRAIN.epochs", 2, "TRAIN.resume", last)
+    assert run.epoch == 1
+    assert "was saved by 2 ranks, this is 1" in capfd.readouterr().err
+    state = load(last)["state_dict"]
+    assert_same(dict(run.model.state_dict()), dict(state))

@@ -1,0 +1,243 @@
+"""The house's rules about imports, read off the source: they run one way and cost nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from typing import NamedTuple
+
+import pytest
+from samples import ROOT
+
+LEAVES = {
+    "utils.arguments",
+    "utils.config",
+    "utils.distributed",
+    "utils.errors",
+    "utils.files",
+    "utils.metrics",
+    "utils.records",
+    "utils.seed",
+    "utils.tokenizer",
+    "utils.transforms",
+}
+SECOND_TIER = {"utils.checkpoint", "utils.dataset", "utils.logger", "utils.visualize"}
+ENTRIES = {"train", "test"}
+
+
+def module_files() -> dict[str, str]:
+    """Every module of the repository outside tests/, by name."""
+    paths = [ROOT / f"{name}.py" for name in ENTRIES]
+    for package in ("engine", "model", "tools", "utils"):
+        paths += sorted((ROOT / package).rglob("*.py"))
+    names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths}
+    return {name.removesuffix(".__init__"): p.read_text("utf-8") for p, name in names.items()}
+
+
+SOURCES = module_files()
+TOOLS = sorted(
+    name for name, text in SOURCES.items() if name.startswith("tools.") and "def main(" in text
+)
+
+
+# Run without arguments, by make; it shares its pictures and metrics with what it starts.
+LOADS_TORCH = {"tools.quickstart"}
+
+
+class Import(NamedTuple):
+    """One imported name, dotted; `at_import` unless it lies in a function."""
+
+    name: str
+    at_import: bool
+
+
+def imports(source: str) -> list[Import]:
+    """What a module imports, except for the type checker alone."""
+    return list(_imports(ast.parse(source), at_import=True))
+
+
+def _imports(node: ast.AST, at_import: bool) -> Iterator[Import]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, at_import) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports name their package"
+        yield from (Import(f"{node.module}.{alias.name}", at_import) for alias in node.names)
+    in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, at_import and not in_function)
+
+
+def own_imports(name: str) -> set[str]:
+    """The repository's modules that a module imports, wherever in it."""
+    found = set()
+    for imported, _ in imports(SOURCES[name]):
+        owner = imported if imported in SOURCES else imported.rpartition(".")[0]
+        if owner in SOURCES:
+            found.add(owner)
+    return found
+
+
+def layer(name: str) -> str:
+    """Where a module belongs."""
+    if name in LEAVES:
+        return "leaf"
+    if name in SECOND_TIER:
+        return "second tier"
+    return "entry" if name in ENTRIES else name.partition(".")[0]
+
+
+MAY_IMPORT = {
+    "leaf": {"leaf"},
+    "second tier": {"leaf"},
+    "model": {"model"},
+    "engine": {"engine", "model", "second tier", "leaf"},
+    "tools": {"tools", "engine", "model", "second tier", "leaf"},
+    "entry": {"engine", "model", "second tier", "leaf"},
+}
+
+
+def run_python(code: str, cwd: object = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+# --------------------------------------------------------------------------------------- directions
+
+
+def test_the_reader_of_imports_sees_every_form_of_them():
+    source = (
+        "import a.b\nfrom c import d as e, f\nif TYPE_CHECKING:\n    import g\n"
+        "class A:\n    import h\n    def m(self):\n        import i\n"
+        "try:\n    import j\nexcept ImportError:\n    pass\n"
+    )
+    assert imports(source) == [
+        ("a.b", True), ("c.d", True), ("c.f", True), ("h", True), ("i", False), ("j", True),
+    ]  # fmt: skip
+
+
+def test_every_module_of_utils_has_its_tier():
+    in_utils = {name for name in SOURCES if name.startswith("utils.")}
+    assert in_utils == LEAVES | SECOND_TIER
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_run_one_way(name):
+    wrong = {other for other in own_imports(name) if layer(other) not in MAY_IMPORT[layer(name)]}
+    assert not wrong, f"{name} ({layer(name)}) may not import {wrong}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: own_imports(name) - {name} for name in SOURCES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(SOURCES)
+
+
+def test_tests_reader_finds_the_dependencies_that_are_known():
+    assert own_imports("utils.dataset") >= {"utils.records", "utils.transforms", "utils.seed"}
+    assert own_imports("engine.trainer") >= {"engine.evaluator", "model.loss"}
+    assert own_imports("train") >= {"engine.trainer", "utils.config"}
+
+
+# ---------------------------------------------------------------------------------------- one place
+
+
+def users_of(*modules: str) -> set[str]:
+    """Modules that import one of these (or something in it), or reach it as an attribute."""
+    found = set()
+    for name, source in SOURCES.items():
+        named = [imported for imported, _ in imports(source)]
+        named += [
+            ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)
+        ]
+        if any(f"{text}.".startswith(f"{module}.") for text in named for module in modules):
+            found.add(name)
+    return found
+
+
+def test_only_one_module_touches_torch_distributed():
+    assert users_of("torch.distributed", "torch.nn.parallel", "torch.multiprocessing") == {
+        "utils.distributed"
+    }
+
+
+def test_only_one_module_reads_the_ranks_environment():
+    variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+    readers = {
+        name
+        for name, source in SOURCES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value in variables
+    }
+    assert readers == {"utils.distributed"}
+
+
+def test_only_the_logger_imports_wandb_and_only_when_asked():
+    found = {
+        (name, at_import)
+        for name, source in SOURCES.items()
+        for imported, at_import in imports(source)
+        if imported.partition(".")[0] == "wandb"
+    }
+    assert found == {("utils.logger", False)}
+
+
+def test_no_module_imports_torchvision_when_it_is_imported():
+    found = {
+        name
+        for name, source in SOURCES.items()
+        for imported, at_import in imports(source)
+        if imported.partition(".")[0] == "torchvision" and at_import
+    }
+    assert found == set()
+
+
+# -------------------------------------------------------------------------------- importing is free
+
+
+def test_importing_any_module_does_nothing_and_loads_neither_wandb_nor_torchvision(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
+        "import importlib, json, random\n"
+        "before = random.getstate()\n"
+        f"for name in {sorted(SOURCES)!r}: importlib.import_module(name)\n"
+        "assert random.getstate() == before\n"
+        "assert sys.argv == ['x', '--nonsense']\n"
+        "assert not sys.modules['torch'].distributed.is_initialized()\n"
+        "print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
+    )
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert not {"wandb", "torchvision"} & set(json.loads(result.stdout))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted({*ENTRIES, *TOOLS} - LOADS_TORCH))
+def test_help_is_printed_without_loading_torch(name):
+    path = f"{name.replace('.', '/')}.py"
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{path!r}, '--help']\n"
+        f"try: runpy.run_path({path!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code in (0, None), end.code\n"
+        "assert not {'torch', 'wandb', 'torchvision'} & set(sys.modules)\n"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+def test_help_of_train_comes_at_once():
+    seconds = []
+    for _ in range(3):  # the best of three, as others may be using the machine
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "train.py", "--help"], cwd=ROOT, check=True, capture_output=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.5
