@@ -71,7 +71,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         shuffled = torch.randperm(len(self.groups), generator=generator).tolist()
         order = torch.tensor([position for i in shuffled for position in self.groups[i]])
         global_batch = self.micro_batch * self.accumulation * self.world_size

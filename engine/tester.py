@@ -102,7 +102,12 @@ def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None
 
 
 def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -> None:
-    """Write one picture a sentence: photo, ground truth, prediction, sentence, IoU."""
+    """Write one picture a sentence: photo, ground truth, prediction, sentence, IoU.
+
+    Pictures of an earlier test are removed: the IoU is in their names, so they would stay beside.
+    """
+    for old in folder.glob("*-iou=*.png"):
+        old.unlink()
     for line in progress(lines, len(lines), "pictures"):
         ref = dataset.mask_source(line.key)
         image = decode_image(dataset.reader.image(ref.image_key), ref.image_key)

@@ -65,7 +65,7 @@ def build_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScal
 
 
 def fit(run: Run) -> float:
-    """Train from `run.epoch` to the last epoch, validating and saving after each.
+    """Train from `run.epoch` to the last epoch; validate and save every `TRAIN.val_freq` epochs.
 
     Returns:
         The best validation mIoU, in [0, 1].
@@ -73,9 +73,13 @@ def fit(run: Run) -> float:
     epochs, first, start = run.cfg.TRAIN.epochs, run.epoch, time.monotonic()
     for epoch in range(first, epochs):
         losses = train_one_epoch(run, epoch)
+        run.epoch = epoch + 1
+        if run.epoch % run.cfg.TRAIN.val_freq and run.epoch < epochs:
+            run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses})
+            continue
         scores = validate(run)
         is_best = scores["mIoU"] > run.best
-        run.epoch, run.best = epoch + 1, max(run.best, scores["mIoU"])
+        run.best = max(run.best, scores["mIoU"])
         run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses, **scores})
         save(run, scores, is_best)
         left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)

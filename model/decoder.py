@@ -85,7 +85,6 @@ class Decoder(nn.Module):
         x = vis.flatten(2).transpose(1, 2)
         for layer in self.layers:
             x = layer(x, words, vis_pos, word_pos, pad_mask)
-        # contiguous: see DenseAttentionPool.forward.
         return self.norm(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
 

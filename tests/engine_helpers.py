@@ -158,7 +158,7 @@ def run_command(*command: object, **env: str) -> subprocess.CompletedProcess[str
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

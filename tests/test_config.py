@@ -147,6 +147,7 @@ ADDED = {
         "clip_arch": None,
         "accumulation_steps": 1,
         "batch_by": "refs",
+        "val_freq": 1,
         "warmup_steps": 0,
         "precision": "auto",
         "target": "nearest",

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +22,19 @@ from engine_helpers import (
 from samples import threads
 from torch import nn
 
+from engine.build import build_model
 from engine.trainer import Run, forward_backward, train_one_epoch
 from utils import distributed
+from utils.config import Config
 from utils.distributed import GlooBatchNorm, Ranks, synchronize_batchnorm, unwrap, wrap
+from utils.transforms import normalize_images
 
 STEPS = 3
+RECIPES = {
+    "plain": (),
+    "by image": ("TRAIN.batch_by", "images"),
+    "accumulated": ("TRAIN.accumulation_steps", 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def normalise(ranks: Ranks) -> dict[str, torch.Tensor]:
     norms = nn.ModuleDict({"maps": nn.BatchNorm2d(5), "vectors": nn.BatchNorm1d(3)})
     for parameter in norms.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
-    inputs = {"maps": 3 + 2 * torch.randn(8, 5, 6, 7), "vectors": 100 + torch.randn(8, 3)}
+    inputs = {"maps": 3 + 2 * torch.randn(8, 5, 6, 7), "vectors": 1 + torch.randn(8, 3)}
     targets = {name: torch.randn_like(x) for name, x in inputs.items()}
     keys = set(norms.state_dict())
     if ranks.world_size > 1:
@@ -72,6 +81,16 @@ def normalise(ranks: Ranks) -> dict[str, torch.Tensor]:
     return results | {f"state.{key}": value for key, value in norms.state_dict().items()}
 
 
+# In float32 the last bits of a batch norm over eight samples grow to some per cent in three steps,
+# in one process as in two: that would hide what is wrong.
+def build_double(cfg: Config, device: torch.device) -> nn.Module:
+    return build_model(cfg, device).double()
+
+
+def normalize_double(images: torch.Tensor) -> torch.Tensor:
+    return normalize_images(images).double()
+
+
 class Losses(list):
     """A tracker that keeps the losses of the steps."""
 
@@ -82,14 +101,14 @@ class Losses(list):
 
 def descend(ranks: Ranks, config: Path, *opts: object) -> tuple[list[float], Run]:
     """The first steps of a training with plain gradient descent: losses, and the run."""
-    run = build_run(config, *opts, ranks=ranks)
-    run.optimizer = torch.optim.SGD(
-        [{"params": run.model.parameters(), "name": name} for name in ("all",)], lr=0.05
-    )
+    with mock.patch("engine.build.build_model", build_double):
+        run = build_run(config, *opts, ranks=ranks)
+    parameters = {"params": run.model.parameters(), "name": "all"}
+    run.optimizer = torch.optim.SGD([parameters], lr=0.01)
     run.tracker = Losses()
     batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
     run.train_loader = Batches(batches)
-    with on_cpu():
+    with on_cpu(), mock.patch("engine.trainer.normalize_images", normalize_double):
         train_one_epoch(run, 0)
     return list(run.tracker), run
 
@@ -114,7 +133,7 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     plain = wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), ranks, sync_bn=False)
     assert type(unwrap(plain)[1]) is nn.BatchNorm1d
     results = {"norms": normalise(ranks)}
-    for name, opts in (("plain", ()), ("accumulated", ("TRAIN.accumulation_steps", 2))):
+    for name, opts in RECIPES.items():
         losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
     results["agree"] = synchronised_only_when_complete(ranks, config)
@@ -145,24 +164,23 @@ def test_batch_norm_over_two_ranks_is_that_of_one_process(two_ranks):
             got = first[name] + second[name]
         else:
             got = torch.cat([first[name], second[name]])
-        # Inputs around 100 leave a part in 1e5 of their variation.
-        tolerance = 1e-4 if name.startswith("vectors") else 1e-6
-        torch.testing.assert_close(got, value, rtol=1e-6, atol=tolerance, msg=name)
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=2e-6, msg=name)
 
 
-def test_two_ranks_train_like_one_process_with_the_whole_batch(two_ranks, config):
-    losses, run = descend(ALONE, config)
+@pytest.mark.parametrize("name", ["plain", "by image"])
+def test_two_ranks_train_like_one_process_with_the_whole_batch(two_ranks, config, name):
+    losses, run = descend(ALONE, config, *RECIPES[name])
     assert len(losses) == STEPS
     assert losses[0] > losses[-1]
     state = run.model.state_dict()
     for results in two_ranks:
-        got_losses, got_state = results["plain"]
-        assert got_losses == pytest.approx(losses, rel=1e-5)
+        got_losses, got_state = results[name]
+        assert got_losses == pytest.approx(losses, rel=1e-6)
         assert got_state.keys() == state.keys()
         for key, value in state.items():
             scale = value.abs().max().item()
-            torch.testing.assert_close(got_state[key], value, rtol=1e-5, atol=1e-5 * scale, msg=key)
-    assert_same(dict(two_ranks[0]["plain"][1]), dict(two_ranks[1]["plain"][1]))
+            torch.testing.assert_close(got_state[key], value, rtol=0, atol=1e-9 * scale, msg=key)
+    assert_same(dict(two_ranks[0][name][1]), dict(two_ranks[1][name][1]))
 
 
 def test_ranks_that_accumulate_stay_alike_and_exchange_gradients_once_a_step(two_ranks):
@@ -187,7 +205,7 @@ def test_alone_everything_works_without_a_process_group(monkeypatch):
         assert ranks == ALONE
         assert not distributed.wants_launch()
     assert ranks.is_main
-    assert not replace_rank(ranks, 1).is_main
+    assert not ranks._replace(rank=1).is_main
     model = nn.Linear(2, 2)
     assert wrap(model, ranks, sync_bn=True) is model
     assert unwrap(model) is model
@@ -195,10 +213,6 @@ def test_alone_everything_works_without_a_process_group(monkeypatch):
     assert distributed.mean_over_ranks(torch.tensor([3.0])).item() == 3.0
     distributed.barrier()
     distributed.stop()
-
-
-def replace_rank(ranks: Ranks, rank: int) -> Ranks:
-    return ranks._replace(rank=rank)
 
 
 def test_a_plain_start_takes_all_visible_gpus(monkeypatch):

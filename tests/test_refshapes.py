@@ -250,7 +250,7 @@ def test_choosing_an_object_without_reading_scores_below_035_on_val(root):
         ("circle on the far left", "position"),
         ("biggest square", "size"),
         ("triangle under the blue circle", "relation"),
-        ("Star to the left of the white cross", "relation"),
+        ("Star to the left of the white circle", "relation"),
     ],
 )
 def test_the_grammar_tells_the_kind(sentence, kind):
@@ -274,7 +274,7 @@ def test_arguable_phrases_have_no_referent():
             thing("star", "red", 20, 20, 100),
             thing("star", "red", 25, 80, 130),
             thing("star", "blue", 80, 50, 300),
-            thing("cross", "blue", 60, 15),
+            thing("circle", "blue", 60, 15),
         ),
     )
     expected = {
@@ -282,11 +282,13 @@ def test_arguable_phrases_have_no_referent():
         refshapes.Phrase("attribute", "star", colour="blue"): 2,
         refshapes.Phrase("position", "star", "left"): None,  # 5 % ahead only
         refshapes.Phrase("position", "star", "right"): 2,
-        refshapes.Phrase("position", "cross", "above"): None,  # no other cross
+        refshapes.Phrase("position", "circle", "above"): None,  # no other circle
         refshapes.Phrase("size", "star", "big"): 2,
         refshapes.Phrase("size", "star", "small"): None,  # 1.3 times only
-        refshapes.Phrase("relation", "star", "below", "blue", "cross"): None,  # two fairly below
-        refshapes.Phrase("relation", "star", "left", "blue", "cross"): None,  # the second nearly so
+        refshapes.Phrase("relation", "star", "below", "blue", "circle"): None,  # two fairly below
+        refshapes.Phrase(
+            "relation", "star", "left", "blue", "circle"
+        ): None,  # the second nearly so
         refshapes.Phrase("relation", "star", "left", "red", "star"): None,  # which red star?
     }
     assert {phrase: refshapes.referent(scene, phrase) for phrase in expected} == expected

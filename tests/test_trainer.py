@@ -162,6 +162,16 @@ def test_start_epoch_counts_from_there(config, tmp_path):
     assert steps[0]["lr_head"] == pytest.approx(1e-4)
 
 
+def test_validating_now_and_then_saves_then_and_at_the_end(config, tmp_path):
+    folder = tmp_path / "exp/tiny"
+    run_program("train.py", config, "epochs", 5, "val_freq", 2)
+    epochs = [record for record in metrics(tmp_path) if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5]
+    assert [record["epoch"] for record in epochs if "mIoU" in record] == [2, 4, 5]
+    assert all("loss" in record for record in epochs)
+    assert load(folder / "last_model.pth")["epoch"] == 5
+
+
 def test_the_best_model_survives_worse_epochs_and_a_resume(config, tmp_path, monkeypatch):
     scores = iter([0.3, 0.5, 0.2, 0.4, 0.6])
     monkeypatch.setattr(
@@ -222,7 +232,19 @@ def batch_of(run: Run) -> dict:
 
 
 def halves(batch: dict) -> list[dict]:
-    return [{key: value.chunk(2)[i] for key, value in batch.items()} for i in range(2)]
+    parts = (
+        {key: value[i::2] for key, value in batch.items() if value is not None} for i in (0, 1)
+    )
+    return [{"image_index": None, **part} for part in parts]
+
+
+def assert_same_gradients(got: Run, expected: Run) -> None:
+    """Equal but for the order of additions."""
+    pairs = zip(expected.model.named_parameters(), got.model.parameters(), strict=True)
+    for (name, a), b in pairs:
+        if a.requires_grad:
+            tolerance = 1e-5 * a.grad.abs().max().item() + 1e-9
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=tolerance, msg=name)
 
 
 def test_one_batch_is_learnt(config):
@@ -248,13 +270,21 @@ def test_two_half_batches_accumulate_to_the_gradient_of_the_whole(config):
             losses = [forward_backward(run, part, True)[0].item() for part in batches]
             run.loss = sum(losses) / len(losses)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
-    pairs = zip(whole.model.named_parameters(), parts.model.parameters(), strict=True)
-    for (name, expected), got in pairs:
-        if expected.requires_grad:
-            scale = expected.grad.abs().max().item()
-            torch.testing.assert_close(
-                got.grad, expected.grad, rtol=0, atol=1e-5 * scale + 1e-9, msg=name
-            )
+    assert_same_gradients(parts, whole)
+
+
+def test_an_image_is_encoded_once_for_its_refs_and_they_learn_the_same(config):
+    by_image = build_run(config, "TRAIN.batch_by", "images")
+    by_ref = build_run(config)
+    batch = batch_of(by_image)
+    assert len(batch["images"]) < len(batch["tokens"]) == 8
+    repeated = batch | {"images": batch["images"][batch["image_index"]], "image_index": None}
+    with on_cpu():
+        for run, same in ((by_image, batch), (by_ref, repeated)):
+            run.model.eval()
+            run.loss = forward_backward(run, same, True)[0].item()
+    assert by_image.loss == pytest.approx(by_ref.loss, rel=1e-6)
+    assert_same_gradients(by_image, by_ref)
 
 
 def test_accumulation_makes_as_many_steps_of_as_many_refs(tmp_path, data):

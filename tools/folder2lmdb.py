@@ -25,7 +25,8 @@ EPILOG = """examples:
       -j datasets/anns/refcoco/$split.json -i datasets/images/train2014 \\
       -m datasets/masks/refcoco -o datasets/lmdb/refcoco; done
 
-writes OUTPUT_DIR/<split>.lmdb when it is complete, named after the JSON"""
+writes OUTPUT_DIR/<split>.lmdb when it is complete, named after the JSON; several JSON files make
+one LMDB, such as val+testA.lmdb"""
 
 _REDO = "make it again with python tools/data_process.py"
 _REDO_MASKS = f"{_REDO} --generate_mask"
@@ -37,12 +38,12 @@ _SENTENCE_FIELDS = {"sent": str, "sent_id": int}
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack a split and print what went into it."""
     args = _parse_args(argv)
-    entries = load_entries(args.json)
+    entries = load_entries(*args.json)
     for folder, what in ((args.img_dir, "images (-i)"), (args.mask_dir, "masks (-m)")):
         if not folder.is_dir():
             raise UserError(f"the folder of {what} does not exist: {folder}")
-    dataset = args.dataset or args.json.resolve().parent.name
-    split = args.json.stem
+    dataset = args.dataset or args.json[0].resolve().parent.name
+    split = "+".join(path.stem for path in args.json)
     path = args.output_dir / f"{split}.lmdb"
 
     sizes: dict[str, tuple[int, int]] = {}
@@ -64,13 +65,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(token_length_summary(meta["token_length"]))
 
 
-def load_entries(path: Path) -> list[dict]:
-    """Read and check the JSON of one split.
+def load_entries(*paths: Path) -> list[dict]:
+    """Read and check the JSON of one split, or of several that are packed as one.
 
     Raises:
-        UserError: the file is missing, broken or empty, or an entry lacks a field, or two share a
+        UserError: a file is missing, broken or empty, or an entry lacks a field, or two share a
             ref id or sentence id.
     """
+    entries: list[dict] = []
+    ref_ids: dict[int, str] = {}
+    sent_ids: dict[int, str] = {}
+    for path in paths:
+        for number, entry in enumerate(_load_json(path)):
+            where = f"{path}: entry {number}"
+            _check_entry(entry, where)
+            _check_unique(ref_ids, entry["segment_id"], "segment_id", where)
+            for sentence in entry["sentences"]:
+                _check_unique(sent_ids, sentence["sent_id"], "sent_id", where)
+            entries.append(entry)
+    return entries
+
+
+def _load_json(path: Path) -> list:
     if not path.is_file():
         raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
     try:
@@ -81,18 +97,15 @@ def load_entries(path: Path) -> list[dict]:
         raise UserError(f"{path} is not a list of refs: {_REDO}")
     if not entries:
         raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
-    ref_ids: dict[int, int] = {}
-    sent_ids: dict[int, int] = {}
-    for number, entry in enumerate(entries):
-        where = f"{path}: entry {number}"
-        check_fields(entry, _ENTRY_FIELDS, where, _REDO)
-        if not entry["sentences"]:
-            raise UserError(f"{where}: sentences is empty")
-        _check_unique(ref_ids, entry["segment_id"], number, "segment_id", where)
-        for i, sentence in enumerate(entry["sentences"]):
-            check_fields(sentence, _SENTENCE_FIELDS, f"{where}, sentence {i}", _REDO)
-            _check_unique(sent_ids, sentence["sent_id"], number, "sent_id", where)
     return entries
+
+
+def _check_entry(entry: object, where: str) -> None:
+    check_fields(entry, _ENTRY_FIELDS, where, _REDO)
+    if not entry["sentences"]:
+        raise UserError(f"{where}: sentences is empty")
+    for i, sentence in enumerate(entry["sentences"]):
+        check_fields(sentence, _SENTENCE_FIELDS, f"{where}, sentence {i}", _REDO)
 
 
 def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord:
@@ -157,10 +170,10 @@ def _read_picture(path: Path, flags: int, remedy: str) -> tuple[bytes, np.ndarra
     return data, pixels
 
 
-def _check_unique(seen: dict[int, int], key: int, number: int, field: str, where: str) -> None:
+def _check_unique(seen: dict[int, str], key: int, field: str, where: str) -> None:
     if key in seen:
-        raise UserError(f"{where} has {field} {key}, as entry {seen[key]} has: {_REDO}")
-    seen[key] = number
+        raise UserError(f"{where} has {field} {key}, as {seen[key]} has: {_REDO}")
+    seen[key] = where
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,7 +181,13 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("-j", "--json", type=Path, required=True, help="anns/<dataset>/<split>.json")
+    add(
+        *("-j", "--json"),
+        type=Path,
+        required=True,
+        nargs="+",
+        help="anns/<dataset>/<split>.json; several are packed as one split, <a>+<b>",
+    )
     add("-i", "--img-dir", type=Path, required=True, help="folder of the images")
     add("-m", "--mask-dir", type=Path, required=True, help="folder of the masks")
     add("-o", "--output-dir", type=Path, required=True, help="folder for <split>.lmdb")

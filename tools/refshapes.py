@@ -40,8 +40,8 @@ then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
 
-VERSION = 2  # raise it whenever the same parameters give other files
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+VERSION = 4  # raise it whenever the same parameters give other files
+SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of these stands out
     "red": (205, 35, 40),
     "green": (35, 150, 55),
@@ -269,21 +269,13 @@ def kind_of(sentence: str) -> str:
 @cache
 def _unit_outline(shape: str) -> np.ndarray:
     """(N, 2) corners of a shape of area 1 with its centroid at the origin."""
-    if shape == "cross":
-        a, b = 0.32, 1.0
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a)]
-        points = np.array(corners + [(-x, -y) for x, y in corners])
-    else:
-        count, inner = {
-            "circle": (40, 1),
-            "square": (4, 1),
-            "triangle": (3, 1),
-            "star": (10, 0.45),
-        }[shape]
-        turn = np.pi / 4 if shape == "square" else 0
-        angles = 2 * np.pi * np.arange(count) / count - np.pi / 2 + turn
-        radii = np.where(np.arange(count) % 2, inner, 1)
-        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
+    count, inner = {"circle": (40, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}[
+        shape
+    ]
+    turn = np.pi / 4 if shape == "square" else 0
+    angles = 2 * np.pi * np.arange(count) / count - np.pi / 2 + turn
+    radii = np.where(np.arange(count) % 2, inner, 1)
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
     return points / np.sqrt(cv2.contourArea(points.astype(np.float32)))
 
 
@@ -337,7 +329,7 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
     outlines, largest = None, AREA_SHARE[1]
     while outlines is None:
         outlines = _lay_out(rng, shapes, size, largest)
-        largest = max(largest * 0.9, 2 * AREA_SHARE[0])
+        largest = max(largest * 0.9, 1.1 * AREA_SHARE[0])
     things = []
     for shape, outline in zip(shapes, outlines, strict=True):
         moments = cv2.moments(outline.astype(np.float32))

@@ -127,6 +127,7 @@ class TrainConfig:
     max_norm: Amount = 0.0
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     target: Literal["nearest", "area"] = "nearest"
+    val_freq: Size = 1
     val_sentences: Literal["all", "first"] = "all"
     manual_seed: Count = 0
     print_freq: Size = 100

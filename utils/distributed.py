@@ -103,7 +103,6 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=not sync_bn,
         gradient_as_bucket_view=True,
     )
 
@@ -155,10 +154,10 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         x = wide.transpose(0, 1).flatten(1)
         # Ranks may see different numbers of images (TRAIN.batch_by images).
-        count = _sum_over_ranks(torch.tensor(float(x.shape[1])))
-        mean = _sum_over_ranks(x.sum(1)) / count
+        count = _SumOverRanks.apply(torch.tensor(float(x.shape[1])))
+        mean = _SumOverRanks.apply(x.sum(1)) / count
         centred = x - mean[:, None]
-        variance = _sum_over_ranks(centred.square().sum(1)) / count
+        variance = _SumOverRanks.apply(centred.square().sum(1)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -169,7 +168,15 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         return output.to(input.dtype)
 
 
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, through which gradients flow back to every rank's summand."""
 
-    return all_reduce(values)
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradient)

@@ -88,11 +88,12 @@ def _abridged(sentence: str, limit: int = 200) -> str:
     return sentence if len(sentence) <= limit else sentence[:limit] + "…"
 
 
-def _encode(sentence: str) -> list[int]:
+@lru_cache(maxsize=1 << 16)  # a training visits the same sentences in every epoch
+def _encode(sentence: str) -> tuple[int, ...]:
     ids = [START_ID]
     for word in WORD.findall(_clean(sentence)):
         ids.extend(_word_ids(word))
-    return [*ids, END_ID]
+    return (*ids, END_ID)
 
 
 def _clean(sentence: str) -> str:

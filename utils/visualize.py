@@ -41,7 +41,8 @@ def comparison(
         mask, pred_mask: (H, W) bool.
         iou: in [0, 1].
     """
-    height = max(1, round(image.shape[0] * PANEL_WIDTH / image.shape[1]))
+    height = round(image.shape[0] * PANEL_WIDTH / image.shape[1])
+    height = min(max(1, height), 4 * PANEL_WIDTH)  # a tower of a photo is squeezed
     panels = {
         "photo": image,
         "ground truth": overlay(image, mask, TRUTH_COLOR),
