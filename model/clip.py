@@ -211,7 +211,11 @@ class DenseCLIP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as CLIP was before its training (Radford et al. 2021, released code)."""
+        """Initialise as CLIP was before its training (Radford et al. 2021, released code).
+
+        But residual branches start active, not at zero: the backbones trained from scratch here
+        have a block a stage, and without its branch a stage is linear.
+        """
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         width = self.ln_final.normalized_shape[0]
@@ -225,9 +229,6 @@ class DenseCLIP(nn.Module):
         pool = self.visual.attnpool
         for proj in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
             nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
-        for block in self.visual.modules():
-            if isinstance(block, Bottleneck):
-                nn.init.zeros_(block.bn3.weight)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DenseResNet.forward`."""
