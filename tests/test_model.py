@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.clip_archive import ClipSizes, derive_sizes
 from model.decoder import sequence_positions
-from model.projector import dynamic_conv
+from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
 from utils.config import load_config
 from utils.transforms import normalize_images
@@ -234,25 +234,49 @@ def test_every_clip_resnet_builds_and_its_sizes_can_be_read_off_its_weights(name
 # -------------------------------------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("size", [(7, 5), (1, 1), (2, 9)])
-def test_dynamic_conv_equals_a_grouped_convolution_forward_and_backward(size):
-    draw = torch.Generator().manual_seed(0)
-    shapes = (3, 4, *size), (3, 4, 9), (3, 1)
-    ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
-    theirs = [t.detach().clone().requires_grad_() for t in ours]
-    x, kernel, bias = theirs
-    grouped = F.conv2d(
-        x.reshape(1, 12, *size), kernel.view(3, 4, 3, 3), bias.flatten(), padding=1, groups=3
-    )
-    expected = grouped.transpose(0, 1)
-    found = dynamic_conv(*ours)
-    assert found.shape == (3, 1, *size)
+def assert_same_values_and_gradients(found, expected, ours, theirs):
+    """Compare results and, after one backward pass with the same weights, all gradients."""
     torch.testing.assert_close(found, expected)
-    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    weights = torch.randn(found.shape, generator=draw, dtype=found.dtype)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (2, 9)])
+def test_projector_equals_its_plain_form_forward_and_backward(size):
+    """Plain: upsample, convolve, upsample, convolve, 1×1, then a grouped dynamic convolution."""
+    torch.manual_seed(0)
+    ours, theirs = (Projector(sent_dim=6, in_channels=8).double().eval() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    vis, sent_feat = torch.randn(3, 8, *size).double(), torch.randn(3, 6).double()
+    pixels = theirs.vis(vis)
+    kernel, bias = theirs.txt(sent_feat).split([4 * 9, 1], dim=1)
+    height, width = 4 * size[0], 4 * size[1]
+    plain = F.conv2d(
+        pixels.reshape(1, 12, height, width),
+        kernel.reshape(3, 4, 3, 3),
+        bias.flatten(),
+        padding=1,
+        groups=3,
+    )
+    assert_same_values_and_gradients(
+        ours(vis, sent_feat), plain.transpose(0, 1), ours.parameters(), theirs.parameters()
+    )
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (2, 9)])
+def test_upsample_conv_equals_a_convolution_of_the_upsampled_map(size):
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 5, *size), (3, 5, 3, 3)
+    ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    x, weight = theirs
+    upsampled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    expected = F.conv2d(upsampled, weight, padding=1)
+    assert_same_values_and_gradients(upsample_conv(*ours), expected, ours, theirs)
 
 
 def test_text_tokens_see_only_those_before_them():

@@ -1,0 +1,125 @@
+"""The whole chain by its real programs: REFER files → JSON and masks → LMDB → training → scores."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from engine_helpers import (
+    load,
+    make_shapes,
+    pack,
+    read_jsonl,
+    run_command,
+    run_program,
+    write_config,
+)
+from PIL import Image
+from samples import ROOT
+
+from utils.metrics import METRIC_NAMES
+from utils.records import RecordReader
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.getbasetemp())
+
+
+def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int) -> None:
+    """Everything that a training and a test by both protocols leave behind."""
+    assert {"config.yaml", "train.log", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
+    for name in ("last_model.pth", "best_model.pth"):
+        assert all(torch.isfinite(w).all() for w in load(folder / name)["state_dict"].values())
+    sentences = RecordReader(lmdb).meta["sentences"]
+    for suffix in ("", ".aligned"):
+        stem = f"test_{dataset}_{split}{suffix}"
+        result = json.loads((folder / f"{stem}.json").read_text())
+        assert result["sentences"] == sentences == len(read_jsonl(folder / f"{stem}.jsonl"))
+        assert all(0 <= result[name] <= result["ceiling"][name] <= 1 for name in METRIC_NAMES)
+    paths = list((folder / "vis" / split).iterdir())
+    assert len(paths) == pictures
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.verify()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_shapes_from_nothing_to_scores(data, tmp_path):
+    config = write_config(tmp_path, data, epochs=2, batch_by="images", workers=1, workers_val=1)
+    run_program("train.py", config)
+    opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 5)
+    run_program("test.py", config, *opts)
+    lmdb = data / "lmdb/shapes/val.lmdb"
+    check_run(tmp_path / "exp/tiny", "shapes", "val", lmdb, pictures=5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split_by", "train", "val"),
+    [
+        ("refcoco", "unc", "train", "testB"),
+        ("refcoco+", "unc", "val", "testA"),
+        ("refcocog", "umd", "train", "test"),
+    ],
+)
+def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, split_by, train, val):
+    pack(mini_root, tmp_path, dataset, split_by, dataset)
+    config = write_config(tmp_path, tmp_path, dataset, threshold=0.15, print_freq=100)
+    folder = tmp_path / "lmdb" / dataset
+    lmdbs = ("DATA.train_lmdb", folder / f"{train}.lmdb", "DATA.val_lmdb", folder / f"{val}.lmdb")
+    run_program("train.py", config, *lmdbs)
+    split = ("TEST.test_split", val, "TEST.test_lmdb", folder / f"{val}.lmdb")
+    opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 2)
+    run_program("test.py", config, *split, *opts)
+    check_run(tmp_path / "exp/tiny", dataset, val, folder / f"{val}.lmdb", pictures=2)
+
+
+def test_the_official_command_lines_run_as_they_are_written(data, tmp_path):
+    config, lmdb = write_config(tmp_path, data), data / "lmdb/shapes"
+    # Keys that official files have and that do nothing here are accepted.
+    tree = yaml.safe_load(config.read_text())
+    tree["DATA"]["mask_root"] = "datasets/masks/refcoco"
+    tree["TRAIN"] |= {"evaluate": True, "save_freq": 1, "intermediate": False}
+    tree["Distributed"] = {
+        "dist_url": "tcp://localhost:3681",
+        "dist_backend": "nccl",
+        "multiprocessing_distributed": True,
+        "world_size": 1,
+        "rank": 0,
+    }
+    config.write_text(yaml.safe_dump(tree))
+    ending = run_command(sys.executable, "-u", "train.py", "--config", config)
+    assert ending.returncode == 0, ending.stderr
+    assert ending.stderr.count("no effect here: ") == 5
+    assert "Warning" not in ending.stderr
+    assert ending.stdout == ""
+
+    opts = ["TEST.test_split", "val-test", "TEST.test_lmdb", lmdb / "val.lmdb"]
+    command = ["-u", "test.py", "--config", config, "--opts", *opts]
+    ending = run_command(sys.executable, *command)
+    assert ending.returncode == 0, ending.stderr
+    assert ending.stdout.splitlines()[0].split()[:4] == [
+        *("dataset", "split", "protocol", "sentences")
+    ]
+    assert ending.stdout.splitlines()[1].split()[:3] == ["shapes", "val", "published"]
+    assert "Warning" not in ending.stderr
+    assert (tmp_path / "exp/tiny/test_shapes_val.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_tools_run_from_the_command_line(tmp_path):
+    refer, out = tmp_path / "refshapes", tmp_path / "datasets"
+    for command in (
+        f"refshapes.py -o {refer} --train 4 --val 1 --testA 0 --testB 0",
+        f"data_process.py --data_root {refer} --output_dir {out} --dataset refshapes --split unc"
+        " --generate_mask",
+        f"folder2lmdb.py -j {out}/anns/refshapes/train.json -i {refer}/images/train2014"
+        f" -m {out}/masks/refshapes -o {out}/lmdb/refshapes",
+    ):
+        tool, *args = command.split()
+        ending = run_command(sys.executable, ROOT / "tools" / tool, *args)
+        assert ending.returncode == 0, ending.stderr
+    meta = RecordReader(out / "lmdb/refshapes/train.lmdb").meta
+    assert meta["images"] == 4
