@@ -142,7 +142,8 @@ def error_of(name: str, config: Path, *opts: object) -> str:
         line = ending.code
         # What lives on in the frames of an error goes in the garbage collector's own order, and
         # then each process of a loader takes five seconds to end.
-        traceback.clear_frames(ending.__context__.__traceback__)
+        if ending.__context__ is not None:
+            traceback.clear_frames(ending.__context__.__traceback__)
     assert isinstance(line, str), f"exit code {line}"
     assert line.startswith("error: ")
     assert len(line.splitlines()) == 1

@@ -6,8 +6,10 @@ Errors of the data preparation tools are in the tests of those tools.
 import io
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -229,6 +231,18 @@ def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, co
     assert not any(name.startswith("test_") for name in left_behind(tmp_path))
 
 
+def test_a_mask_that_cannot_be_decoded(config, data, tmp_path, checkpoint):
+    reader, bad = RecordReader(data / "lmdb/shapes/val.lmdb"), tmp_path / "bad.lmdb"
+    with RecordWriter(bad, "shapes", "bad") as writer:
+        for ref in (reader.ref(position) for position in range(len(reader))):
+            writer.add_image(ref.image_key, reader.image(ref.image_key))
+            writer.add_ref(replace(ref, mask=b"no PNG"), [4] * len(ref.sentences))
+    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad)
+    message = r"mask of ref \d+: cannot be decoded as an image \(6 bytes\)"
+    assert re.match(message, error_of("test.py", config, *opts))
+    assert re.match(message, error_of("train.py", config, "DATA.train_lmdb", bad))
+
+
 def test_sentences_cannot_be_swapped_where_images_have_one_ref(data, tmp_path, checkpoint):
     reader, path = RecordReader(data / "lmdb/shapes/val.lmdb"), tmp_path / "single.lmdb"
     ref = reader.ref(0)
@@ -316,6 +330,15 @@ def test_a_traceback_is_shown_on_demand(monkeypatch):
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
+
+
+def test_stopping_by_hand_is_no_error():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ending:
+        run(stop)
+    assert ending.value.code == 130
 
 
 def test_help_answers_without_importing_torch():

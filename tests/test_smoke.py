@@ -108,7 +108,6 @@ def test_the_official_command_lines_run_as_they_are_written(data, tmp_path):
     assert (tmp_path / "exp/tiny/test_shapes_val.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_tools_run_from_the_command_line(tmp_path):
     refer, out = tmp_path / "refshapes", tmp_path / "datasets"
     for command in (

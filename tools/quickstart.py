@@ -131,8 +131,14 @@ def take(step: Step) -> float | None:
 
 
 def execute(command: Sequence[str]) -> int:
-    """Run a command on this terminal and give its exit code."""
-    return subprocess.run(command).returncode
+    """Run a command on this terminal and give its exit code.
+
+    The models are so small that a second thread or GPU would slow them down: one of each, so that
+    the recipe is the same on every machine. What the environment says goes first.
+    """
+    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
+    return subprocess.run(command, env=environment).returncode
 
 
 def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
