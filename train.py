@@ -41,7 +41,7 @@ def train(cfg, ranks) -> float:
     from loguru import logger
 
     from engine.build import build_model, restore_model
-    from engine.evaluator import resolve_protocols
+    from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader
     from engine.optim import build_optimizer, build_schedule, parameter_groups
     from engine.trainer import (
@@ -60,10 +60,7 @@ def train(cfg, ranks) -> float:
     options, device = cfg.TRAIN, ranks.device
     micro_batch = check_batch(options, ranks.world_size)
     folder = Path(options.output_folder) / options.exp_name
-    setup_logging(folder, ranks.is_main)
-    for notice in cfg.notices:
-        logger.info(notice)
-
+    setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
     state = None
     if options.resume:
@@ -82,6 +79,10 @@ def train(cfg, ranks) -> float:
     # From here on ranks draw different dropout.
     seed_everything(options.manual_seed + ranks.rank)
 
+    # Nothing is written before everything that can be missing has been found.
+    setup_logging(folder, ranks.is_main)
+    for notice in cfg.notices:
+        logger.info(notice)
     if ranks.is_main:
         save_config(cfg, folder / "config.yaml")
     logger.info(
@@ -92,7 +93,11 @@ def train(cfg, ranks) -> float:
         f"{len(train_loader) // options.accumulation_steps} steps; output in {folder}"
     )
     with Tracker(
-        folder if ranks.is_main else None, options.wandb, options.exp_name, to_dict(cfg)
+        folder if ranks.is_main else None,
+        options.wandb,
+        options.exp_name,
+        to_dict(cfg),
+        continues=state is not None,
     ) as tracker:
         run = Run(
             cfg=cfg,
@@ -105,7 +110,7 @@ def train(cfg, ranks) -> float:
             dtype=dtype,
             train_loader=train_loader,
             val_loader=val_loader,
-            protocols=resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold),
+            protocols=validation_protocol(cfg),
             tracker=tracker,
             epoch=options.start_epoch,
         )

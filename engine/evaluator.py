@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from model.loss import resize_target
+from utils.config import Config
 from utils.dataset import EvaluationBatch, SentenceTask, load_mask
 from utils.distributed import gather_objects
 from utils.metrics import intersection_and_union, iou, summarize
@@ -95,6 +96,12 @@ def resolve_protocols(name: str, threshold: float | None = None) -> dict[str, Pr
     return {n: replace(protocol, threshold=threshold) for n, protocol in chosen.items()}
 
 
+def validation_protocol(cfg: Config) -> dict[str, Protocol]:
+    """The one protocol that selects checkpoints: the first of those that the test scores by."""
+    chosen = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
+    return dict([next(iter(chosen.items()))])
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -112,7 +119,7 @@ def evaluate(
 
     Args:
         model: the unwrapped segmenter; left in the mode that it was in.
-        loader: from `engine.loaders.evaluation_loader`, this rank's share.
+        loader: from `engine.loaders.build_evaluation_loader`, this rank's share.
         device: where the model is.
         protocols: by name; the model runs once for all of them.
         sentences_per_batch: at most so many at a time.

@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser and learning-rate schedule of CRIS (SPEC of the recipe: README)."""
+"""Parameter groups, optimiser and learning-rate schedule of CRIS (surprises: README, Ledger)."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

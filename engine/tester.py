@@ -80,7 +80,8 @@ def test_split(
         results.append(result)
     if cfg.TEST.visualize:
         protocol, lines = next(iter(scores.items()))
-        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], folder / "vis" / split)
+        name = split + (".swapped" if cfg.TEST.swap_sentences else "")
+        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], folder / "vis" / name)
     return results
 
 

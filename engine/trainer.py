@@ -31,8 +31,8 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 class Run:
     """What a training consists of, and how far it is.
 
-    `model` is wrapped for its ranks. `protocols` are what validation scores; the first one decides
-    which checkpoint is best. `epoch` and `step` count what is complete, `best` is in [0, 1].
+    `model` is wrapped for its ranks. `protocols` holds the one that validation scores by, which
+    decides what checkpoint is best. `epoch` and `step` count what is complete, `best` is in [0, 1].
     """
 
     cfg: Config
@@ -76,6 +76,7 @@ def fit(run: Run) -> float:
         run.epoch = epoch + 1
         if run.epoch % run.cfg.TRAIN.val_freq and run.epoch < epochs:
             run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses})
+            logger.info(f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}")
             continue
         scores = validate(run)
         is_best = scores["mIoU"] > run.best
@@ -85,8 +86,9 @@ def fit(run: Run) -> float:
         left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
         logger.info(
             f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}, "
-            f"val mIoU {100 * scores['mIoU']:.2f}, Pr@0.5 {100 * scores['Pr@0.5']:.2f}"
-            f"{' (best)' if is_best else ''}, {duration(left)} left"
+            f"{run.cfg.DATA.val_split} mIoU {100 * scores['mIoU']:.2f}, "
+            f"Pr@0.5 {100 * scores['Pr@0.5']:.2f}{' (best)' if is_best else ''}, "
+            f"{duration(left)} left"
         )
     return run.best
 
@@ -183,13 +185,15 @@ def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, floa
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Score the validation split on all ranks; the first protocol's mIoU, oIoU and Pr@X."""
+    """Score the validation split on all ranks: mIoU, oIoU and Pr@X."""
+    loader = run.val_loader
     scores = evaluate(
         unwrap(run.model),
-        run.val_loader,
+        loader,
         run.ranks.device,
         run.protocols,
         sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
+        progress=progress(loader, len(loader), "validation", run.ranks.is_main),
     )
     return summarize_scores(next(iter(scores.values())))
 

@@ -142,6 +142,10 @@ def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:
     """
     connect = backbone.visual.attnpool.connect[0]
     connect.weight.data = connect.weight.data.half().float()
+    own = backbone.state_dict()
+    wrong = [key for key, v in weights.items() if key in own and own[key].shape != v.shape]
+    if wrong:
+        raise ValueError(f"CLIP weights contradict each other in the shapes of {wrong}")
     missing, unexpected = backbone.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not key.startswith("visual.attnpool.connect.")]
     if missing or unexpected:

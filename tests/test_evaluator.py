@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -237,6 +238,20 @@ def test_two_processes_score_the_same_sentences_as_one(trained, cfg, run_folder,
     counts = [first[score.key] for score in expected]
     got = [replace(s, intersection=i, union=u) for s, (i, u) in zip(expected, counts, strict=True)]
     assert_close(got, expected)
+
+
+def test_where_polygons_overlap_is_foreground_too(trained, cfg, data, tmp_path):
+    # There the official masks hold 254, and 253 where three do.
+    reader, lmdb = RecordReader(val_lmdb(data)), tmp_path / "overlap.lmdb"
+    ref = reader.ref(0)
+    mask = load_mask(ref)
+    overlapping = np.where(np.arange(mask.shape[1]) % 2, mask, mask // 255 * 253)
+    png = cv2.imencode(".png", overlapping)[1].tobytes()
+    with RecordWriter(lmdb, "shapes", "overlap") as writer:
+        writer.add_image(ref.image_key, reader.image(ref.image_key))
+        writer.add_ref(replace(ref, mask=png), token_lengths(ref.sentences))
+    expected = [s for s in scores_of(trained, cfg, val_lmdb(data)) if s.ref_id == ref.ref_id]
+    assert_close(scores_of(trained, cfg, str(lmdb)), expected)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ SPLIT_ALIASES = {"val-test": "val"}  # the official test configs' name for val
 # Published keys that are accepted everywhere and do nothing: why.
 NO_EFFECT = {
     "DATA.mask_root": "masks are stored in the LMDB",
-    "TRAIN.evaluate": "validation follows every epoch",
+    "TRAIN.evaluate": "validation follows every TRAIN.val_freq epochs",
     "TRAIN.save_freq": "the last and the best checkpoint are written as training goes",
     "TRAIN.intermediate": "the decoder returns its last layer only",
 } | dict.fromkeys(
@@ -177,6 +177,8 @@ class TestConfig:
     swap_sentences: bool = False
 
     def __post_init__(self) -> None:
+        splits = tuple(SPLIT_ALIASES.get(split, split) for split in self.splits)
+        object.__setattr__(self, "splits", splits)
         split = SPLIT_ALIASES.get(self.test_split, self.test_split)
         object.__setattr__(self, "test_split", split)
 

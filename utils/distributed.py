@@ -60,16 +60,18 @@ def wants_launch() -> bool:
 
 
 def launch() -> None:
-    """Run this very command once per visible GPU, through torch's own launcher."""
+    """Run this very command once per visible GPU, through torch's own launcher.
+
+    A rank that fails has said why; its exit code ends this process too.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    main(["--standalone", f"--nproc_per_node={torch.cuda.device_count()}", *sys.argv])
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    try:
+        main(["--standalone", f"--nproc_per_node={torch.cuda.device_count()}", *sys.argv])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
 
 
 def gather_objects(item: Any) -> list[Any]:

@@ -10,21 +10,25 @@ class UserError(ValueError):
     """Something that the person at the terminal can put right; its text is one line saying how."""
 
 
-def run(main: Callable[[], None], *also: type[Exception]) -> None:
+def run(main: Callable[[], None]) -> None:
     """Run an entry point, turning foreseen failures into `error: ...` and exit code 1.
+
+    Foreseen are `UserError`, and what the system refuses to do with a named file (no permission,
+    no space, a file where a folder should be).
 
     Args:
         main: the program; takes no arguments.
-        also: further exception types whose text is meant for the user (the model layer, which
-            imports nothing from here, has its own).
 
     `CRIS_TRACEBACK=1` in the environment shows the traceback all the same.
     """
     try:
         main()
-    except (UserError, *also) as error:
-        if os.environ.get("CRIS_TRACEBACK"):
+    except (UserError, OSError) as error:
+        is_foreseen = isinstance(error, UserError) or error.filename is not None
+        if os.environ.get("CRIS_TRACEBACK") or not is_foreseen:
             raise
+        if isinstance(error, OSError):
+            sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -64,6 +64,7 @@ class Tracker:
         folder: of the run; None makes a tracker that does nothing (ranks other than 0).
         wandb_mode: "disabled", "offline" or "online".
         name, config: what Weights & Biases shows.
+        continues: append to the records of a run that is resumed; a new run starts anew.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Tracker:
         wandb_mode: str = "disabled",
         name: str = "",
         config: dict | None = None,
+        continues: bool = False,
     ) -> None:
         self._file = self._wandb = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._file = (folder / "metrics.jsonl").open("a" if continues else "w")
         if wandb_mode != "disabled":
             import wandb
 

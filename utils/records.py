@@ -357,8 +357,9 @@ def _open_file(path: Path, size: int) -> lmdb.Environment:
 def _repack(path: Path, verb: str = "re-pack with") -> str:
     """The command that makes the file, as far as its path tells."""
     out, root = path.parent, path.parent.parent.parent
+    jsons = " ".join(f"{root / 'anns' / out.name / split}.json" for split in path.stem.split("+"))
     return (
-        f"{verb} python tools/folder2lmdb.py -j {root / 'anns' / out.name / path.stem}.json "
+        f"{verb} python tools/folder2lmdb.py -j {jsons} "
         f"-i {root / 'images' / 'train2014'} -m {root / 'masks' / out.name} -o {out}"
     )
 
