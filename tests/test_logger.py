@@ -88,9 +88,16 @@ def test_records_are_appended_one_json_object_a_line_at_once(tmp_path):
         tracker.log("step", {"step": 1, "loss": 0.5})
         path = tmp_path / "run/metrics.jsonl"
         assert read_jsonl(path) == [{"kind": "step", "step": 1, "loss": 0.5}]  # not when closed
-    with Tracker(tmp_path / "run") as tracker:
+    with Tracker(tmp_path / "run", continues=True) as tracker:
         tracker.log("epoch", {"epoch": 2})
     assert [record["kind"] for record in read_jsonl(path)] == ["step", "epoch"]
+
+
+def test_a_new_run_in_the_same_folder_starts_its_records_anew(tmp_path):
+    for epoch in (1, 2):
+        with Tracker(tmp_path / "run") as tracker:
+            tracker.log("epoch", {"epoch": epoch})
+    assert read_jsonl(tmp_path / "run/metrics.jsonl") == [{"kind": "epoch", "epoch": 2}]
 
 
 def test_a_tracker_without_a_folder_does_nothing(tmp_path, monkeypatch):

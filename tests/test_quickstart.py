@@ -195,7 +195,7 @@ def test_the_picture_of_examples_is_written_where_the_report_says(quick, capsys)
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(quick):
-    quick(Runner(epochs=3))
+    quick(Runner(epochs=1))  # of more
     second = Runner()
     quick(second)
     assert programs(second) == ["train", "test", "test"]
