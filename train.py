@@ -44,14 +44,7 @@ def train(cfg, ranks) -> float:
     from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader
     from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from engine.trainer import (
-        Run,
-        build_scaler,
-        check_resumable,
-        fit,
-        resolve_precision,
-        resume,
-    )
+    from engine.trainer import Run, build_scaler, check_resumable, fit, resolve_precision, resume
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
