@@ -57,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = make_record(entry, sizes[key], args.mask_dir)
             writer.add_ref(record, token_lengths(record.sentences))
 
+    print(packed_summary(path))
+
+
+def packed_summary(path: Path) -> str:
+    """What lies in a file: counts, size, lengths of the sentences."""
     meta = RecordReader(path).meta
-    print(
+    return (
         f"{path}: {meta['refs']} refs, {meta['sentences']} sentences, {meta['images']} images, "
-        f"{path.stat().st_size / 1e6:.1f} MB"
+        f"{path.stat().st_size / 1e6:.1f} MB\n" + token_length_summary(meta["token_length"])
     )
-    print(token_length_summary(meta["token_length"]))
 
 
 def load_entries(*paths: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Pictures of predictions that a person can judge at a glance."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -63,6 +64,24 @@ def comparison(
         resized = cv2.resize(panel, (PANEL_WIDTH, height), interpolation=cv2.INTER_AREA)
         canvas.paste(Image.fromarray(resized), (left, head + line_height))
     return canvas
+
+
+def grid(
+    cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int, foot: int = 0
+) -> Image.Image:
+    """Set pictures in rows on white.
+
+    Args:
+        size: (width, height) of each of them, in pixels.
+        gap: pixels between them and around them.
+        foot: more white below, in pixels.
+    """
+    width, height = size[0] + gap, size[1] + gap
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap + foot), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
