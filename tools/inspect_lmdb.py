@@ -182,11 +182,15 @@ def check_records(reader) -> Check:
 
 
 def _index_problems(reader, position: int, ref) -> Iterator[str]:
-    for name, values in reader.index._asdict().items():
-        kept = values[position]
-        own = len(ref.sentences) if name == "num_sentences" else getattr(ref, name[:-1])
-        if kept != own:
-            yield f"the index gives it {name} {kept}, the record {own}"
+    index = reader.index
+    for what, kept, own in (
+        ("ref_id", index.ref_ids, ref.ref_id),
+        ("image", index.image_keys, ref.image_key),
+        ("image_id", index.image_ids, ref.image_id),
+        ("number of sentences", index.num_sentences, len(ref.sentences)),
+    ):
+        if kept[position] != own:
+            yield f"the index says {what} {kept[position]}, the record {own}"
 
 
 def _id_problems(ref, seen: dict[str, set[int]]) -> Iterator[str]:
@@ -266,10 +270,8 @@ def describe(check: Check, word_len: int) -> list[str]:
     if check.shares:
         values = "  ".join(f"{100 * _quantile(check.shares, q):.1f}" for q in QUANTILES)
         names = " ".join(f"{100 * q:g}" for q in QUANTILES)
-        lines.append(
-            f"masks    {sum(check.mask_bytes) / len(check.mask_bytes) / 1e3:,.1f} kB each; "
-            f"% of the photo at quantiles {names}: {values}"
-        )
+        lines.append(f"masks    {sum(check.mask_bytes) / len(check.mask_bytes) / 1e3:,.1f} kB each")
+        lines.append(f"         % of the photo they cover, at quantiles {names} %: {values}")
     known = [category for category in check.categories if category is not None]
     lines.append(f"classes  {len(known)} categories" if known else "classes  no categories")
     cut = sum(n for length, n in check.token_lengths.items() if length > word_len)
