@@ -163,7 +163,7 @@ def members(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def unzip(path: Path, folder: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Unpack some members of an archive; those that are there already, whole, are left alone.
+    """Unpack some members of an archive; those that are there already (size, CRC) are left alone.
 
     Each file appears when it is complete, so an interrupted run is continued by another one.
 
@@ -173,11 +173,14 @@ def unzip(path: Path, folder: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
         UserError: not enough space, or the archive is damaged.
     """
     missing = [e for e in entries if _length(folder / e.filename) != e.file_size]
-    total = sum(entry.file_size for entry in missing)
-    check_space(folder, total, f"unpacking {path.name}")
+    check_space(folder, sum(entry.file_size for entry in missing), f"unpacking {path.name}")
+    total = sum(entry.file_size for entry in entries)
     with zipfile.ZipFile(path) as archive, _bytes_bar(total, f"unpack {path.name}") as bar:
-        for entry in missing:
+        for entry in entries:
             target = folder / entry.filename
+            bar.update(entry.file_size)
+            if _is_there(target, entry):
+                continue
             try:
                 with (
                     atomic_path(target) as partial,
@@ -190,7 +193,6 @@ def unzip(path: Path, folder: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
                 raise UserError(
                     f"{path} is damaged at {entry.filename} ({error}): delete it and run this again"
                 ) from None
-            bar.update(entry.file_size)
 
 
 def check_space(folder: Path, need: int, what: str) -> None:
@@ -397,6 +399,16 @@ def _is_unsafe(entry: zipfile.ZipInfo) -> bool:
         or re.match("[A-Za-z]:", name) is not None
         or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
     )
+
+
+def _is_there(path: Path, entry: zipfile.ZipInfo) -> bool:
+    if _length(path) != entry.file_size:
+        return False
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc == entry.CRC
 
 
 def _parts(path: Path) -> tuple[Path, Path]:

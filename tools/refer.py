@@ -111,17 +111,9 @@ class Refer:
         if not segmentation:
             raise UserError(f"{what} has no segmentation: {self._remedy()}")
         try:
-            parts = _decode_segmentation(segmentation, image["height"], image["width"])
-        except Exception as error:
-            raise UserError(f"{what} has an unreadable segmentation ({error!r})") from None
-        if parts.shape[:2] != (image["height"], image["width"]):
-            raise UserError(
-                f"{what} has a segmentation of {parts.shape[0]} x {parts.shape[1]} pixels on an "
-                f"image of {image['height']} x {image['width']}"
-            )
-        if not parts.any():
-            raise UserError(f"{what} has a segmentation that covers no pixel")
-        return parts.sum(axis=2).astype(np.uint8) * 255
+            return draw_segmentation(segmentation, image["height"], image["width"])
+        except UserError as error:
+            raise UserError(f"{what} has {error}") from None
 
     def _check_refs(self) -> None:
         seen: set[int] = set()
@@ -252,9 +244,29 @@ def _is_in_split(name: str, split: str) -> bool:
     return name == split
 
 
-def _decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, a COCO run-length mask, or a list of those -> (height, width, parts) uint8."""
+def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Draw COCO's way of writing an object: (height, width) uint8, 0 outside, non-zero inside.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], a run-length mask {size, counts}, or a
+            list of those.
+        height, width: of the image, in pixels.
+
+    Raises:
+        UserError: it cannot be read, is of another size, or covers no pixel.
+    """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    if isinstance(parts[0], list) or isinstance(parts[0]["counts"], list):
-        parts = coco_mask.frPyObjects(parts, height, width)
-    return coco_mask.decode(parts)
+    try:
+        if isinstance(parts[0], list) or isinstance(parts[0]["counts"], list):
+            parts = coco_mask.frPyObjects(parts, height, width)
+        masks = coco_mask.decode(parts)
+    except Exception as error:
+        raise UserError(f"an unreadable segmentation ({error!r})") from None
+    if masks.shape[:2] != (height, width):
+        raise UserError(
+            f"a segmentation of {masks.shape[0]} x {masks.shape[1]} pixels on an image of "
+            f"{height} x {width}"
+        )
+    if not masks.any():
+        raise UserError("a segmentation that covers no pixel")
+    return masks.sum(axis=2).astype(np.uint8) * 255
