@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref"):
             key = entry["img_name"]
             if key not in sizes:
-                data, image = _read_picture(args.img_dir / key, cv2.IMREAD_COLOR, _IMAGE_REMEDY)
+                data, image = read_picture(args.img_dir / key, cv2.IMREAD_COLOR, _IMAGE_REMEDY)
                 writer.add_image(key, data)
                 sizes[key] = image.shape[:2]
             record = make_record(entry, sizes[key], args.mask_dir)
@@ -125,7 +125,7 @@ def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord
     """
     ref_id, image_key = entry["segment_id"], entry["img_name"]
     path = mask_dir / f"{ref_id}.png"
-    data, mask = _read_picture(path, cv2.IMREAD_GRAYSCALE, _REDO_MASKS)
+    data, mask = read_picture(path, cv2.IMREAD_GRAYSCALE, _REDO_MASKS)
     if mask.shape != size:
         raise UserError(
             f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {image_key} "
@@ -152,7 +152,7 @@ def image_id_of(image_key: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-def _read_picture(path: Path, flags: int, remedy: str) -> tuple[bytes, np.ndarray]:
+def read_picture(path: Path, flags: int, remedy: str) -> tuple[bytes, np.ndarray]:
     """Read an image file and decode all of it, to be sure that it can be.
 
     Returns:

@@ -257,16 +257,61 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     try:
-        if isinstance(parts[0], list) or isinstance(parts[0]["counts"], list):
-            parts = coco_mask.frPyObjects(parts, height, width)
-        masks = coco_mask.decode(parts)
+        parts = [_checked_part(part, height, width) for part in parts]
+        rles = [coco_mask.frPyObjects([part], height, width)[0] for part in parts]
+        masks = coco_mask.decode(rles)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"an unreadable segmentation ({error!r})") from None
-    if masks.shape[:2] != (height, width):
-        raise UserError(
-            f"a segmentation of {masks.shape[0]} x {masks.shape[1]} pixels on an image of "
-            f"{height} x {width}"
-        )
     if not masks.any():
         raise UserError("a segmentation that covers no pixel")
     return masks.sum(axis=2).astype(np.uint8) * 255
+
+
+def _checked_part(part: list | dict, height: int, width: int) -> list | dict:
+    """A polygon, or a run-length mask with its runs as a list.
+
+    pycocotools fills what short runs leave open with whatever is in memory, and far-away corners
+    with all the memory there is, so neither gets that far.
+    """
+    if isinstance(part, list):
+        if len(part) < 6 or len(part) % 2 or not np.isfinite(part).all():
+            raise UserError(
+                "an unreadable segmentation (a polygon is three or more pairs of finite numbers "
+                f"x, y, not {part!r:.60})"
+            )
+        points = np.reshape(part, (-1, 2)) / (width, height)
+        if np.abs(points).max() > 10:
+            raise UserError(f"a polygon far outside its image of {height} x {width}: {part!r:.60}")
+        return part
+    if list(part["size"]) != [height, width]:
+        rows, columns = part["size"]
+        raise UserError(
+            f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}"
+        )
+    counts = part["counts"]
+    runs = counts if isinstance(counts, list) else _runs(counts)
+    if sum(runs) != height * width:
+        raise UserError(f"a segmentation whose runs add up to {sum(runs)}, not {height * width}")
+    return {"size": [height, width], "counts": runs}
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """COCO's compressed runs as numbers.
+
+    A number is written in characters from "0" on, 5 bits each, the lowest first; bit 5 says that
+    more follow, bit 4 of the last one that it is negative; from the fourth number on it is the
+    difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for char in counts.encode() if isinstance(counts, str) else counts:
+        bits = char - ord("0")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (bits & 0x10) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
