@@ -265,14 +265,14 @@ def _go_on(url: str, path: Path, size: int | None) -> None:
             say(f"{url}: has changed ({change or 'other range than asked for'}): starting anew")
             _drop(path)
             return _go_on(url, path, size)
-        _check_answer(response, now, size)
         block = _read(response)
-        if offset and response.status != 206:
+        is_rest = response.status == 206
+        _check_answer(response, now, size, None if is_rest else block)
+        if offset and not is_rest:
             why = f"has changed ({change})" if change else "does not continue downloads"
             say(f"{url}: {why}: starting anew")
             offset = 0
         if not offset:
-            _check_beginning(block)
             with atomic_path(path_of_identity) as partial:
                 partial.write_text(json.dumps(asdict(now)))
         expected = now.length if size is None else size
@@ -342,19 +342,20 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _check_answer(
-    response: http.client.HTTPResponse, identity: _Identity, size: int | None
+    response: http.client.HTTPResponse,
+    identity: _Identity,
+    size: int | None,
+    beginning: bytes | None,
 ) -> None:
+    """Refuse an answer that is not the file; `beginning` is the file's, if it is in the answer."""
     kind = response.headers.get_content_type()
     if "html" in kind:
         raise UnfitError(f"answers with a web page ({kind}), not with the file")
+    if beginning and not beginning.startswith(ZIP_MAGIC):
+        what = "a web page" if beginning.lstrip()[:1] == b"<" else "something else"
+        raise UnfitError(f"answers with {what} (it begins {beginning[:24]!r}), not with the file")
     if size is not None and identity.length not in (None, size):
         raise UnfitError(f"offers {identity.length:,} bytes, but the file has {size:,}")
-
-
-def _check_beginning(block: bytes) -> None:
-    if block and not block.startswith(ZIP_MAGIC):
-        what = "a web page" if block.lstrip()[:1] == b"<" else "something else"
-        raise UnfitError(f"answers with {what} (it begins {block[:24]!r}), not with the file")
 
 
 @contextmanager
