@@ -36,7 +36,7 @@ TRIES = 5  # in a row without getting any further
 PAUSE = 1.0  # seconds before the second try; doubled before each one after
 LONGEST_PAUSE = 60.0  # whatever a server asks for
 TIMEOUT = 30.0  # seconds without a byte
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one soon
 ZIP_MAGIC = b"PK"
 
