@@ -13,6 +13,7 @@ from utils.visualize import (
     TRUTH_COLOR,
     comparison,
     file_stem,
+    grid,
     overlay,
     save_picture,
 )
@@ -56,6 +57,15 @@ def test_photo_truth_and_prediction_stand_side_by_side():
     assert second <= truth.min()
     assert truth.max() < third
     assert differs(base, picture(pred_mask=nothing)).min() >= third
+
+
+def test_pictures_are_set_in_rows():
+    cells = [Image.new("RGB", (20, 10), (0, 0, 50 * i)) for i in range(1, 4)]
+    sheet = np.asarray(grid(cells, (20, 10), columns=2, gap=3, foot=5))
+    assert sheet.shape == (3 + 2 * (10 + 3) + 5, 3 + 2 * (20 + 3), 3)
+    for i, (x, y) in enumerate([(3, 3), (26, 3), (3, 16)], 1):
+        assert (sheet[y : y + 10, x : x + 20] == (0, 0, 50 * i)).all()
+    assert (sheet == 255).all(-1).sum() == sheet[..., 0].size - 3 * 200
 
 
 def test_sentence_and_iou_are_written_and_long_ones_wrap():

@@ -292,6 +292,8 @@ def _checked_part(part: list | dict, height: int, width: int) -> list | dict:
         )
     counts = part["counts"]
     runs = counts if isinstance(counts, list) else _runs(counts)
+    if not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise UserError("an unreadable segmentation (its runs are no whole numbers from 0)")
     if sum(runs) != height * width:
         raise UserError(f"a segmentation whose runs add up to {sum(runs)}, not {height * width}")
     return {"size": [height, width], "counts": runs}
