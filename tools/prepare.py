@@ -264,7 +264,7 @@ class Workplace:
             partial(self._run_unpack, archive, get, folder),
             (get,),
             folder,
-            archive.unpacked,
+            max(0, archive.unpacked - _bytes_in(folder / archive.folder)),
             partial(self._find_unpacked, archive, folder),
         )
 
@@ -493,6 +493,10 @@ def _measure(path: Path) -> int | None:
     if path.is_dir():
         return sum(1 for entry in os.scandir(path) if not entry.name.startswith("."))
     return path.stat().st_size if path.is_file() else None
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(e.stat().st_size for e in os.scandir(folder)) if folder.is_dir() else 0
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
