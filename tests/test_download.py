@@ -249,7 +249,9 @@ def test_two_processes_do_not_write_one_file(server, get, tmp_path):
 
 def test_a_download_without_room_for_it_is_refused_before_it_is_written(server, get, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    with pytest.raises(UserError, match=r"downloading x\.zip needs about 0\.0 GB in .* are free"):
+    with pytest.raises(
+        UserError, match=r"downloading x\.zip needs about 1 MB in .*, where 0 MB are free"
+    ):
         get(server.put("x.zip", CONTENT))
 
 

@@ -413,6 +413,16 @@ def test_too_little_room_for_the_records_is_told_before_packing(archives, root, 
     assert fails(root, "refcoco", "--from", archives, "--subset").startswith("packing train in")
 
 
+@pytest.mark.parametrize("content", ["[{", "[3]", "{}"])
+def test_annotations_that_were_damaged_meanwhile_are_named(archives, root, content):
+    run(root, "refcoco", "--from", archives, "--subset")
+    path = root / "anns/refcoco/val.json"
+    size = path.stat().st_size
+    path.write_text(content.ljust(size))  # of the size recorded
+    (root / "lmdb/refcoco/val.lmdb").unlink()
+    assert f"{path}" in fails(root, "refcoco", "--from", archives, "--subset")
+
+
 def test_other_counts_than_published_are_faults(archives, root, capsys, monkeypatch):
     publish(monkeypatch, archives)
     message = fails(root, "refcoco", "--from", archives)

@@ -205,9 +205,14 @@ def check_space(folder: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if need > free:
         raise UserError(
-            f"{what} needs about {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are "
+            f"{what} needs about {show_bytes(need)} in {folder}, where {show_bytes(free)} are "
             "free: make room, or give another folder"
         )
+
+
+def show_bytes(number: int) -> str:
+    """`13.5 GB`, or `45 MB`."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def say(line: str) -> None:

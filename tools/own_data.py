@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.download import check_space
-from tools.folder2lmdb import packed_summary, read_picture
+from tools.folder2lmdb import decode, packed_summary, read_file
 from tools.refer import draw_segmentation
 from utils.errors import UserError, run
 from utils.records import RecordWriter, RefRecord
@@ -185,7 +185,8 @@ def load_mask(mask: str | dict | list, height: int, width: int, folder: Path) ->
     if not isinstance(mask, str):
         return np.where(draw_segmentation(mask, height, width) > 0, np.uint8(255), np.uint8(0))
     path = folder / mask
-    _, pixels = read_picture(path, cv2.IMREAD_UNCHANGED, "check mask")
+    remedy = "check mask"
+    pixels = decode(read_file(path, remedy), cv2.IMREAD_UNCHANGED, str(path), remedy)
     if pixels.ndim == 3:
         pixels = pixels[..., :3].any(axis=2)  # without transparency
     if pixels.shape != (height, width):
@@ -323,7 +324,8 @@ def _check_contents(
     if key not in contents.sizes:
         contents.sizes[key] = None
         try:
-            _, pixels = read_picture(contents.images / key, cv2.IMREAD_COLOR, "check image")
+            path, remedy = contents.images / key, "check image"
+            pixels = decode(read_file(path, remedy), cv2.IMREAD_COLOR, str(path), remedy)
             contents.sizes[key] = pixels.shape[:2]
         except (UserError, OSError) as error:
             report(str(error))

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.download import UnfitError, check_file, check_space, fetch, members, unzip
+from tools.download import UnfitError, check_file, check_space, fetch, members, show_bytes, unzip
 from tools.inspect_lmdb import PUBLISHED
 from utils.errors import UserError, run
 from utils.files import atomic_path
 
-MB, GB = 10**6, 10**9
+MB = 10**6
 
 
 @dataclass(frozen=True)
@@ -374,10 +374,7 @@ class Workplace:
             return Done([])
         images, masks = self.root / "images" / PHOTOS.folder, self.root / "masks" / name
         lmdb = self._lmdb(name, split)
-        entries = folder2lmdb.load_entries(path)
-        files = {images / entry["img_name"] for entry in entries}
-        files |= {masks / f"{entry['segment_id']}.png" for entry in entries}
-        need = sum(file.stat().st_size for file in files if file.is_file())
+        need = _bytes_to_pack(path, images, masks)
         check_space(lmdb.parent, need + need // 20, f"packing {split}")
         folder2lmdb.main(
             ["-j", str(path), "-i", str(images), "-m", str(masks), "-o", str(lmdb.parent)]
@@ -460,21 +457,19 @@ def check_room(steps: Sequence[Step]) -> None:
 
 def sizes() -> str:
     """What each target is, and about how much of it there is, a line each."""
-
-    def show(number: int) -> str:
-        return f"{number / GB:.1f} GB" if number >= GB else f"{number / MB:.0f} MB"
-
     lines = []
     for name, dataset in DATASETS.items():
         archive = ANNOTATIONS[dataset.annotations]
         lines.append(
-            f"  {name:<16}{archive.name}, about {show(archive.about)}; needs {COCO}; makes about "
-            f"{show(dataset.lmdb)} of LMDB"
+            f"  {name:<16}{archive.name}, about {show_bytes(archive.about)}; needs {COCO}; "
+            f"makes about {show_bytes(dataset.lmdb)} of LMDB"
         )
-    lines += [f"  {name:<16}{file}, about {show(about)}" for name, (file, about) in CLIP.items()]
+    lines += [
+        f"  {name:<16}{file}, about {show_bytes(about)}" for name, (file, about) in CLIP.items()
+    ]
     lines.append(
-        f"  {COCO:<16}{PHOTOS.name}, {show(PHOTOS.about)}; {PHOTOS.photos:,} photos, "
-        f"{show(PHOTOS.unpacked)} again"
+        f"  {COCO:<16}{PHOTOS.name}, {show_bytes(PHOTOS.about)}; {PHOTOS.photos:,} photos, "
+        f"{show_bytes(PHOTOS.unpacked)} again"
     )
     return "\n".join(lines)
 
@@ -493,6 +488,17 @@ def _measure(path: Path) -> int | None:
     if path.is_dir():
         return sum(1 for entry in os.scandir(path) if not entry.name.startswith("."))
     return path.stat().st_size if path.is_file() else None
+
+
+def _bytes_to_pack(path: Path, images: Path, masks: Path) -> int:
+    """Bytes of all files that a split's JSON names; the packer says what is wrong with it."""
+    try:
+        entries = json.loads(path.read_bytes())
+        files = {images / entry["img_name"] for entry in entries}
+        files |= {masks / f"{entry['segment_id']}.png" for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _bytes_in(folder: Path) -> int:
