@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+from engine_helpers import pack, run_command
 from samples import all_refs, blob, encoded, smooth_photo, write_records
 
 from tools import inspect_lmdb
@@ -137,12 +139,10 @@ def test_the_sheet_lies_beside_the_file_and_none_is_written_for_no_samples(path)
     look(path, "--samples", 0)
     assert os.listdir(path.parent) == ["val.lmdb"]
     look(path)
-    assert sorted(os.listdir(path.parent)) == ["val.lmdb", "val.png"]
+    assert sorted(os.listdir(path.parent)) == ["val.jpg", "val.lmdb"]
 
 
 def test_real_records_are_sound(mini_root, tmp_path):
-    from engine_helpers import pack
-
     pack(mini_root, tmp_path, "refcoco", "unc", "refcoco")
     for lmdb_path in (tmp_path / "lmdb/refcoco").glob("*.lmdb"):
         look(lmdb_path, "--subset")
@@ -277,7 +277,7 @@ def test_what_is_no_file_of_records_is_named(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         look(path)
-    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / "x.jpg").exists()
 
 
 @pytest.mark.parametrize("option", ["--samples", "--seed", "--word-len"])
@@ -287,3 +287,10 @@ def test_a_number_that_is_none_is_refused(path, capsys, option, value):
         look(path, f"{option}={value}")
     assert stop.value.code == 2
     assert f"'{value}' is no whole number" in capsys.readouterr().err
+
+
+def test_the_program_ends_with_one_line_and_exit_code_1(path):
+    poke(path, b"image:image_1.jpg", None)
+    result = run_command(sys.executable, "tools/inspect_lmdb.py", path)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {path}: 1 faults, listed above\n"

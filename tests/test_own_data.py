@@ -331,6 +331,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     assert not (tmp_path / "lmdb").exists()
 
 
+def test_the_program_ends_with_one_line_a_problem_and_exit_code_1(data):
+    path = write(data, line(split=...), line(), line(mask=3))
+    result = run_command(sys.executable, "tools/own_data.py", path, "-o", data / "lmdb")
+    assert result.returncode == 1
+    assert [text.partition(" ")[0] for text in result.stderr.splitlines()] == [
+        f"{path}:1:",
+        f"{path}:3:",
+        "error:",
+    ]
+
+
 def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatch):
     out = pack(data, line(), line(split="val"))
     before = [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")]

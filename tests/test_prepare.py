@@ -100,7 +100,7 @@ def test_one_command_leads_from_addresses_to_verified_records(server, root, caps
     for split, images in COUNTS.items():
         meta = RecordReader(lmdb / f"{split}.lmdb").meta
         assert (meta["dataset"], meta["split"], meta["images"]) == ("refcoco", split, images)
-        assert (lmdb / f"{split}.png").is_file()
+        assert (lmdb / f"{split}.jpg").is_file()
     assert output.count("checked  every record: no fault") == 4
     assert f"refcoco is ready: {lmdb / 'train.lmdb'}" in output
     (record,) = (v for k, v in state_of(root, "refcoco").items() if "get" in k)
@@ -160,7 +160,7 @@ def test_a_second_run_does_nothing_even_without_archives_photos_and_masks(
     ("lost", "again"),
     [
         ("lmdb/refcoco/val.lmdb", ["pack val", "verify"]),
-        ("lmdb/refcoco/val.png", ["verify"]),
+        ("lmdb/refcoco/val.jpg", ["verify"]),
         ("masks/refcoco", []),
         ("images/train2014", []),
     ],
@@ -298,7 +298,9 @@ def test_clip_goes_into_its_folder_with_its_digest_checked(server, root, weights
     run(root, "clip-rn50", "--mirror", server.url)
     assert (root / "pretrain/RN50.pt").read_bytes() == weights
     run(root, "clip-rn50", "--mirror", server.url)
-    assert steps(capsys.readouterr().out) == ["get RN50.pt"]
+    output = capsys.readouterr().out
+    assert steps(output) == ["get RN50.pt"]
+    assert output.count(f"clip-rn50 is ready: {root / 'pretrain/RN50.pt'}") == 2
 
 
 def test_clip_with_another_digest_is_refused(server, root, weights):
@@ -438,6 +440,14 @@ def test_a_damaged_record_of_steps_is_named(archives, root):
     (root / ".prepare/refcoco.json").write_text('{"refcoco: get')
     message = fails(root, "refcoco", "--from", archives, "--subset")
     assert f"{root / '.prepare/refcoco.json'} is damaged: delete it" in message
+
+
+def test_the_program_ends_with_one_line_and_exit_code_1(root, tmp_path):
+    command = [sys.executable, "tools/prepare.py", "refcoco", "--root", root, "--from", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path} has no refcoco.zip")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Look into a packed split: what it holds, whether every record is sound, and some of it to see."""
 
+from __future__ import annotations
+
 import argparse
 import random
 import sys
@@ -7,13 +9,18 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from utils.records import RecordReader, RefRecord
+
 EPILOG = """example:
-  python tools/inspect_lmdb.py datasets/lmdb/refcoco/val.lmdb --samples 20 -o val.png
+  python tools/inspect_lmdb.py datasets/lmdb/refcoco/val.lmdb --samples 20 -o val.jpg
 
 Every photo and mask is decoded and every sentence read. The numbers of refs and sentences of
 RefCOCO, RefCOCO+ and G-Ref are compared with the published ones. Faults are listed, and the exit
@@ -73,7 +80,7 @@ class Check(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what a file holds and what is wrong with it; write the contact sheet."""
     args = _parse_args(argv)
-    sheet = args.output or args.lmdb.with_suffix(".png")
+    sheet = args.output or args.lmdb.with_suffix(".jpg")
     faults = inspect(args.lmdb, sheet, args.samples, args.seed, args.word_len, args.subset)
     if faults:
         raise UserError(f"{args.lmdb}: {len(faults)} faults, listed above")
@@ -144,12 +151,8 @@ def differences(meta: Mapping) -> list[str]:
     return found
 
 
-def check_records(reader) -> Check:
-    """Read every record: decode its photo and mask, compare them, count.
-
-    Args:
-        reader: a `RecordReader`.
-    """
+def check_records(reader: RecordReader) -> Check:
+    """Read every record: decode its photo and mask, compare them, count."""
     from tqdm import tqdm
 
     check = Check([], [], [], [], [], Counter(), Counter())
@@ -181,7 +184,7 @@ def check_records(reader) -> Check:
     return check
 
 
-def _index_problems(reader, position: int, ref) -> Iterator[str]:
+def _index_problems(reader: RecordReader, position: int, ref: RefRecord) -> Iterator[str]:
     index = reader.index
     for what, kept, own in (
         ("ref_id", index.ref_ids, ref.ref_id),
@@ -193,7 +196,7 @@ def _index_problems(reader, position: int, ref) -> Iterator[str]:
             yield f"the index says {what} {kept[position]}, the record {own}"
 
 
-def _id_problems(ref, seen: dict[str, set[int]]) -> Iterator[str]:
+def _id_problems(ref: RefRecord, seen: dict[str, set[int]]) -> Iterator[str]:
     for kind, ids in (("ref_id", [ref.ref_id]), ("sent_id", ref.sent_ids)):
         for number in ids:
             if number in seen[kind]:
@@ -201,7 +204,9 @@ def _id_problems(ref, seen: dict[str, set[int]]) -> Iterator[str]:
             seen[kind].add(number)
 
 
-def _image_problems(reader, ref, sizes: dict, check: Check) -> Iterator[str]:
+def _image_problems(
+    reader: RecordReader, ref: RefRecord, sizes: dict, check: Check
+) -> Iterator[str]:
     from utils.transforms import decode_image
 
     try:
@@ -217,7 +222,7 @@ def _image_problems(reader, ref, sizes: dict, check: Check) -> Iterator[str]:
         check.image_bytes.append(len(data))
 
 
-def _mask_problems(ref, check: Check) -> Iterator[str]:
+def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
     from utils.transforms import decode_mask
 
     try:
@@ -234,7 +239,7 @@ def _mask_problems(ref, check: Check) -> Iterator[str]:
         check.shares.append(float((mask > 0).mean()))
 
 
-def _sentence_problems(ref, check: Check) -> Iterator[str]:
+def _sentence_problems(ref: RefRecord, check: Check) -> Iterator[str]:
     from utils.tokenizer import token_lengths
 
     if not ref.sentences or len(ref.sentences) != len(ref.sent_ids):
@@ -290,7 +295,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
 
 
-def save_sheet(reader, path: Path, samples: int, seed: int) -> None:
+def save_sheet(reader: RecordReader, path: Path, samples: int, seed: int) -> None:
     """Write a picture of random refs: mask on photo, sentences above. Unreadable ones say so."""
     from utils.visualize import grid, save_picture
 
@@ -300,7 +305,7 @@ def save_sheet(reader, path: Path, samples: int, seed: int) -> None:
     save_picture(grid(cells, CELL, min(COLUMNS, count), GAP), path)
 
 
-def _cell(reader, position: int):
+def _cell(reader: RecordReader, position: int) -> Image.Image:
     """One ref as a picture of size `CELL`."""
     import cv2
     from PIL import Image, ImageDraw, ImageFont
@@ -341,7 +346,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("lmdb", type=Path, help="a file of tools/folder2lmdb.py or tools/own_data.py")
     add("--samples", type=_count, default=12, metavar="N", help="refs on the sheet (%(default)s)")
     add("--seed", type=_count, default=0, metavar="S", help="chooses them (%(default)s)")
-    add("-o", "--output", type=Path, help="the contact sheet, PNG or JPEG (X.png beside X.lmdb)")
+    add("-o", "--output", type=Path, help="the contact sheet, PNG or JPEG (X.jpg beside X.lmdb)")
     add("--word-len", type=_count, default=17, help="TRAIN.word_len to try (%(default)s)")
     add("--subset", action="store_true", help="a part of a known data set: compare no counts")
     return parser.parse_args(argv)

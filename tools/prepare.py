@@ -386,7 +386,7 @@ class Workplace:
 
         outputs, bad = [], []
         for lmdb in (path for step in packs for path in self.state.outputs(step)):
-            sheet = lmdb.with_suffix(".png")
+            sheet = lmdb.with_suffix(".jpg")
             word_len = DATASETS[name].word_len
             if inspect(lmdb, sheet, word_len=word_len, is_subset=self.is_subset):
                 bad.append(str(lmdb))
@@ -475,8 +475,8 @@ def sizes() -> str:
 
 
 def _where(step: Step, state: State) -> str:
-    outputs = [path for path in state.outputs(step) if path.suffix != ".png"]
-    return ", ".join(map(str, outputs))
+    sheets_aside = [path for path in state.outputs(step) if path.suffix != ".jpg"]
+    return ", ".join(map(str, sheets_aside))
 
 
 def _owner(archive: Archive) -> str:
