@@ -43,6 +43,15 @@ def test_overlay_tints_the_mask_and_leaves_the_rest_and_the_source_alone():
     assert (tinted[near & ~inside] == TRUTH_COLOR).all(-1).any()
 
 
+def test_overlay_can_leave_the_object_its_colours_and_pale_the_rest():
+    shown = overlay(GREY, MASK, TRUTH_COLOR, is_tinted=False)
+    inside = cv2.erode(MASK.astype(np.uint8), np.ones((7, 7))) > 0
+    outside = cv2.dilate(MASK.astype(np.uint8), np.ones((7, 7))) == 0
+    assert (shown[inside] == 100).all()
+    assert (shown[outside] == 177).all()
+    assert (shown[~inside & ~outside] == TRUTH_COLOR).all(-1).any()
+
+
 def test_empty_and_full_masks_can_be_drawn():
     assert np.array_equal(overlay(GREY, np.zeros_like(MASK), PRED_COLOR), GREY)
     assert (overlay(GREY, np.ones_like(MASK), PRED_COLOR) != GREY).any(-1).all()

@@ -60,7 +60,7 @@ PUBLISHED = {
 }
 
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
-CELL, COLUMNS, GAP = (380, 372), 4, 16  # of the contact sheet; (width, height) in pixels
+CELL, COLUMNS, GAP = (384, 380), 4, 16  # of the contact sheet; (width, height) in pixels
 HEAD = 92  # of a cell, above the photo
 MAX_LINES = 3  # of sentences in a cell
 
@@ -308,6 +308,7 @@ def save_sheet(reader: RecordReader, path: Path, samples: int, seed: int) -> Non
 def _cell(reader: RecordReader, position: int) -> Image.Image:
     """One ref as a picture of size `CELL`."""
     import cv2
+    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     from utils.transforms import decode_image, decode_mask
@@ -320,7 +321,12 @@ def _cell(reader: RecordReader, position: int) -> Image.Image:
         ref = reader.ref(position)
         photo = decode_image(reader.image(ref.image_key), ref.image_key)
         mask = decode_mask(ref.mask, "mask") > 0
-        picture = overlay(photo, mask, TRUTH_COLOR)
+        share = mask.mean()
+        scale = min(CELL[0] / ref.width, (CELL[1] - HEAD) / ref.height)
+        size = max(1, round(ref.width * scale)), max(1, round(ref.height * scale))
+        photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+        picture = overlay(photo, mask, TRUTH_COLOR, is_tinted=False)
     except Exception as error:  # the fault itself is in the list
         draw.text((0, HEAD), "\n".join(textwrap.wrap(f"{error!r}", 50)), "crimson", small)
         return cell
@@ -329,11 +335,8 @@ def _cell(reader: RecordReader, position: int) -> Image.Image:
         lines = [*lines[: MAX_LINES - 1], f"… ({len(ref.sentences)} sentences)"]
     for row, line in enumerate(lines):
         draw.text((0, 21 * row), line, "black", normal)
-    facts = f"ref {ref.ref_id}, {ref.image_key}, {100 * mask.mean():.1f} %"
-    draw.text((0, 21 * MAX_LINES + 5), textwrap.shorten(facts, 64), "dimgray", small)
-    scale = min(CELL[0] / ref.width, (CELL[1] - HEAD) / ref.height)
-    size = max(1, round(ref.width * scale)), max(1, round(ref.height * scale))
-    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    key = ref.image_key if len(ref.image_key) <= 36 else f"…{ref.image_key[-35:]}"
+    draw.text((0, 68), f"ref {ref.ref_id}, {100 * share:.1f} % of {key}", "dimgray", small)
     cell.paste(Image.fromarray(picture), (0, HEAD))
     return cell
 
