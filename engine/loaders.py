@@ -104,7 +104,6 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     dataset = TrainingDataset(
         RecordReader(cfg.DATA.train_lmdb), train.input_size, train.word_len, train.manual_seed
     )
-    check_split(dataset.reader, cfg.DATA.train_split, "DATA.train_split", ranks)
     by_image = train.batch_by == "images"
     groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
     sampler = VisitSampler(
@@ -146,13 +145,6 @@ def build_evaluation_loader(
         collate_fn=collate_images,
         **_worker_options(workers, ranks),
     )
-
-
-def check_split(reader: RecordReader, expected: str, key: str, ranks: Ranks) -> None:
-    """Warn when an LMDB holds another split than the config says."""
-    held = reader.meta["split"]
-    if held != expected and ranks.is_main:
-        logger.warning(f"{reader.path} holds split {held}, {key} says {expected}")
 
 
 def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:
