@@ -51,18 +51,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref"):
             key = entry["img_name"]
             if key not in sizes:
-                data, image = _read_picture(args.img_dir / key, cv2.IMREAD_COLOR, _IMAGE_REMEDY)
-                writer.add_image(key, data)
+                name = args.img_dir / key
+                data = read_file(name, _IMAGE_REMEDY)
+                image = decode(data, cv2.IMREAD_COLOR, str(name), _IMAGE_REMEDY)
                 sizes[key] = image.shape[:2]
+                writer.add_image(key, data)
             record = make_record(entry, sizes[key], args.mask_dir)
             writer.add_ref(record, token_lengths(record.sentences))
 
+    print(packed_summary(path))
+
+
+def packed_summary(path: Path) -> str:
+    """What lies in a file: counts, size, lengths of the sentences."""
     meta = RecordReader(path).meta
-    print(
+    return (
         f"{path}: {meta['refs']} refs, {meta['sentences']} sentences, {meta['images']} images, "
-        f"{path.stat().st_size / 1e6:.1f} MB"
+        f"{path.stat().st_size / 1e6:.1f} MB\n" + token_length_summary(meta["token_length"])
     )
-    print(token_length_summary(meta["token_length"]))
 
 
 def load_entries(*paths: Path) -> list[dict]:
@@ -121,7 +127,8 @@ def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord
     """
     ref_id, image_key = entry["segment_id"], entry["img_name"]
     path = mask_dir / f"{ref_id}.png"
-    data, mask = _read_picture(path, cv2.IMREAD_GRAYSCALE, _REDO_MASKS)
+    data = read_file(path, _REDO_MASKS)
+    mask = decode(data, cv2.IMREAD_GRAYSCALE, str(path), _REDO_MASKS)
     if mask.shape != size:
         raise UserError(
             f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {image_key} "
@@ -148,26 +155,31 @@ def image_id_of(image_key: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-def _read_picture(path: Path, flags: int, remedy: str) -> tuple[bytes, np.ndarray]:
-    """Read an image file and decode all of it, to be sure that it can be.
-
-    Returns:
-        its bytes, and its pixels (H, W) or (H, W, 3) uint8.
+def read_file(path: Path, remedy: str) -> bytes:
+    """The bytes of a file.
 
     Raises:
-        UserError: it is missing, empty, cut off or no image.
+        UserError: it is missing.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: {remedy}")
-    data = path.read_bytes()
+    return path.read_bytes()
+
+
+def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
+    """The pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
+
+    Raises:
+        UserError: it is empty, cut off or no image.
+    """
     if not data:
-        raise UserError(f"{path} is an empty file: {remedy}")
+        raise UserError(f"{name} is an empty file: {remedy}")
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
         raise UserError(
-            f"{path} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}"
+            f"{name} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}"
         )
-    return data, pixels
+    return pixels
 
 
 def _check_unique(seen: dict[int, str], key: int, field: str, where: str) -> None:
