@@ -52,7 +52,7 @@ COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of thes
 }
 KINDS = ("attribute", "position", "size", "relation")
 SPLITS = {"train": KINDS, "val": KINDS, "testA": KINDS[:1], "testB": KINDS[1:]}
-DEFAULT_IMAGES = {"train": 5000, "val": 200, "testA": 100, "testB": 100}
+DEFAULT_IMAGES = {"train": 6000, "val": 200, "testA": 100, "testB": 100}
 IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
 
 # How often a kind is drawn where an object offers several: rarer ones more, to even them out.
