@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
+from utils.cache import SquareCache, SquareMaker, open_cache
 from utils.config import Config
 from utils.dataset import (
     EvaluationDataset,
@@ -16,10 +19,14 @@ from utils.dataset import (
     collate_refs,
     collate_refs_by_image,
     group_by_image,
+    load_image,
+    load_mask,
 )
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.records import RecordReader
+from utils.logger import progress
+from utils.records import ImageSet, JoinedReader, RecordReader, Records
+from utils.transforms import letterbox_mask
 
 
 class VisitSampler(Sampler[list[tuple[int, int]]]):
@@ -101,10 +108,16 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     Call `loader.batch_sampler.set_epoch` before each pass.
     """
     train = cfg.TRAIN
+    readers = [RecordReader(path) for path in cfg.DATA.train_files]
+    for reader in readers:
+        check_split(reader, cfg.DATA.train_split, "DATA.train_split", ranks)
     dataset = TrainingDataset(
-        RecordReader(cfg.DATA.train_lmdb), train.input_size, train.word_len, train.manual_seed
+        training_records(cfg, readers, ranks),
+        train.input_size,
+        train.word_len,
+        train.manual_seed,
+        open_caches(cfg, readers, ranks),
     )
-    check_split(dataset.reader, cfg.DATA.train_split, "DATA.train_split", ranks)
     by_image = train.batch_by == "images"
     groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
     sampler = VisitSampler(
@@ -122,6 +135,74 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         collate_fn=collate_refs_by_image if by_image else collate_refs,
         **_worker_options(workers, ranks),
     )
+
+
+def training_records(cfg: Config, readers: Sequence[RecordReader], ranks: Ranks) -> Records:
+    """The refs to train on: all of a single file, or of several all that no excluded image has.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    if len(readers) == 1:
+        records: Records = readers[0]
+        if cfg.DATA.exclude_lmdb:
+            _inform(ranks, "DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
+    else:
+        excluded = ImageSet(RecordReader(path) for path in cfg.DATA.exclude_lmdb)
+        parts = []
+        for reader in readers:
+            held = excluded.holds(reader)
+            parts.append((reader, np.flatnonzero(~held)))
+            _inform(
+                ranks,
+                f"{reader.path}: {len(held) - held.sum():,} of {len(held):,} refs; "
+                f"{held.sum():,} left out, on images of DATA.exclude_lmdb",
+            )
+        records = JoinedReader(parts)
+        if len(records) == 0:
+            raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
+    if ranks.is_main:
+        _tell_overlap(cfg, records)
+    return records
+
+
+def _tell_overlap(cfg: Config, records: Records) -> None:
+    """Say how many refs lie on images that are validated on."""
+    validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
+    parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
+    shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in parts)
+    line = f"{shared:,} of {len(records):,} training refs are on images of {cfg.DATA.val_lmdb}"
+    if shared == 0:
+        logger.info(line)
+    elif isinstance(records, JoinedReader):
+        logger.warning(f"{line}; name it in DATA.exclude_lmdb to leave them out")
+    else:
+        logger.warning(f"{line}; they are kept, as published")
+
+
+def open_caches(
+    cfg: Config, readers: Sequence[RecordReader], ranks: Ranks
+) -> dict[Path, SquareCache]:
+    """The caches of the training files by their paths, made if need be; none without DATA.cache."""
+    if cfg.DATA.cache is None:
+        return {}
+    side = cfg.TRAIN.input_size
+    maker = SquareMaker(
+        side,
+        lambda reader, ref: load_image(reader, ref, side),
+        lambda ref: letterbox_mask(load_mask(ref), side),
+    )
+    return {
+        reader.path: open_cache(
+            cfg.DATA.cache, reader, maker, lambda line: _inform(ranks, line), progress
+        )
+        for reader in readers
+    }
+
+
+def _inform(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        logger.info(line)
 
 
 def build_evaluation_loader(
