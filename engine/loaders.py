@@ -1,7 +1,8 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -111,12 +112,16 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     readers = [RecordReader(path) for path in cfg.DATA.train_files]
     for reader in readers:
         check_split(reader, cfg.DATA.train_split, "DATA.train_split", ranks)
+    caches = {}
+    if cfg.DATA.cache is not None:
+        say = partial(_inform, ranks)
+        caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
     dataset = TrainingDataset(
         training_records(cfg, readers, ranks),
         train.input_size,
         train.word_len,
         train.manual_seed,
-        open_caches(cfg, readers, ranks),
+        caches,
     )
     by_image = train.batch_by == "images"
     groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
@@ -180,24 +185,25 @@ def _tell_overlap(cfg: Config, records: Records) -> None:
         logger.warning(f"{line}; they are kept, as published")
 
 
-def open_caches(
-    cfg: Config, readers: Sequence[RecordReader], ranks: Ranks
+def make_caches(
+    folder: str | Path,
+    readers: Sequence[RecordReader],
+    side: int,
+    say: Callable[[str], object],
+    show: Callable[[Iterable, int, str], Iterable] = progress,
 ) -> dict[Path, SquareCache]:
-    """The caches of the training files by their paths, made if need be; none without DATA.cache."""
-    if cfg.DATA.cache is None:
-        return {}
-    side = cfg.TRAIN.input_size
+    """The caches of some files by the files' paths, made where they are missing or do not fit.
+
+    Args:
+        folder, say, show: see `open_cache`.
+        side: S.
+    """
     maker = SquareMaker(
         side,
         lambda reader, ref: load_image(reader, ref, side),
         lambda ref: letterbox_mask(load_mask(ref), side),
     )
-    return {
-        reader.path: open_cache(
-            cfg.DATA.cache, reader, maker, lambda line: _inform(ranks, line), progress
-        )
-        for reader in readers
-    }
+    return {reader.path: open_cache(folder, reader, maker, say, show) for reader in readers}
 
 
 def _inform(ranks: Ranks, line: str) -> None:
