@@ -36,9 +36,9 @@ from utils.files import atomic_path, remove_leftovers
 FORMAT_VERSION = 1
 TOOL = "cris 0.1.0"
 
-_META_KEY = b"__meta__"
+META_KEY = b"__meta__"
 _INDEX_KEY = b"__index__"
-_OFFICIAL_KEY = b"__keys__"
+OFFICIAL_KEY = b"__keys__"  # in every LMDB of the official release
 _INITIAL_MAP_BYTES = 64 << 20
 _BATCH_BYTES = 32 << 20
 
@@ -214,7 +214,7 @@ class RecordWriter:
             "tool": TOOL,
         }
         self._put(_INDEX_KEY, _to_arrow(self._index.batch(list(self._image_rows))))
-        self._put(_META_KEY, json.dumps(meta).encode())
+        self._put(META_KEY, json.dumps(meta).encode())
         self._flush()
         self._env.sync(True)
 
@@ -280,7 +280,7 @@ class RecordReader:
     @cached_property
     def meta(self) -> dict:
         """The `__meta__` entry; the keys of `token_length` are integers."""
-        raw = self._get(_META_KEY)
+        raw = self._get(META_KEY)
         if raw is None:
             self._refuse_without_meta()
         meta = json.loads(raw)
@@ -288,10 +288,10 @@ class RecordReader:
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{self.path} is in record format {version}, this code reads {FORMAT_VERSION}: "
-                f"{_repack(self.path)}"
+                f"{repack_command(self.path)}"
             )
         if meta["refs"] == 0:
-            raise UserError(f"{self.path} holds no refs: {_repack(self.path)}")
+            raise UserError(f"{self.path} holds no refs: {repack_command(self.path)}")
         meta["token_length"] = {int(k): count for k, count in meta["token_length"].items()}
         return meta
 
@@ -305,7 +305,7 @@ class RecordReader:
     def digest(self) -> str:
         """Of all that the meta entry and the index say."""
         len(self)  # refuses a file that is not ours
-        return hashlib.sha256(self._get(_META_KEY) + self._get(_INDEX_KEY)).hexdigest()
+        return hashlib.sha256(self._get(META_KEY) + self._get(_INDEX_KEY)).hexdigest()
 
     def image_names(self) -> list[tuple[Path, str]]:
         """Of each ref, the file and key of its image: what tells it from the images of others."""
@@ -342,18 +342,18 @@ class RecordReader:
     def _get(self, key: bytes) -> bytes | None:
         """Copy one value out of the file; a view would not outlive the transaction."""
         if self._pid != os.getpid():
-            self._env, self._pid = _open(self.path), os.getpid()
+            self._env, self._pid = open_lmdb(self.path), os.getpid()
         with self._env.begin() as txn:
             return txn.get(key)
 
     def _refuse_without_meta(self) -> None:
-        if self._get(_OFFICIAL_KEY) is not None:
+        if self._get(OFFICIAL_KEY) is not None:
             raise UserError(
                 f"{self.path} is in the official release's pickled format, which is not read: "
-                f"{_repack(self.path)} (or, where only this file is left, python "
+                f"{repack_command(self.path)} (or, where only this file is left, python "
                 f"tools/folder2lmdb.py --from-lmdb {self.path} -o FOLDER)"
             )
-        raise UserError(f"{self.path} is an LMDB without __meta__: {_repack(self.path)}")
+        raise UserError(f"{self.path} is an LMDB without __meta__: {repack_command(self.path)}")
 
 
 class JoinedReader:
@@ -437,22 +437,24 @@ _environments: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _environments_lock = threading.Lock()
 
 
-def _open(path: Path) -> lmdb.Environment:
-    """Return this process's environment for the file, opened if need be.
+def open_lmdb(path: Path) -> lmdb.Environment:
+    """This process's environment for an LMDB file of any content, opened for reading if need be.
+
+    It closes when nobody holds it any more.
 
     Raises:
         UserError: the file is missing, no LMDB, or cut off.
     """
     if not path.is_file():
         what = "is a folder, not an LMDB file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: {_repack(path, 'make it with')}")
+        raise UserError(f"{path} {what}: {repack_command(path, 'make it with')}")
     stat = path.stat()
     key = (os.getpid(), stat.st_dev, stat.st_ino)
     with _environments_lock:
         _close_inherited()
         env = _environments.get(key)
         if env is None:
-            env = _open_file(path, stat.st_size)
+            env = _open_file(path)
             _environments[key] = env
     return env
 
@@ -469,22 +471,22 @@ def _close_inherited() -> None:
             env.close()
 
 
-def _open_file(path: Path, size: int) -> lmdb.Environment:
+def _open_file(path: Path) -> lmdb.Environment:
     try:
         env = lmdb.open(
             str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
         )
     except lmdb.Error as error:
-        raise UserError(f"no LMDB can be read from {error}: {_repack(path)}") from None
+        raise UserError(f"no LMDB can be read from {error}: {repack_command(path)}") from None
     # Pages beyond the end of a partly copied file would kill the process when they are touched.
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size, expected = path.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size < expected:
         env.close()
-        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {_repack(path)}")
+        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {repack_command(path)}")
     return env
 
 
-def _repack(path: Path, verb: str = "re-pack with") -> str:
+def repack_command(path: Path, verb: str = "re-pack with") -> str:
     """The command that makes the file, as far as its path tells."""
     out, root = path.parent, path.parent.parent.parent
     jsons = " ".join(f"{root / 'anns' / out.name / split}.json" for split in path.stem.split("+"))
