@@ -42,7 +42,7 @@ def train(cfg, ranks) -> float:
 
     from engine.build import build_model, restore_model
     from engine.evaluator import validation_protocol
-    from engine.loaders import build_evaluation_loader, build_train_loader
+    from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
     from engine.trainer import Run, build_scaler, check_resumable, fit, resolve_precision, resume
     from utils.config import check_batch, save_config, to_dict
@@ -77,6 +77,7 @@ def train(cfg, ranks) -> float:
     for notice in cfg.notices:
         logger.info(notice)
     if ranks.is_main:
+        report_records(cfg, train_loader.dataset.reader)
         save_config(cfg, folder / "config.yaml")
     logger.info(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "

@@ -117,7 +117,7 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         say = partial(_inform, ranks)
         caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
     dataset = TrainingDataset(
-        training_records(cfg, readers, ranks),
+        training_records(cfg, readers),
         train.input_size,
         train.word_len,
         train.manual_seed,
@@ -142,44 +142,42 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     )
 
 
-def training_records(cfg: Config, readers: Sequence[RecordReader], ranks: Ranks) -> Records:
+def training_records(cfg: Config, readers: Sequence[RecordReader]) -> Records:
     """The refs to train on: all of a single file, or of several all that no excluded image has.
 
     Raises:
         UserError: nothing is left.
     """
     if len(readers) == 1:
-        records: Records = readers[0]
-        if cfg.DATA.exclude_lmdb:
-            _inform(ranks, "DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
-    else:
-        excluded = ImageSet(RecordReader(path) for path in cfg.DATA.exclude_lmdb)
-        parts = []
-        for reader in readers:
-            held = excluded.holds(reader)
-            parts.append((reader, np.flatnonzero(~held)))
-            _inform(
-                ranks,
-                f"{reader.path}: {len(held) - held.sum():,} of {len(held):,} refs; "
-                f"{held.sum():,} left out, on images of DATA.exclude_lmdb",
-            )
-        records = JoinedReader(parts)
-        if len(records) == 0:
-            raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
-    if ranks.is_main:
-        _tell_overlap(cfg, records)
+        return readers[0]
+    excluded = ImageSet(RecordReader(path) for path in cfg.DATA.exclude_lmdb)
+    records = JoinedReader([(r, np.flatnonzero(~excluded.holds(r))) for r in readers])
+    if len(records) == 0:
+        raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
     return records
 
 
-def _tell_overlap(cfg: Config, records: Records) -> None:
-    """Say how many refs lie on images that are validated on."""
+def report_records(cfg: Config, records: Records) -> None:
+    """Log how many refs of each file are trained on, and how many lie on images of val.
+
+    Args:
+        records: from `training_records`.
+    """
+    is_joined = isinstance(records, JoinedReader)
+    for reader, kept in records.parts if is_joined else ():
+        logger.info(
+            f"{reader.path}: {len(kept):,} of {len(reader):,} refs, "
+            f"{len(reader) - len(kept):,} left out on images of DATA.exclude_lmdb"
+        )
+    if cfg.DATA.exclude_lmdb and not is_joined:
+        logger.warning("DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
     validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
-    parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
+    parts = records.parts if is_joined else [(records, slice(None))]
     shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in parts)
     line = f"{shared:,} of {len(records):,} training refs are on images of {cfg.DATA.val_lmdb}"
     if shared == 0:
         logger.info(line)
-    elif isinstance(records, JoinedReader):
+    elif is_joined:
         logger.warning(f"{line}; name it in DATA.exclude_lmdb to leave them out")
     else:
         logger.warning(f"{line}; they are kept, as published")

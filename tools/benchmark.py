@@ -222,7 +222,7 @@ def time_epoch(config: str, opts: Sequence[str], show: Callable[[str], object] =
     """Go once through the training loader of a config; print time, rate and peak memory."""
     import torch
 
-    from engine.loaders import build_train_loader
+    from engine.loaders import build_train_loader, report_records
     from utils.config import check_batch, load_config
     from utils.distributed import Ranks
     from utils.logger import progress, setup_logging
@@ -233,6 +233,7 @@ def time_epoch(config: str, opts: Sequence[str], show: Callable[[str], object] =
     start = time.perf_counter()
     loader = build_train_loader(cfg, check_batch(cfg.TRAIN, 1), ranks)
     built = time.perf_counter()
+    report_records(cfg, loader.dataset.reader)
     refs = images = 0
     for batch in progress(loader, len(loader), "epoch"):
         refs += len(batch["tokens"])

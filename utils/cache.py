@@ -215,9 +215,8 @@ def _make(
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
-        parts.rows.flush()  # one mapping's pages are the file's, but each flushes its own
-        parts.images.flush()
-        parts.masks.flush()
+        for part in parts:
+            part.flush()
         with partial.open("r+b") as file:
             file.write(json.dumps(identity).encode().ljust(_PAGE))
             file.flush()
@@ -225,17 +224,20 @@ def _make(
 
 
 def _reserve(file: BinaryIO, path: Path, size: int) -> None:
-    """Give the file its length and its place on the disk: writing to a map cannot fail politely."""
+    """Give the file its length and its place on the disk: a full disk kills who writes to a map."""
     free = shutil.disk_usage(path.parent).free
-    if free < size:
+    try:
+        if free < size:
+            raise OSError
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError:
         raise UserError(
             f"DATA.cache: {path.parent} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are "
             "needed; make room, name another folder, or null for no cache"
-        )
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
+        ) from None
 
 
 @contextmanager
