@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import cv2
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run
 
@@ -34,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare_readers(args: argparse.Namespace, cache: Path) -> None:
     """Check that all ways of reading give the same, time them in turn, print a table."""
-    import cv2
     import torch
 
     cv2.setNumThreads(0)
@@ -164,8 +166,6 @@ def sameness(ways: Mapping) -> str:
         UserError: images or masks differ, or normalised ones by more than one unit in the last
             place.
     """
-    import numpy as np
-
     from utils.transforms import normalize_images, normalize_masks
 
     expected, units = {}, 0.0
@@ -196,8 +196,6 @@ def sameness(ways: Mapping) -> str:
 
 def units_in_the_last_place(a, b) -> float:
     """The largest difference of two float32 arrays, in units of the spacing at their values."""
-    import numpy as np
-
     spacing = np.spacing(np.maximum(np.abs(a), np.abs(b)))
     return float((np.abs(a.astype(np.float64) - b) / spacing).max())
 
