@@ -355,7 +355,7 @@ def test_impossible_parameters_are_named(tmp_path, counts, seed, message):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------- as large as another data set
+# --------------------------------------------------------------------- as large as another data set
 
 
 def test_like_refcoco_means_its_counts_to_the_ref_and_to_the_sentence():
