@@ -269,7 +269,13 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     epoch = commands.add_parser("pass", help="one epoch of a config's training loader")
     epoch.add_argument("--config", required=True, metavar="FILE")
     epoch.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "data":
+        for name, low in (("rounds", 1), ("input_size", 1), ("word_len", 2)):
+            value = getattr(args, name)
+            if value < low:
+                data.error(f"--{name.replace('_', '-')} {value}: give a number from {low}")
+    return args
 
 
 if __name__ == "__main__":
