@@ -112,19 +112,9 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     readers = [RecordReader(path) for path in cfg.DATA.train_files]
     for reader in readers:
         check_split(reader, cfg.DATA.train_split, "DATA.train_split", ranks)
-    caches = {}
-    if cfg.DATA.cache is not None:
-        say = partial(_inform, ranks)
-        caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
-    dataset = TrainingDataset(
-        training_records(cfg, readers),
-        train.input_size,
-        train.word_len,
-        train.manual_seed,
-        caches,
-    )
+    records = training_records(cfg, readers)
     by_image = train.batch_by == "images"
-    groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
+    groups = group_by_image(records) if by_image else [[i] for i in range(len(records))]
     sampler = VisitSampler(
         groups,
         micro_batch,
@@ -133,6 +123,11 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         ranks.world_size,
         train.manual_seed,
     )
+    caches = {}
+    if cfg.DATA.cache is not None:
+        say = partial(_inform, ranks)
+        caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
+    dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
     return DataLoader(
         dataset,
