@@ -403,6 +403,13 @@ def test_like_draws_exactly_so_many_images_refs_and_sentences(tmp_path, monkeypa
     assert "reused" not in capsys.readouterr().out
 
 
+def test_a_crowd_that_cannot_be_laid_out_is_given_up_for_another():
+    plan = refshapes.Plan(*refshapes.LIKE["refcoco"]["val"])
+    _, _, annotations, refs = refshapes._make_image(0, "val", 1472, plan)  # was drawn for ever
+    assert 3 <= len(annotations) <= 7
+    assert len(refs) == len(plan.quota(1472))
+
+
 @pytest.mark.parametrize("words", [["--like", "coco"], ["--like", "refcoco", "--val", "3"]])
 def test_like_takes_a_known_name_and_no_counts(tmp_path, words, capsys):
     with pytest.raises(SystemExit) as ending:

@@ -73,6 +73,7 @@ IMAGE_SIDE = (160, 224)
 AREA_SHARE = (0.028, 0.14)  # of the image, log-uniform; the upper end gives way in a crowd
 THINGS = {3: 0.28, 4: 0.28, 5: 0.22, 6: 0.13, 7: 0.09}  # how many, and how often
 MAX_TILT = 15  # degrees: a square must not turn into a diamond
+LAYOUTS = 5000  # tries before a crowd is given up: seven stars may never fit
 GAP = 3  # pixels between two objects' boxes and to the border
 SUPERSAMPLING = 4
 
@@ -335,10 +336,14 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
     shapes = rng.choice(SHAPES, 2 if count < 5 else rng.integers(2, 4), replace=False)
     shapes = [str(shape) for shape in rng.choice(shapes, count)]
     palette = rng.choice(list(COLOURS), rng.integers(2, 5), replace=False)
-    outlines, largest = None, AREA_SHARE[1]
-    while outlines is None:
+    largest = AREA_SHARE[1]
+    for _ in range(LAYOUTS):
         outlines = _lay_out(rng, shapes, size, largest)
+        if outlines is not None:
+            break
         largest = max(largest * 0.9, 1.1 * AREA_SHARE[0])
+    else:
+        return _draw_scene(rng)
     things = []
     for shape, outline in zip(shapes, outlines, strict=True):
         moments = cv2.moments(outline.astype(np.float32))
