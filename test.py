@@ -8,8 +8,6 @@ Runs on one device. The scores go to <output_folder>/<exp_name>/test_<dataset>_<
 a sentence to the .jsonl beside it.
 """
 
-from pathlib import Path
-
 from utils.arguments import parse_config_arguments
 from utils.errors import run as run_main
 
@@ -21,6 +19,7 @@ def main() -> None:
     from loguru import logger
 
     from engine.build import restore_model
+    from engine.checks import check_checkpoint
     from engine.tester import print_table, split_files, test_split
     from utils.checkpoint import BEST
     from utils.config import load_config
@@ -31,15 +30,15 @@ def main() -> None:
     setup_logging(None, is_main=True)
     for notice in cfg.notices:
         logger.info(notice)
-    folder = Path(cfg.TRAIN.output_folder) / cfg.TRAIN.exp_name
-    weights = cfg.TEST.weights or str(folder / BEST)
+    weights = cfg.TEST.weights or str(cfg.run_folder / BEST)
     ranks = start(alone=True)
-    model, _ = restore_model(cfg, ranks.device, weights, "TEST.weights")
+    model, state = restore_model(cfg, ranks.device, weights, "TEST.weights")
+    check_checkpoint(cfg, state, weights)
     results = []
     for split, lmdb in split_files(cfg):
-        results += test_split(cfg, model, ranks, split, lmdb, weights, folder)
+        results += test_split(cfg, model, ranks, split, lmdb, weights)
     print_table(results)
-    logger.info(f"scores and predictions are in {folder}")
+    logger.info(f"scores and predictions are in {cfg.run_folder}")
 
 
 if __name__ == "__main__":

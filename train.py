@@ -8,8 +8,6 @@ One process trains on the GPU, or on the CPU where there is none; with several v
 first form starts one rank on each. Everything is written to <output_folder>/<exp_name>.
 """
 
-from pathlib import Path
-
 from utils.arguments import parse_config_arguments
 from utils.errors import run as run_main
 
@@ -41,6 +39,7 @@ def train(cfg, ranks) -> float:
     from loguru import logger
 
     from engine.build import build_model, restore_model
+    from engine.checks import check_checkpoint, check_records
     from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
@@ -51,18 +50,21 @@ def train(cfg, ranks) -> float:
     from utils.seed import seed_everything
 
     options, device = cfg.TRAIN, ranks.device
-    micro_batch = check_batch(options, ranks.world_size)
-    folder = Path(options.output_folder) / options.exp_name
+    micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
     state = None
     if options.resume:
         model, state = restore_model(cfg, device, options.resume, "TRAIN.resume")
         check_resumable(state, options.resume)
+        check_checkpoint(cfg, state, options.resume)
     elif options.weight:
         model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
     else:
         model = build_model(cfg, device)
+    for lmdb in cfg.DATA.train_files:
+        check_records(cfg, lmdb, cfg.DATA.train_split)
+    check_records(cfg, cfg.DATA.val_lmdb, cfg.DATA.val_split)
     train_loader = build_train_loader(cfg, micro_batch, ranks)
     val_loader = build_evaluation_loader(
         cfg, cfg.DATA.val_lmdb, ranks, sentences=options.val_sentences

@@ -39,7 +39,7 @@ def restore_model(
         UserError: the checkpoint cannot be read, or does not fit the config.
     """
     state = read_checkpoint(path, purpose)
-    weights = {key.removeprefix("module."): v for key, v in state.pop("state_dict").items()}
+    weights = state.pop("state_dict")
     prefix = "backbone."
     clip = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not clip:
@@ -59,5 +59,6 @@ def _place(model: Segmenter, cfg: Config, device: torch.device) -> Segmenter:
             f"the CLIP has {model.sizes.vocab_size} tokens, its tokenizer {END_ID + 1}: "
             "set TRAIN.clip_arch.vocab_size to that"
         )
+    model.backbone.token_embedding.requires_grad_(not cfg.TRAIN.freeze_token_embedding)
     # Convolutions run faster on pixels whose channels lie side by side, on CPU and CUDA alike.
     return model.to(device, memory_format=torch.channels_last)

@@ -110,8 +110,6 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     """
     train = cfg.TRAIN
     readers = [RecordReader(path) for path in cfg.DATA.train_files]
-    for reader in readers:
-        check_split(reader, cfg.DATA.train_split, "DATA.train_split", ranks)
     records = training_records(cfg, readers)
     by_image = train.batch_by == "images"
     groups = group_by_image(records) if by_image else [[i] for i in range(len(records))]
@@ -226,13 +224,6 @@ def build_evaluation_loader(
         collate_fn=collate_images,
         **_worker_options(workers, ranks),
     )
-
-
-def check_split(reader: RecordReader, expected: str, key: str, ranks: Ranks) -> None:
-    """Warn when an LMDB holds another split than the config says."""
-    held = reader.meta["split"]
-    if held != expected and ranks.is_main:
-        logger.warning(f"{reader.path} holds split {held}, {key} says {expected}")
 
 
 def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:

@@ -40,6 +40,7 @@ class Schedule:
 
     As released, the first epoch trains **every** group at the base rate: the groups set only
     `initial_lr`, which takes effect when the schedule is stepped for the first time.
+    `backbone_start` "lr_multi" gives each group its own rate from the start instead.
 
     Args:
         optimizer: whose groups have `initial_lr`.
@@ -47,6 +48,7 @@ class Schedule:
         milestones: epochs (from 0) from which the rate is multiplied by `decay` once more.
         decay: factor.
         warmup_steps: optimiser steps over which the rates rise linearly from 0; 0 as published.
+        backbone_start: "published" or "lr_multi", see above.
     """
 
     def __init__(
@@ -56,19 +58,22 @@ class Schedule:
         milestones: Sequence[int],
         decay: float,
         warmup_steps: int = 0,
+        backbone_start: str = "published",
     ) -> None:
         self.optimizer = optimizer
         self.base_lr = base_lr
         self.milestones = sorted(milestones)
         self.decay = decay
         self.warmup_steps = warmup_steps
+        self.backbone_start = backbone_start
 
     def rates(self, epoch: int, step: int) -> list[float]:
         """The rate of each group at optimiser step `step` (of the whole run), both from 0."""
         drop = self.decay ** bisect_right(self.milestones, epoch)
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        at_base = epoch == 0 and self.backbone_start == "published"
         return [
-            (self.base_lr if epoch == 0 else group["initial_lr"] * drop) * ramp
+            (self.base_lr if at_base else group["initial_lr"] * drop) * ramp
             for group in self.optimizer.param_groups
         ]
 
@@ -81,4 +86,11 @@ class Schedule:
 def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
     """The schedule that the config's TRAIN section describes."""
     train = cfg.TRAIN
-    return Schedule(optimizer, train.base_lr, train.milestones, train.lr_decay, train.warmup_steps)
+    return Schedule(
+        optimizer,
+        train.base_lr,
+        train.milestones,
+        train.lr_decay,
+        train.warmup_steps,
+        train.backbone_start,
+    )

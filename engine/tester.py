@@ -8,6 +8,7 @@ from loguru import logger
 from pycocotools import mask as coco_mask
 from torch import nn
 
+from engine.checks import check_records
 from engine.evaluator import (
     SentenceScore,
     evaluate,
@@ -22,8 +23,7 @@ from utils.distributed import Ranks
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.metrics import METRIC_NAMES
-from utils.records import RecordReader
-from utils.transforms import decode_image
+from utils.transforms import PROTOCOLS, decode_image
 from utils.visualize import comparison, file_stem, save_picture
 
 
@@ -31,31 +31,33 @@ def split_files(cfg: Config) -> list[tuple[str, str]]:
     """(split, LMDB path) of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`.
 
     Raises:
-        UserError: one of them cannot be read; told before the first is scored.
+        UserError: one of them cannot be read, or holds something else; told before the first is
+            scored.
     """
     folder = Path(cfg.TEST.test_lmdb).parent
     files = [(split, str(folder / f"{split}.lmdb")) for split in cfg.TEST.splits]
     files = files or [(cfg.TEST.test_split, cfg.TEST.test_lmdb)]
-    for _, lmdb in files:
-        len(RecordReader(lmdb))
+    for split, lmdb in files:
+        check_records(cfg, lmdb, split)
     return files
 
 
 def test_split(
-    cfg: Config, model: nn.Module, ranks: Ranks, split: str, lmdb: str, weights: str, folder: Path
+    cfg: Config, model: nn.Module, ranks: Ranks, split: str, lmdb: str, weights: str
 ) -> list[dict]:
     """Score one split and write `test_<dataset>_<split>.json`, `.jsonl` and, if asked, pictures.
 
     Returns:
         One result a protocol: the JSON file's content plus `ceiling`.
     """
+    protocols = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
     loader = build_evaluation_loader(cfg, lmdb, ranks, swap=cfg.TEST.swap_sentences)
     start = time.monotonic()
     scores = evaluate(
         model,
         loader,
         ranks.device,
-        resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold),
+        protocols,
         cfg.TRAIN.batch_size_val,
         ceiling=True,
         rle=True,
@@ -69,6 +71,7 @@ def test_split(
             "split": split,
             "checkpoint": weights,
             "protocol": protocol,
+            "threshold": protocols[protocol].threshold,
             "refs": len({line.ref_id for line in lines}),
             "sentences": len(lines),
             **summarize_scores(lines),
@@ -76,26 +79,29 @@ def test_split(
             "ceiling": summarize_ceiling(lines),
             "swapped_sentences": cfg.TEST.swap_sentences,
         }
-        write_scores(result, lines, folder)
+        write_scores(result, lines, cfg.run_folder)
         results.append(result)
     if cfg.TEST.visualize:
         protocol, lines = next(iter(scores.items()))
         name = split + (".swapped" if cfg.TEST.swap_sentences else "")
-        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], folder / "vis" / name)
+        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], cfg.run_folder / "vis" / name)
     return results
 
 
-def result_stem(result: dict) -> str:
+def result_stem(dataset: str, split: str, protocol: str, threshold: float, swapped: bool) -> str:
     """Name of a result's files: what is not the published way of scoring is in the name."""
-    stem = f"test_{result['dataset']}_{result['split']}"
-    if result["protocol"] != "published":
-        stem += f".{result['protocol']}"
-    return stem + (".swapped" if result["swapped_sentences"] else "")
+    stem = f"test_{dataset}_{split}"
+    if protocol != "published":
+        stem += f".{protocol}"
+    if threshold != PROTOCOLS[protocol].threshold:
+        stem += f".threshold{threshold:g}"
+    return stem + (".swapped" if swapped else "")
 
 
 def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None:
     """Write the two files of a result, whole or not at all."""
-    stem = result_stem(result)
+    names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
+    stem = result_stem(*(result[name] for name in names))
     with atomic_path(folder / f"{stem}.jsonl") as partial, partial.open("w") as file:
         file.writelines(json.dumps(line.record()) + "\n" for line in lines)
     with atomic_path(folder / f"{stem}.json") as partial:

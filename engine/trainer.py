@@ -24,6 +24,8 @@ from utils.metrics import training_scores
 from utils.seed import rng_state, set_rng_state
 from utils.transforms import Protocol, normalize_images, normalize_masks
 
+# As `training_scores` measures them, on the small map; validation has the plain names.
+TRAINING_METRICS = ("loss", "train_mIoU", "train_Pr@0.5")
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -99,7 +101,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     The host waits for the device only when it logs: until then sums stay on the device.
 
     Returns:
-        Means over the epoch and all ranks: loss, iou, pr50 (the last two as `training_scores`).
+        Means over the epoch and all ranks, by the names of `TRAINING_METRICS`.
     """
     train, device = run.cfg.TRAIN, run.ranks.device
     run.model.train()
@@ -124,7 +126,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             values = means(window, passes * train.accumulation_steps)
             values["images_per_second"] = passes * train.batch_size / seconds
             log_step(run, epoch, done, steps, values)
-            bar.set_postfix_str(f"loss {values['loss']:.4f} iou {100 * values['iou']:.1f}")
+            bar.set_postfix_str(f"loss {values['loss']:.4f} iou {100 * values['train_mIoU']:.1f}")
             total += window
             window.zero_()
             window_start = time.monotonic()
@@ -169,7 +171,7 @@ def optimizer_step(run: Run) -> None:
 def means(sums: Tensor, count: int) -> dict[str, float]:
     """Sums over `count` micro-batches -> means over all ranks, by name. Waits for the device."""
     values = mean_over_ranks(sums / count).tolist()
-    return dict(zip(("loss", "iou", "pr50"), values, strict=True))
+    return dict(zip(TRAINING_METRICS, values, strict=True))
 
 
 def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, float]) -> None:
@@ -179,7 +181,7 @@ def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, floa
     left = (steps - done) * run.cfg.TRAIN.batch_size / values["images_per_second"]
     logger.info(
         f"epoch {epoch + 1} step {done}/{steps}: loss {values['loss']:.4f}, "
-        f"IoU {100 * values['iou']:.2f}, {values['images_per_second']:.1f} images/s, "
+        f"IoU {100 * values['train_mIoU']:.2f}, {values['images_per_second']:.1f} images/s, "
         f"{duration(left)} left in the epoch"
     )
 

@@ -163,9 +163,11 @@ def small_model() -> nn.Module:
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_are_loaded_with_and_without_the_prefix_of_parallel_models(prefix):
+def test_weights_are_loaded_with_and_without_the_prefix_of_parallel_models(prefix, tmp_path):
     source, target = small_model(), small_model()
-    load_weights(target, {prefix + k: v for k, v in source.state_dict().items()}, "x.pth")
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": {prefix + k: v for k, v in source.state_dict().items()}}, path)
+    load_weights(target, read_checkpoint(path, "TEST.weights")["state_dict"], path)
     assert_same(dict(target.state_dict()), dict(source.state_dict()))
 
 
@@ -244,11 +246,11 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
 def test_an_official_checkpoint_is_scored_like_ours(trained, official):
     config, folder = trained / "tiny.yaml", trained / "exp/tiny"
     run_program("test.py", config, "TEST.weights", folder / "last_model.pth")
-    expected = read_jsonl(folder / "test_shapes_val.jsonl")
+    expected = read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl")
     # The release's configs have no clip_arch: sizes come from the weights.
     opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "pretrain/none.pt")
     run_program("test.py", config, "TEST.weights", official, *opts)
-    assert read_jsonl(folder / "test_shapes_val.jsonl") == expected
+    assert read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl") == expected
     assert any(line["union"] > line["target_area"] for line in expected)
 
 

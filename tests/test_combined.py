@@ -373,6 +373,13 @@ def test_a_file_that_is_missing_among_several_is_named(files, tmp_path):
     assert error_of("train.py", cfg, *opts).startswith("no/v.lmdb does not exist")
 
 
+def test_another_split_among_several_is_refused(tmp_path):
+    data = make_shapes(tmp_path)
+    files = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testA")]
+    line = error_of("train.py", write_config(tmp_path, data), "DATA.train_lmdb", files)
+    assert line.startswith(f"{files[1]} holds shapes testA, the config says shapes train")
+
+
 def test_leaving_out_everything_is_an_error(files):
     cfg = config(
         files["val"],
@@ -383,17 +390,33 @@ def test_leaving_out_everything_is_an_error(files):
         build_train_loader(cfg, 4, ALONE)
 
 
-def test_a_run_on_two_data_sets_says_what_it_leaves_out_and_trains(files, tmp_path):
+def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(tmp_path):
     data = make_shapes(tmp_path)
-    shapes = data / "lmdb/shapes"
+    shapes, other = data / "lmdb/shapes", tmp_path / "lmdb/other"
+    copy_records(shapes / "train.lmdb", other / "train.lmdb")
+    both = [str(shapes / "train.lmdb"), str(other / "train.lmdb")]
+    held_out = write(tmp_path / "lmdb/other/val.lmdb", numbered(1, 2, 3), seed=0)
+    config = write_config(tmp_path, data)
     run_program(
         "train.py",
-        write_config(tmp_path, data),
-        *("DATA.train_lmdb", [str(shapes / "train.lmdb"), str(shapes / "testA.lmdb")]),
-        *("DATA.exclude_lmdb", [str(shapes / "testA.lmdb"), str(shapes / "val.lmdb")]),
-        *("DATA.cache", tmp_path / "cache"),
+        config,
+        *("DATA.dataset", "combined", "DATA.train_lmdb", both, "DATA.cache", tmp_path / "cache"),
+        *("DATA.exclude_lmdb", [str(held_out), str(shapes / "val.lmdb")]),
     )
     log = (tmp_path / "exp/tiny/train.log").read_text()
-    count = len(RecordReader(shapes / "testA.lmdb"))
-    assert f"testA.lmdb: 0 of {count} refs, {count} left out on images of" in log
-    assert (tmp_path / "exp/tiny/best_model.pth").exists()
+    ids = RecordReader(shapes / "train.lmdb").index.image_ids
+    out = sum(i in (1, 2, 3) for i in ids)
+    assert out > 3
+    for path in both:
+        assert f"{path}: {len(ids) - out} of {len(ids)} refs, {out} left out on images of" in log
+    run_program("test.py", config)  # of one of the data sets
+    assert (tmp_path / "exp/tiny/test_shapes_val.json").exists()
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """The same refs and images under another data set's name."""
+    reader = RecordReader(source)
+    with RecordWriter(target, target.parent.name, target.stem) as writer:
+        for ref in (reader.ref(position) for position in range(len(reader))):
+            writer.add_image(ref.image_key, reader.image(ref.image_key))
+            writer.add_ref(ref, [4] * len(ref.sentences))

@@ -143,8 +143,10 @@ def published(dataset: str, model: str) -> dict[str, dict]:
 
 # What we added, at the value that leaves CRIS as published (validation aside: SPEC 8.2).
 ADDED = {
-    "DATA": {"exclude_lmdb": (), "cache": None},
+    "DATA": {"exclude_lmdb": (), "cache": None, "allow_mismatch": False},
     "TRAIN": {
+        "backbone_start": "published",
+        "freeze_token_embedding": False,
         "clip_arch": None,
         "accumulation_steps": 1,
         "batch_by": "refs",
@@ -225,10 +227,43 @@ class TestShippedFiles:
         assert check_batch(config.TRAIN, 2) == config.TRAIN.batch_size // 2
 
 
+def official(dataset: str, model: str) -> str:
+    """The text of one of the eight official files (SPEC section 6)."""
+    text = OFFICIAL.replace("refcocog_g", dataset)
+    if model == "r50":
+        for r101, r50 in (
+            ("RN101", "RN50"),
+            ("CRIS_R101", "CRIS_R50"),
+            ("word_dim: 512", "word_dim: 1024"),
+            ("fpn_in: [512, 1024, 512]", "fpn_in: [512, 1024, 1024]"),
+        ):
+            text = text.replace(r101, r50)
+    if not dataset.startswith("refcocog"):
+        text = text.replace("word_len: 22", "word_len: 17")
+    if dataset == "refcoco+":  # validates on testB, and R101 tests on it too
+        lmdb = "_lmdb: datasets/lmdb/refcoco+/"
+        text = text.replace(f"val{lmdb}val", f"val{lmdb}testB").replace(
+            "split: val\n", "split: testB\n"
+        )
+        if model == "r101":
+            text = text.replace("val-test", "testB").replace(f"test{lmdb}val", f"test{lmdb}testB")
+    return text
+
+
 class TestOfficialFiles:
-    def test_official_file_loads_unchanged(self, tmp_path):
-        config = load_config(write(tmp_path, OFFICIAL))
-        assert config == load_config(CONFIG_DIR / "refcocog_g" / "cris_r101.yaml")
+    @pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog_u", "refcocog_g"])
+    @pytest.mark.parametrize("model", ["r50", "r101"])
+    def test_each_official_file_loads_unchanged(self, dataset, model, tmp_path):
+        config = load_config(write(tmp_path, official(dataset, model)))
+        ours = load_config(CONFIG_DIR / dataset / f"cris_{model}.yaml")
+        assert config.TRAIN == ours.TRAIN
+        if dataset != "refcoco+":
+            assert config == ours
+            return
+        leak = "datasets/lmdb/refcoco+/testB.lmdb"
+        assert (config.DATA.val_lmdb, config.DATA.val_split) == (leak, "testB")
+        assert (config.TEST.test_lmdb == leak) == (config.TEST.test_split == "testB")
+        assert (config.TEST.test_split == "testB") == (model == "r101")
 
     def test_each_reason_why_keys_do_nothing_is_given_once(self, tmp_path):
         config = load_config(write(tmp_path, OFFICIAL), ["TRAIN.evaluate", "False", "rank", "1"])
@@ -236,9 +271,11 @@ class TestOfficialFiles:
         for key, reason in NO_EFFECT.items():
             assert sum(key in line and reason in line for line in config.notices) == 1
 
-    def test_official_refcoco_plus_file_keeps_the_split_that_it_names(self, tmp_path):
-        text = OFFICIAL.replace("val_split: val", "val_split: testB")
-        assert load_config(write(tmp_path, text)).DATA.val_split == "testB"
+    def test_one_split_asked_for_takes_the_place_of_a_files_list(self):
+        assert load_config(TINY).TEST.splits == ("val", "testA", "testB")
+        assert load_config(TINY, ["TEST.test_split", "testA"]).TEST.splits == ()
+        both = ["TEST.test_split", "testA", "TEST.splits", "[val]"]
+        assert load_config(TINY, both).TEST.splits == ("val",)
 
     def test_val_test_is_val(self):
         assert load_config(R50, ["TEST.test_split", "val-test"]).TEST.test_split == "val"
@@ -246,6 +283,29 @@ class TestOfficialFiles:
     def test_missing_keys_and_empty_sections_take_the_defaults(self, tmp_path):
         path = write(tmp_path, "TRAIN:\nTEST:\n  visualize: true\n")
         assert load_config(path) == Config(TEST=replace(Config().TEST, visualize=True))
+
+
+class TestValuesThatMayBeMistakes:
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+    def test_shipped_configs_raise_no_doubt(self, path):
+        assert load_config(path).notices == ()
+
+    def test_milestones_that_are_never_reached_are_named(self):
+        (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices
+        assert line == "TRAIN.milestones [20, 35] are never reached in TRAIN.epochs 20"
+
+    @pytest.mark.parametrize(
+        ("target", "protocol"), [("area", "published"), ("nearest", "aligned")]
+    )
+    def test_a_protocol_that_does_not_go_with_the_target_is_named(self, target, protocol):
+        opts = ["TRAIN.target", target, "TEST.protocol", protocol]
+        (line,) = load_config(R50, opts).notices
+        assert line.startswith(f"TRAIN.target {target} goes with TEST.protocol ")
+        assert load_config(R50, [*opts, "TEST.protocol", "both"]).notices == ()
+
+    def test_weights_to_start_from_and_a_run_to_continue_contradict_each_other(self):
+        with pytest.raises(UserError, match=r"TRAIN\.weight a\.pth and TRAIN\.resume b\.pth"):
+            load_config(R50, ["TRAIN.weight", "a.pth", "TRAIN.resume", "b.pth"])
 
 
 class TestSaving:

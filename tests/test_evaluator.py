@@ -45,9 +45,10 @@ from utils.tokenizer import token_lengths
 from utils.transforms import PROTOCOLS, letterbox_mask, normalize_masks
 
 THRESHOLD = 0.15
+LOWERED = f"threshold{THRESHOLD}"  # in the names of files
 RESULT_FIELDS = {
     *("dataset", "split", "checkpoint", "protocol", "refs", "sentences", *METRIC_NAMES, "seconds"),
-    *("ceiling", "swapped_sentences"),
+    *("threshold", "ceiling", "swapped_sentences"),
 }
 LINE_FIELDS = {
     *("ref_id", "sent_id", "sentence", "image", "image_id", "category", "height", "width"),
@@ -67,7 +68,7 @@ def run_folder(tmp_path_factory, data) -> Path:
     config = write_config(
         folder, data, threshold=THRESHOLD, target="area", base_lr=2e-3, batch_size=6
     )
-    run = build_run(config, "DATA.train_lmdb", val_lmdb(data))
+    run = build_run(config, "DATA.train_lmdb", val_lmdb(data), "DATA.train_split", "val")
     with on_cpu():
         for epoch in range(15):
             train_one_epoch(run, epoch)
@@ -299,12 +300,15 @@ def decode(line: dict) -> np.ndarray:
 
 def test_each_split_and_protocol_gets_its_two_files(tested):
     stems = {f"test_shapes_{s}{p}" for s in ("val", "testA", "testB") for p in ("", ".aligned")}
+    stems = {f"{stem}.{LOWERED}" for stem in stems}
     assert {path.name for path in tested.glob("test_*")} == {
         f"{stem}.{suffix}" for stem in stems for suffix in ("json", "jsonl")
     }
 
 
-@pytest.mark.parametrize("name", ["test_shapes_val", "test_shapes_testB.aligned"])
+@pytest.mark.parametrize(
+    "name", [f"test_shapes_val.{LOWERED}", f"test_shapes_testB.aligned.{LOWERED}"]
+)
 def test_the_summary_is_that_of_the_lines(tested, name, data):
     result = json.loads((tested / f"{name}.json").read_text())
     lines = read_jsonl(tested / f"{name}.jsonl")
@@ -326,12 +330,13 @@ def test_the_summary_is_that_of_the_lines(tested, name, data):
     assert result["ceiling"]["mIoU"] > result["mIoU"] > 0
     assert 0 < result["seconds"] < 60
     assert result["swapped_sentences"] is False
+    assert result["threshold"] == THRESHOLD
 
 
 def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, data):
     reader = RecordReader(val_lmdb(data))
     refs = {ref.ref_id: ref for ref in (reader.ref(i) for i in range(len(reader)))}
-    lines = read_jsonl(tested / "test_shapes_val.aligned.jsonl")
+    lines = read_jsonl(tested / f"test_shapes_val.aligned.{LOWERED}.jsonl")
     assert any(line["intersection"] for line in lines)
     for line in lines:
         mask, pred_mask = load_mask(refs[line["ref_id"]]) > 0, decode(line)
@@ -346,7 +351,7 @@ def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):
     run_program("test.py", run_folder / "tiny.yaml", *opts)
     rows = capsys.readouterr().out.splitlines()
     results = [
-        json.loads((run_folder / f"exp/tiny/test_shapes_{split}.json").read_text())
+        json.loads((run_folder / f"exp/tiny/test_shapes_{split}.{LOWERED}.json").read_text())
         for split in ("val", "testA")
     ]
     assert rows[0].split() == ["dataset", "split", "protocol", "sentences", *METRIC_NAMES]
@@ -361,10 +366,10 @@ def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):
 
 
 def test_swapped_scores_go_to_files_of_their_own(tested, run_folder):
-    before = (tested / "test_shapes_val.json").read_text()
+    before = (tested / f"test_shapes_val.{LOWERED}.json").read_text()
     run_program("test.py", run_folder / "tiny.yaml", "TEST.swap_sentences", True)
-    assert (tested / "test_shapes_val.json").read_text() == before
-    result = json.loads((tested / "test_shapes_val.swapped.json").read_text())
+    assert (tested / f"test_shapes_val.{LOWERED}.json").read_text() == before
+    result = json.loads((tested / f"test_shapes_val.{LOWERED}.swapped.json").read_text())
     assert result["swapped_sentences"] is True
     assert result["sentences"] == json.loads(before)["sentences"]
 
@@ -375,7 +380,8 @@ def test_a_lower_threshold_makes_larger_predictions(run_folder, tmp_path):
         opts = ("TRAIN.output_folder", tmp_path, "TEST.threshold", threshold)
         weights = run_folder / "exp/tiny/best_model.pth"
         run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-        areas.append([decode(x).sum() for x in read_jsonl(tmp_path / "tiny/test_shapes_val.jsonl")])
+        lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.threshold{threshold}.jsonl")
+        areas.append([decode(x).sum() for x in lines])
     assert all(low >= high for low, high in zip(*areas, strict=True))
     assert sum(areas[0]) > sum(areas[1])
 
@@ -384,8 +390,8 @@ def test_the_official_name_of_val_is_understood(run_folder, tested, tmp_path):
     opts = ("TEST.test_split", "val-test", "TRAIN.output_folder", tmp_path)
     weights = run_folder / "exp/tiny/best_model.pth"
     run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-    lines = read_jsonl(tmp_path / "tiny/test_shapes_val.jsonl")
-    assert lines == read_jsonl(tested / "test_shapes_val.jsonl")
+    lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.{LOWERED}.jsonl")
+    assert lines == read_jsonl(tested / f"test_shapes_val.{LOWERED}.jsonl")
 
 
 def test_all_splits_are_looked_for_before_the_first_is_scored(run_folder, tmp_path):
@@ -437,7 +443,7 @@ def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_pa
             picture.load()
             assert picture.width > 3 * 300
             assert picture.height > 300
-    lines = read_jsonl(tmp_path / "tiny/test_shapes_odd.jsonl")
+    lines = read_jsonl(tmp_path / f"tiny/test_shapes_odd.{LOWERED}.jsonl")
     assert [line["sentence"] for line in lines] == ODD
 
 
@@ -446,6 +452,6 @@ def test_pictures_may_be_limited(run_folder, tmp_path):
     weights = run_folder / "exp/tiny/best_model.pth"
     run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
     names = sorted(path.name for path in (tmp_path / "tiny/vis/val").iterdir())
-    lines = read_jsonl(tmp_path / "tiny/test_shapes_val.jsonl")[:3]
+    lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.{LOWERED}.jsonl")[:3]
     for name, line in zip(names, sorted(lines, key=lambda x: str(x["ref_id"])), strict=True):
         assert name.startswith(f"{line['ref_id']}-{line['sent_id']}-iou={line['iou']:.2f}-")

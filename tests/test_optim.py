@@ -19,6 +19,7 @@ def recipe(**changes: object) -> SimpleNamespace:
         "milestones": (35,),
         "lr_decay": 0.1,
         "warmup_steps": 0,
+        "backbone_start": "published",
     }
     return SimpleNamespace(TRAIN=SimpleNamespace(**published | changes))
 
@@ -54,6 +55,14 @@ def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_t
 def test_first_epoch_trains_both_groups_at_the_base_rate():
     assert rates(recipe(), epoch=0) == [1e-4, 1e-4]
     assert rates(recipe(), epoch=1) == pytest.approx([1e-5, 1e-4])
+
+
+def test_backbone_may_have_its_own_rate_from_the_start():
+    cfg = recipe(backbone_start="lr_multi")
+    assert rates(cfg, epoch=0) == pytest.approx([1e-5, 1e-4])
+    assert [rates(cfg, epoch) for epoch in range(1, 50)] == [
+        rates(recipe(), epoch) for epoch in range(1, 50)
+    ]
 
 
 def test_each_milestone_multiplies_both_rates_once_more():

@@ -13,7 +13,7 @@ from utils.checkpoint import save_checkpoint
 from utils.config import load_config, to_dict
 from utils.errors import UserError
 from utils.records import RecordReader
-from utils.transforms import decode_mask
+from utils.transforms import PROTOCOLS, decode_mask
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "refshapes" / "cris_tiny.yaml"
 COUNTS = {"train": 2, "val": 4, "testA": 2, "testB": 2}
@@ -110,7 +110,7 @@ class Runner:
                 folder2lmdb.main(arguments)
             case "train":
                 state = {"state_dict": {}, "epoch": self.epochs, "config": to_dict(self.cfg)}
-                folder = quickstart.run_folder(self.cfg)
+                folder = self.cfg.run_folder
                 folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(state, folder, is_best=True)
             case "test":
@@ -126,8 +126,9 @@ class Runner:
             for protocol in ("aligned", "published"):
                 result = {"dataset": "refshapes", "split": split, "protocol": protocol}
                 result |= {"sentences": len(scores), "swapped_sentences": swapped}
+                result |= {"threshold": PROTOCOLS[protocol].threshold}
                 result |= {"ceiling": summarize_ceiling(scores)} | summarize_scores(scores)
-                write_scores(result, scores, quickstart.run_folder(self.cfg))
+                write_scores(result, scores, self.cfg.run_folder)
 
     @staticmethod
     def score(reader: RecordReader, position: int, is_right: bool) -> SentenceScore:

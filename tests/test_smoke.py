@@ -34,7 +34,7 @@ def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int)
     for name in ("last_model.pth", "best_model.pth"):
         assert all(torch.isfinite(w).all() for w in load(folder / name)["state_dict"].values())
     sentences = RecordReader(lmdb).meta["sentences"]
-    for suffix in ("", ".aligned"):
+    for suffix in (".threshold0.15", ".aligned.threshold0.15"):
         stem = f"test_{dataset}_{split}{suffix}"
         result = json.loads((folder / f"{stem}.json").read_text())
         assert result["sentences"] == sentences == len(read_jsonl(folder / f"{stem}.jsonl"))
@@ -48,7 +48,8 @@ def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int)
 
 
 def test_shapes_from_nothing_to_scores(data, tmp_path):
-    config = write_config(tmp_path, data, epochs=2, batch_by="images", workers=1, workers_val=1)
+    recipe = {"epochs": 2, "batch_by": "images", "workers": 1, "workers_val": 1}
+    config = write_config(tmp_path, data, threshold=0.15, **recipe)
     run_program("train.py", config)
     opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 5)
     run_program("test.py", config, *opts)
@@ -69,7 +70,7 @@ def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, sp
     config = write_config(tmp_path, tmp_path, dataset, threshold=0.15, print_freq=100)
     folder = tmp_path / "lmdb" / dataset
     lmdbs = ("DATA.train_lmdb", folder / f"{train}.lmdb", "DATA.val_lmdb", folder / f"{val}.lmdb")
-    run_program("train.py", config, *lmdbs)
+    run_program("train.py", config, *lmdbs, "DATA.train_split", train, "DATA.val_split", val)
     split = ("TEST.test_split", val, "TEST.test_lmdb", folder / f"{val}.lmdb")
     opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 2)
     run_program("test.py", config, *split, *opts)

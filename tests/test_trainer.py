@@ -103,9 +103,17 @@ def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, d
     assert [r["step"] for r in steps] == [epoch * n + step for epoch in range(3) for step in logged]
     assert [(r["epoch"], r["step"]) for r in epochs] == [(1, n), (2, 2 * n), (3, 3 * n)]
     assert set(steps[0]) == {
-        *("kind", "epoch", "step", "loss", "iou", "pr50", "lr_backbone", "lr_head")
+        *("kind", "epoch", "step", "loss", "train_mIoU", "train_Pr@0.5", "lr_backbone", "lr_head")
     }
-    assert set(epochs[0]) == {"kind", "epoch", "step", "loss", "iou", "pr50", *METRIC_NAMES}
+    assert set(epochs[0]) == {
+        "kind",
+        "epoch",
+        "step",
+        "loss",
+        "train_mIoU",
+        "train_Pr@0.5",
+        *METRIC_NAMES,
+    }
     # As released: the first epoch at the head's rate for all; a milestone multiplies by lr_decay.
     rates = {1: (1e-3, 1e-3), 2: (1e-4, 1e-3), 3: (1e-5, 1e-4)}
     for record in steps:
@@ -120,7 +128,7 @@ def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
     *windows, same_epoch = metrics(tmp_path / "3")
     assert len(steps) == num_steps(data)
     assert epoch == pytest.approx(same_epoch, abs=1e-6)
-    for name in ("loss", "iou", "pr50"):
+    for name in ("loss", "train_mIoU", "train_Pr@0.5"):
         values = [record[name] for record in steps]
         assert epoch[name] == pytest.approx(mean(values), abs=1e-6)
         expected = [mean(values[i : i + 3]) for i in range(0, len(values), 3)]

@@ -32,7 +32,7 @@ from utils.errors import UserError, run
 from utils.logger import duration
 from utils.metrics import summarize
 from utils.records import RecordReader
-from utils.transforms import decode_image, decode_mask
+from utils.transforms import PROTOCOLS, decode_image, decode_mask
 from utils.visualize import PRED_COLOR, TRUTH_COLOR, save_picture
 
 REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
@@ -87,11 +87,11 @@ def steps(config: str, cfg: Config) -> Iterator[Step]:
 
     # Evaluation is quick: it is repeated after any change of the code.
     code = [p for d in (".", "engine", "model", "utils") for p in (ROOT / d).glob("*.py")]
-    inputs = [run_folder(cfg) / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
+    inputs = [cfg.run_folder / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
     command = f"test.py --config {shlex.quote(config)} --opts"
     draw = f"{command} TEST.visualize True TEST.visualize_limit {PICTURES}"
-    yield Step("evaluate", draw, is_fresh(results(cfg), inputs), (run_folder(cfg) / "vis",))
-    swap = f"{command} TEST.splits '[]' TEST.swap_sentences True"
+    yield Step("evaluate", draw, is_fresh(results(cfg), inputs), (cfg.run_folder / "vis",))
+    swap = f"{command} TEST.test_split val TEST.swap_sentences True"
     done = is_fresh([result(cfg, "val", swapped=True)], inputs)
     yield Step("evaluate with swapped sentences", swap, done)
 
@@ -102,9 +102,9 @@ def training_step(config: str, cfg: Config) -> Step:
     def recipe(values: Mapping[str, Mapping]) -> list[Mapping]:
         return [values["DATA"], {**values["TRAIN"], "resume": None}]
 
-    command, folder = f"train.py --config {shlex.quote(config)}", run_folder(cfg)
+    command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
     last, best = folder / LAST, folder / BEST
-    if is_fresh([last, best], [Path(cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]):
+    if is_fresh([last, best], [*map(Path, cfg.DATA.train_files), Path(cfg.DATA.val_lmdb)]):
         state = read_checkpoint(last, "quickstart")
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
             resume = f"{command} --opts TRAIN.resume {last}"
@@ -148,15 +148,10 @@ def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
     return first >= max(path.stat().st_mtime for path in inputs)
 
 
-def run_folder(cfg: Config) -> Path:
-    """Where the run is written."""
-    return Path(cfg.TRAIN.output_folder) / cfg.TRAIN.exp_name
-
-
 def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = False) -> Path:
     """The scores of a split; the `.jsonl` beside it has a line a sentence."""
-    kind = {"split": split, "protocol": protocol, "swapped_sentences": swapped}
-    return run_folder(cfg) / f"{result_stem({'dataset': cfg.DATA.dataset, **kind})}.json"
+    stem = result_stem(cfg.DATA.dataset, split, protocol, PROTOCOLS[protocol].threshold, swapped)
+    return cfg.run_folder / f"{stem}.json"
 
 
 def results(cfg: Config) -> list[Path]:
@@ -168,7 +163,7 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     """Print the scores, the time and where everything lies; write the picture of examples."""
     lines = read_lines(result(cfg, "val"))
     swapped = read_lines(result(cfg, "val", swapped=True))
-    pictures = run_folder(cfg) / "vis"
+    pictures = cfg.run_folder / "vis"
     save_picture(contact_sheet(choose_examples(lines)), pictures / "examples.png")
 
     print(f"\n{cfg.TRAIN.exp_name} on RefShapes, in per cent")
@@ -187,7 +182,7 @@ where to look
   six examples  {pictures / "examples.png"}
   overlays      {pictures}/<split>/, {PICTURES} sentences each
   scores        {result(cfg, "val")} and so on; a line a sentence in the .jsonl
-  training      {run_folder(cfg) / "train.log"}, numbers in metrics.jsonl""")
+  training      {cfg.run_folder / "train.log"}, numbers in metrics.jsonl""")
 
 
 def read_lines(result: Path) -> list[dict]:

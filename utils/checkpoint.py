@@ -37,6 +37,9 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool) -> None:
 def read_checkpoint(path: str | Path, purpose: str) -> dict:
     """Read a checkpoint onto the CPU; nothing but tensors and plain containers is admitted.
 
+    The `module.` prefix that DataParallel and DistributedDataParallel leave on the names of
+    weights is removed.
+
     Args:
         path: a checkpoint of ours, or an official one.
         purpose: the config key that asked for it, for the error.
@@ -54,18 +57,15 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     weights = state.get("state_dict") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
-    return state
+    return state | {"state_dict": {k.removeprefix("module."): v for k, v in weights.items()}}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Copy a checkpoint's weights into the unwrapped model; every name and shape must fit.
 
-    The `module.` prefix that DataParallel and DistributedDataParallel leave is removed.
-
     Raises:
         UserError: keys are missing, unknown or of another shape; lists them.
     """
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
     own = model.state_dict()
     faults = [f"missing {key}" for key in own if key not in weights]
     faults += [f"unknown {key}" for key in weights if key not in own]

@@ -10,7 +10,7 @@ import ast
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from difflib import get_close_matches
 from itertools import pairwise
@@ -91,6 +91,7 @@ class DataConfig:
     val_lmdb: str = "datasets/lmdb/refcoco/val.lmdb"
     val_split: str = "val"
     cache: str | None = None
+    allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         files = self.train_files
@@ -137,6 +138,8 @@ class TrainConfig:
     base_lr: Rate = 1e-4
     lr_decay: Rate = 0.1
     lr_multi: Amount = 0.1
+    backbone_start: Literal["published", "lr_multi"] = "published"
+    freeze_token_embedding: bool = False
     warmup_steps: Count = 0
     weight_decay: Amount = 0.0
     max_norm: Amount = 0.0
@@ -161,6 +164,11 @@ class TrainConfig:
             raise UserError(
                 f"TRAIN.fpn_out[1] {self.fpn_out[1]} is the width that the neck hands to the "
                 f"decoder and must equal TRAIN.vis_dim {self.vis_dim}"
+            )
+        if self.weight is not None and self.resume is not None:
+            raise UserError(
+                f"TRAIN.weight {self.weight} and TRAIN.resume {self.resume} are both set: weight "
+                "starts a new training, resume continues one; make one of them null"
             )
         if self.start_epoch >= self.epochs:
             raise UserError(
@@ -207,6 +215,11 @@ class Config:
     TEST: TestConfig = field(default_factory=TestConfig)
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written: `<output_folder>/<exp_name>`."""
+        return Path(self.TRAIN.output_folder) / self.TRAIN.exp_name
+
 
 def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     """Read a YAML file, the file that its `_base_` names, and `--opts` over both.
@@ -230,10 +243,13 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         key = _full_key(key)
         _assign(values, key, _parse_opt(text, SCHEMA.get(key)), "--opts")
+        if key == "TEST.test_split":  # the one split asked for, whatever list the file has
+            values["TEST.splits"] = ()
     try:
-        return _build(Config, values | {"notices": _notices(values)})
+        config = _build(Config, values)
     except UserError as error:
         raise UserError(f"{path}{' with --opts' if opts else ''}: {error}") from None
+    return replace(config, notices=(*_without_effect(values), *_doubtful(config)))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -447,10 +463,27 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     return cls(**arguments)
 
 
-def _notices(values: Mapping[str, Any]) -> tuple[str, ...]:
+def _without_effect(values: Mapping[str, Any]) -> tuple[str, ...]:
     """One line for each reason why some of the given keys do nothing."""
     keys: dict[str, list[str]] = {}
     for key in values:
         if key in NO_EFFECT:
             keys.setdefault(NO_EFFECT[key], []).append(key)
     return tuple(f"no effect here: {', '.join(names)} ({why})" for why, names in keys.items())
+
+
+def _doubtful(config: Config) -> tuple[str, ...]:
+    """One line for each pair of values that may be together, and rarely are meant to be."""
+    train, test, lines = config.TRAIN, config.TEST, []
+    beyond = [epoch for epoch in train.milestones if epoch >= train.epochs]
+    if beyond:
+        lines.append(
+            f"TRAIN.milestones {_show(beyond)} are never reached in TRAIN.epochs {train.epochs}"
+        )
+    fitting = {"nearest": "published", "area": "aligned"}[train.target]
+    if test.protocol not in (fitting, "both"):
+        lines.append(
+            f"TRAIN.target {train.target} goes with TEST.protocol {fitting}, "
+            f"and this is {test.protocol}: scores suffer"
+        )
+    return tuple(lines)
