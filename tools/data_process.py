@@ -137,7 +137,9 @@ def _write_masks(refer: Refer, refs: Mapping[int, dict], folder: Path) -> None:
     """Draw all masks beside `folder`, then move them in: a bad annotation leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-        for ref_id, ref in tqdm(refs.items(), desc=f"masks {folder.name}", unit="ref"):
+        for ref_id, ref in tqdm(
+            refs.items(), desc=f"masks {folder.name}", unit="ref", disable=None
+        ):
             _, png = cv2.imencode(".png", refer.mask(ref), _PNG_OPTIONS)
             Path(staging, f"{ref_id}.png").write_bytes(png)
         for path in sorted(Path(staging).iterdir()):

@@ -3,7 +3,7 @@
 S is the side of the network's input, L the number of tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -11,7 +11,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from utils.cache import SquareCache
 from utils.errors import UserError
@@ -110,13 +110,7 @@ class TrainingBatch(TypedDict):
 
 def collate_refs(samples: Sequence[TrainingSample]) -> TrainingBatch:
     """Join samples into a batch with one image a ref, as published."""
-    return TrainingBatch(
-        images=torch.stack([sample["image"] for sample in samples]),
-        image_index=None,
-        masks=torch.stack([sample["mask"] for sample in samples]),
-        tokens=torch.stack([sample["tokens"] for sample in samples]),
-        positions=torch.tensor([sample["position"] for sample in samples]),
-    )
+    return _join(samples, samples, None)
 
 
 def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
@@ -125,10 +119,28 @@ def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
     for sample in samples:
         firsts.setdefault(sample["image_name"], sample)
     rows = {name: row for row, name in enumerate(firsts)}
-    batch = collate_refs(samples)
-    batch["images"] = torch.stack([sample["image"] for sample in firsts.values()])
-    batch["image_index"] = torch.tensor([rows[sample["image_name"]] for sample in samples])
-    return batch
+    index = torch.tensor([rows[sample["image_name"]] for sample in samples])
+    return _join(samples, firsts.values(), index)
+
+
+def _join(
+    samples: Sequence[TrainingSample], with_images: Iterable[TrainingSample], index: Tensor | None
+) -> TrainingBatch:
+    return TrainingBatch(
+        images=_stack([sample["image"] for sample in with_images]),
+        image_index=index,
+        masks=_stack([sample["mask"] for sample in samples]),
+        tokens=torch.stack([sample["tokens"] for sample in samples]),
+        positions=torch.tensor([sample["position"] for sample in samples]),
+    )
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Stack; in a worker straight into memory that the main process shares.
+
+    Without it each batch is copied once more, and a worker's heap breaks into a gigabyte of pieces.
+    """
+    return default_collate(tensors)
 
 
 @dataclass(frozen=True)
@@ -235,7 +247,7 @@ def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
     """Join images into a batch."""
     counts = torch.tensor([len(sample["tasks"]) for sample in samples])
     return EvaluationBatch(
-        images=torch.stack([sample["image"] for sample in samples]),
+        images=_stack([sample["image"] for sample in samples]),
         image_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
         tokens=torch.cat([sample["tokens"] for sample in samples]),
         tasks=[task for sample in samples for task in sample["tasks"]],
