@@ -74,6 +74,8 @@ def train(cfg, ranks) -> float:
     # From here on ranks draw different dropout.
     seed_everything(options.manual_seed + ranks.rank)
 
+    steps = len(train_loader) // options.accumulation_steps
+
     # Nothing is written before everything that can be missing has been found.
     setup_logging(folder, ranks.is_main)
     for notice in cfg.notices:
@@ -86,7 +88,7 @@ def train(cfg, ranks) -> float:
         f"{len(train_loader.dataset):,} training refs, {len(val_loader.dataset):,} validation "
         f"images; {ranks.world_size} rank(s) x {micro_batch} x {options.accumulation_steps} "
         f"(accumulation) = batch {options.batch_size}; {options.epochs} epochs of "
-        f"{len(train_loader) // options.accumulation_steps} steps; output in {folder}"
+        f"{steps} steps; output in {folder}"
     )
     with Tracker(
         folder if ranks.is_main else None,
@@ -101,7 +103,7 @@ def train(cfg, ranks) -> float:
             folder=folder,
             model=wrap(model, ranks, options.sync_bn),
             optimizer=optimizer,
-            schedule=build_schedule(optimizer, cfg),
+            schedule=build_schedule(optimizer, cfg, steps),
             scaler=build_scaler(dtype, device),
             dtype=dtype,
             train_loader=train_loader,

@@ -1,5 +1,6 @@
 """Parameter groups, optimiser and learning-rate schedule of CRIS (surprises: README, Ledger)."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -47,6 +48,8 @@ class Schedule:
         base_lr: the rate of the first epoch.
         milestones: epochs (from 0) from which the rate is multiplied by `decay` once more.
         decay: factor.
+        cosine_steps: optimiser steps of the whole run, over which the rates fall along half a
+            cosine to 0 instead of at milestones; 0: milestones, as published.
         warmup_steps: optimiser steps over which the rates rise linearly from 0; 0 as published.
         backbone_start: "published" or "lr_multi", see above.
     """
@@ -57,6 +60,7 @@ class Schedule:
         base_lr: float,
         milestones: Sequence[int],
         decay: float,
+        cosine_steps: int = 0,
         warmup_steps: int = 0,
         backbone_start: str = "published",
     ) -> None:
@@ -64,16 +68,20 @@ class Schedule:
         self.base_lr = base_lr
         self.milestones = sorted(milestones)
         self.decay = decay
+        self.cosine_steps = cosine_steps
         self.warmup_steps = warmup_steps
         self.backbone_start = backbone_start
 
     def rates(self, epoch: int, step: int) -> list[float]:
         """The rate of each group at optimiser step `step` (of the whole run), both from 0."""
-        drop = self.decay ** bisect_right(self.milestones, epoch)
+        if self.cosine_steps:
+            drop = (1 + math.cos(math.pi * step / self.cosine_steps)) / 2
+        else:
+            drop = self.decay ** bisect_right(self.milestones, epoch)
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         at_base = epoch == 0 and self.backbone_start == "published"
         return [
-            (self.base_lr if at_base else group["initial_lr"] * drop) * ramp
+            (self.base_lr if at_base else group["initial_lr"]) * drop * ramp
             for group in self.optimizer.param_groups
         ]
 
@@ -83,7 +91,7 @@ class Schedule:
             group["lr"] = rate
 
 
-def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
+def build_schedule(optimizer: optim.Optimizer, cfg, steps_per_epoch: int) -> Schedule:
     """The schedule that the config's TRAIN section describes."""
     train = cfg.TRAIN
     return Schedule(
@@ -91,6 +99,7 @@ def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
         train.base_lr,
         train.milestones,
         train.lr_decay,
+        train.epochs * steps_per_epoch if train.schedule == "cosine" else 0,
         train.warmup_steps,
         train.backbone_start,
     )

@@ -213,11 +213,13 @@ class DenseCLIP(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as CLIP was before its training (Radford et al. 2021, released code).
 
-        But residual branches start active, not at zero: the backbones trained from scratch here
-        have a block a stage, and without its branch a stage is linear.
+        With two exceptions, for the small models that are trained from scratch here. Residual
+        branches start active, not at zero: there is a block a stage, and without its branch a
+        stage is linear. Tokens and positions start as large as what the first layer adds to
+        them (CLIP's: 0.02 and 0.01), or every token would be the mean of those before it.
         """
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.positional_embedding, std=0.2)
         width = self.ln_final.normalized_shape[0]
         nn.init.normal_(self.text_projection, std=width**-0.5)
         depth = len(self.transformer.resblocks)

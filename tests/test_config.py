@@ -146,6 +146,7 @@ ADDED = {
     "DATA": {"exclude_lmdb": (), "cache": None, "allow_mismatch": False},
     "TRAIN": {
         "backbone_start": "published",
+        "schedule": "milestones",
         "freeze_token_embedding": False,
         "clip_arch": None,
         "accumulation_steps": 1,

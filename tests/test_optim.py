@@ -9,6 +9,8 @@ from torch import nn
 
 from engine.optim import BACKBONE, HEAD, build_optimizer, build_schedule, parameter_groups
 
+STEPS = 100  # an epoch
+
 
 def recipe(**changes: object) -> SimpleNamespace:
     """A config with the published values."""
@@ -20,6 +22,8 @@ def recipe(**changes: object) -> SimpleNamespace:
         "lr_decay": 0.1,
         "warmup_steps": 0,
         "backbone_start": "published",
+        "schedule": "milestones",
+        "epochs": 50,
     }
     return SimpleNamespace(TRAIN=SimpleNamespace(**published | changes))
 
@@ -30,7 +34,7 @@ def small_optimizer(cfg: SimpleNamespace) -> torch.optim.Optimizer:
 
 
 def rates(cfg: SimpleNamespace, epoch: int, step: int = 0) -> list[float]:
-    return build_schedule(small_optimizer(cfg), cfg).rates(epoch, step)
+    return build_schedule(small_optimizer(cfg), cfg, STEPS).rates(epoch, step)
 
 
 def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_the_head():
@@ -72,6 +76,19 @@ def test_each_milestone_multiplies_both_rates_once_more():
     assert rates(cfg, 7)[0] == pytest.approx(0.2 * heads[7])
 
 
+def test_cosine_falls_from_the_groups_own_rates_to_nothing_over_all_steps():
+    cfg = recipe(schedule="cosine", backbone_start="lr_multi", epochs=4, milestones=(1,))
+    table = {step: rates(cfg, step // STEPS, step) for step in (0, 100, 200, 300, 399)}
+    heads = {step: head for step, (_, head) in table.items()}
+    assert heads[0] == 1e-4
+    assert heads[200] == pytest.approx(0.5e-4)
+    assert heads[100] + heads[300] == pytest.approx(1e-4)
+    assert 0 < heads[399] < 1e-8
+    assert all(backbone == pytest.approx(0.1 * head) for backbone, head in table.values())
+    warm = rates(recipe(schedule="cosine", epochs=4, warmup_steps=50), 0, 24)
+    assert warm[1] == pytest.approx(0.5 * rates(recipe(schedule="cosine", epochs=4), 0, 24)[1])
+
+
 def test_warm_up_rises_linearly_over_optimiser_steps_and_then_changes_nothing():
     cfg = recipe(warmup_steps=4)
     first = [rates(cfg, 0, step)[1] for step in range(6)]
@@ -83,7 +100,7 @@ def test_warm_up_rises_linearly_over_optimiser_steps_and_then_changes_nothing():
 def test_schedule_keeps_no_state_so_any_order_of_epochs_gives_the_same_rates():
     cfg = recipe()
     optimizer = small_optimizer(cfg)
-    schedule = build_schedule(optimizer, cfg)
+    schedule = build_schedule(optimizer, cfg, STEPS)
     seen = {}
     for epoch in [49, 0, 34, 35, 1, 0, 49, 35]:
         schedule.set(epoch, 0)
@@ -95,7 +112,7 @@ def test_schedule_keeps_no_state_so_any_order_of_epochs_gives_the_same_rates():
 def test_backbone_rate_of_zero_leaves_it_as_it_was_from_the_second_epoch():
     cfg = recipe(lr_multi=0.0)
     optimizer = small_optimizer(cfg)
-    schedule = build_schedule(optimizer, cfg)
+    schedule = build_schedule(optimizer, cfg, STEPS)
     schedule.set(1, 0)
     before = [[p.clone() for p in group["params"]] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
-from tools.refer import Refer, load_refs
+from tools.refer import Refer, draw_segmentation, load_refs
 from utils.errors import UserError
 
 SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]
@@ -204,6 +205,14 @@ def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bo
         ("polygon", "has an unreadable segmentation"),
         ({"size": [4, 4], "counts": [0, 16]}, "of 4 x 4 pixels on an image of 8 x 10"),
         ([[-9, -9, -8, -9, -8, -8]], "covers no pixel"),
+        ({"size": [8, 10], "counts": [9, 9]}, "runs add up to 18, not 80"),
+        ({"size": [8, 10], "counts": "99"}, "runs add up to 18, not 80"),
+        ({"size": [8, 10], "counts": ""}, "runs add up to 0, not 80"),
+        ({"size": [8, 10], "counts": [0.5, 79.5]}, "its runs are no whole numbers"),
+        ({"size": [8, 10], "counts": [-1, 81]}, "its runs are no whole numbers"),
+        ([[1e9, 1e9, 2e9, 3e9, 4e9, 1]], "a polygon far outside its image of 8 x 10"),
+        ([[1, 1, 5, 5]], "a polygon is three or more pairs of finite numbers"),
+        ([[1, 1, 5, 1, 5, float("nan")]], "a polygon is three or more pairs of finite numbers"),
     ],
 )
 def test_a_useless_segmentation_is_refused(tmp_path: Path, segmentation, message: str) -> None:
@@ -265,3 +274,16 @@ def test_broken_instances_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"instances\.json does not exist: unpack the folder"):
         Refer(tmp_path, "toys", "me")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_runs_are_read_as_coco_writes_them(share: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = rng.integers(1, 90, 2).tolist()
+        mask = rng.random((height, width)) < share
+        mask[0, 0] = True
+        rle = coco_mask.encode(np.asfortranarray(mask))
+        for counts in (rle["counts"], rle["counts"].decode()):
+            drawn = draw_segmentation({**rle, "counts": counts}, height, width)
+            assert np.array_equal(drawn > 0, mask)

@@ -13,6 +13,7 @@ from utils.visualize import (
     TRUTH_COLOR,
     comparison,
     file_stem,
+    grid,
     overlay,
     save_picture,
 )
@@ -42,6 +43,15 @@ def test_overlay_tints_the_mask_and_leaves_the_rest_and_the_source_alone():
     assert (tinted[near & ~inside] == TRUTH_COLOR).all(-1).any()
 
 
+def test_overlay_can_leave_the_object_its_colours_and_pale_the_rest():
+    shown = overlay(GREY, MASK, TRUTH_COLOR, is_tinted=False)
+    inside = cv2.erode(MASK.astype(np.uint8), np.ones((7, 7))) > 0
+    outside = cv2.dilate(MASK.astype(np.uint8), np.ones((7, 7))) == 0
+    assert (shown[inside] == 100).all()
+    assert (shown[outside] == 177).all()
+    assert (shown[~inside & ~outside] == TRUTH_COLOR).all(-1).any()
+
+
 def test_empty_and_full_masks_can_be_drawn():
     assert np.array_equal(overlay(GREY, np.zeros_like(MASK), PRED_COLOR), GREY)
     assert (overlay(GREY, np.ones_like(MASK), PRED_COLOR) != GREY).any(-1).all()
@@ -56,6 +66,15 @@ def test_photo_truth_and_prediction_stand_side_by_side():
     assert second <= truth.min()
     assert truth.max() < third
     assert differs(base, picture(pred_mask=nothing)).min() >= third
+
+
+def test_pictures_are_set_in_rows():
+    cells = [Image.new("RGB", (20, 10), (0, 0, 50 * i)) for i in range(1, 4)]
+    sheet = np.asarray(grid(cells, (20, 10), columns=2, gap=3, foot=5))
+    assert sheet.shape == (3 + 2 * (10 + 3) + 5, 3 + 2 * (20 + 3), 3)
+    for i, (x, y) in enumerate([(3, 3), (26, 3), (3, 16)], 1):
+        assert (sheet[y : y + 10, x : x + 20] == (0, 0, 50 * i)).all()
+    assert (sheet == 255).all(-1).sum() == sheet[..., 0].size - 3 * 200
 
 
 def test_sentence_and_iou_are_written_and_long_ones_wrap():

@@ -93,7 +93,7 @@ def pack(args: argparse.Namespace) -> Path:
         for entry, _ in _progress(entries, count, f"{dataset} {split}"):
             key = entry["img_name"]
             if key not in sizes:
-                data = _read_file(args.img_dir / key, _IMAGE_REMEDY)
+                data = read_file(args.img_dir / key, _IMAGE_REMEDY)
                 sizes[key] = _size_of(data, str(args.img_dir / key), _IMAGE_REMEDY)
                 writer.add_image(key, data)
             record = make_record(entry, sizes[key], args.mask_dir)
@@ -264,14 +264,14 @@ def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord
         UserError: the mask is missing, cannot be decoded, is empty or not of that size.
     """
     path = mask_dir / f"{entry['segment_id']}.png"
-    return _record(entry, size, _read_file(path, _REDO_MASKS), str(path), _REDO_MASKS)
+    return _record(entry, size, read_file(path, _REDO_MASKS), str(path), _REDO_MASKS)
 
 
 def _record(
     entry: dict, size: tuple[int, int], mask: bytes, mask_name: str, remedy: str
 ) -> RefRecord:
     ref_id, image_key = entry["segment_id"], entry["img_name"]
-    pixels = _decode(mask, cv2.IMREAD_GRAYSCALE, mask_name, remedy)
+    pixels = decode(mask, cv2.IMREAD_GRAYSCALE, mask_name, remedy)
     if pixels.shape != size:
         raise UserError(
             f"{mask_name} is {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {image_key} "
@@ -298,7 +298,12 @@ def image_id_of(image_key: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-def _read_file(path: Path, remedy: str) -> bytes:
+def read_file(path: Path, remedy: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        UserError: it is missing.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist: {remedy}")
     return path.read_bytes()
@@ -306,11 +311,11 @@ def _read_file(path: Path, remedy: str) -> bytes:
 
 def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
     """(height, width) of an image file, all of which is decoded, to be sure that it can be."""
-    return _decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
+    return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
 
 
-def _decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
-    """The pixels of an image file, (H, W) or (H, W, 3) uint8.
+def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
+    """The pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
 
     Raises:
         UserError: it is empty, cut off or no image.

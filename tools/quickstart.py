@@ -33,7 +33,7 @@ from utils.logger import duration
 from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
-from utils.visualize import PRED_COLOR, TRUTH_COLOR, save_picture
+from utils.visualize import PRED_COLOR, TRUTH_COLOR, grid, save_picture
 
 REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
 MASKS, LMDB = Path("datasets/masks/refshapes"), Path("datasets/lmdb/refshapes")
@@ -234,14 +234,11 @@ def contact_sheet(records: Sequence[dict]) -> Image.Image:
     """A grid of examples above a legend."""
     reader = RecordReader(LMDB / "val.lmdb")
     positions = {ref_id: i for i, ref_id in enumerate(reader.index.ref_ids)}
-    rows, width, height = -(-len(records) // COLUMNS), CELL[0] + GAP, CELL[1] + GAP
-    sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP + 30), "white")
-    for i, record in enumerate(records):
-        place = GAP + i % COLUMNS * width, GAP + i // COLUMNS * height
-        sheet.paste(example(record, reader, positions[record["ref_id"]]), place)
+    cells = [example(record, reader, positions[record["ref_id"]]) for record in records]
+    sheet = grid(cells, CELL, COLUMNS, GAP, foot=30)
     legend = "pink: the prediction; green outline: the ground truth"
     font = ImageFont.load_default(18)
-    ImageDraw.Draw(sheet).text((GAP, rows * height + 14), legend, "dimgray", font)
+    ImageDraw.Draw(sheet).text((GAP, sheet.height - GAP - 16), legend, "dimgray", font)
     return sheet
 
 

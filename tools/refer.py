@@ -111,17 +111,9 @@ class Refer:
         if not segmentation:
             raise UserError(f"{what} has no segmentation: {self._remedy()}")
         try:
-            parts = _decode_segmentation(segmentation, image["height"], image["width"])
-        except Exception as error:
-            raise UserError(f"{what} has an unreadable segmentation ({error!r})") from None
-        if parts.shape[:2] != (image["height"], image["width"]):
-            raise UserError(
-                f"{what} has a segmentation of {parts.shape[0]} x {parts.shape[1]} pixels on an "
-                f"image of {image['height']} x {image['width']}"
-            )
-        if not parts.any():
-            raise UserError(f"{what} has a segmentation that covers no pixel")
-        return parts.sum(axis=2).astype(np.uint8) * 255
+            return draw_segmentation(segmentation, image["height"], image["width"])
+        except UserError as error:
+            raise UserError(f"{what} has {error}") from None
 
     def _check_refs(self) -> None:
         seen: set[int] = set()
@@ -262,9 +254,76 @@ def _is_in_split(name: str, split: str) -> bool:
     return name == split
 
 
-def _decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, a COCO run-length mask, or a list of those -> (height, width, parts) uint8."""
+def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Draw COCO's way of writing an object: (height, width) uint8, 0 outside, non-zero inside.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], a run-length mask {size, counts}, or a
+            list of those.
+        height, width: of the image, in pixels.
+
+    Raises:
+        UserError: it cannot be read, is of another size, or covers no pixel.
+    """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    if isinstance(parts[0], list) or isinstance(parts[0]["counts"], list):
-        parts = coco_mask.frPyObjects(parts, height, width)
-    return coco_mask.decode(parts)
+    try:
+        parts = [_checked_part(part, height, width) for part in parts]
+        rles = [coco_mask.frPyObjects([part], height, width)[0] for part in parts]
+        masks = coco_mask.decode(rles)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"an unreadable segmentation ({error!r})") from None
+    if not masks.any():
+        raise UserError("a segmentation that covers no pixel")
+    return masks.sum(axis=2).astype(np.uint8) * 255
+
+
+def _checked_part(part: list | dict, height: int, width: int) -> list | dict:
+    """A polygon, or a run-length mask with its runs as a list.
+
+    pycocotools fills what short runs leave open with whatever is in memory, and far-away corners
+    with all the memory there is, so neither gets that far.
+    """
+    if isinstance(part, list):
+        if len(part) < 6 or len(part) % 2 or not np.isfinite(part).all():
+            raise UserError(
+                "an unreadable segmentation (a polygon is three or more pairs of finite numbers "
+                f"x, y, not {part!r:.60})"
+            )
+        points = np.reshape(part, (-1, 2)) / (width, height)
+        if np.abs(points).max() > 10:
+            raise UserError(f"a polygon far outside its image of {height} x {width}: {part!r:.60}")
+        return part
+    if list(part["size"]) != [height, width]:
+        rows, columns = part["size"]
+        raise UserError(
+            f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}"
+        )
+    counts = part["counts"]
+    runs = counts if isinstance(counts, list) else _runs(counts)
+    if not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise UserError("an unreadable segmentation (its runs are no whole numbers from 0)")
+    if sum(runs) != height * width:
+        raise UserError(f"a segmentation whose runs add up to {sum(runs)}, not {height * width}")
+    return {"size": [height, width], "counts": runs}
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """COCO's compressed runs as numbers.
+
+    A number is written in characters from "0" on, 5 bits each, the lowest first; bit 5 says that
+    more follow, bit 4 of the last one that it is negative; from the fourth number on it is the
+    difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for char in counts.encode() if isinstance(counts, str) else counts:
+        bits = char - ord("0")
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (bits & 0x10) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs

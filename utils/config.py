@@ -135,6 +135,7 @@ class TrainConfig:
     batch_size_val: Size = 64
     accumulation_steps: Size = 1
     batch_by: Literal["refs", "images"] = "refs"
+    schedule: Literal["milestones", "cosine"] = "milestones"
     base_lr: Rate = 1e-4
     lr_decay: Rate = 0.1
     lr_multi: Amount = 0.1
@@ -476,7 +477,7 @@ def _doubtful(config: Config) -> tuple[str, ...]:
     """One line for each pair of values that may be together, and rarely are meant to be."""
     train, test, lines = config.TRAIN, config.TEST, []
     beyond = [epoch for epoch in train.milestones if epoch >= train.epochs]
-    if beyond:
+    if beyond and train.schedule == "milestones":
         lines.append(
             f"TRAIN.milestones {_show(beyond)} are never reached in TRAIN.epochs {train.epochs}"
         )

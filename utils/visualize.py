@@ -1,6 +1,7 @@
 """Pictures of predictions that a person can judge at a glance."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -13,18 +14,22 @@ TRUTH_COLOR, PRED_COLOR = (46, 204, 113), (255, 64, 129)
 PANEL_WIDTH, MARGIN, FONT_SIZE = 360, 8, 18
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Tint a mask and draw its outline.
+def overlay(
+    image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], is_tinted: bool = True
+) -> np.ndarray:
+    """Tint a mask, or pale everything else, and draw the mask's outline.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         mask: (H, W) bool.
         color: RGB.
+        is_tinted: False leaves the object its own colours.
     Returns:
         (H, W, 3) uint8 RGB, a copy.
     """
     tinted = image.copy()
-    tinted[mask] = (0.5 * image[mask] + 0.5 * np.array(color)).astype(np.uint8)
+    changed, shade = (mask, np.array(color)) if is_tinted else (~mask, 255)
+    tinted[changed] = (0.5 * image[changed] + 0.5 * shade).astype(np.uint8)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     thickness = max(1, round(max(image.shape[:2]) / 250))
     cv2.drawContours(tinted, outlines, -1, color, thickness)
@@ -63,6 +68,24 @@ def comparison(
         resized = cv2.resize(panel, (PANEL_WIDTH, height), interpolation=cv2.INTER_AREA)
         canvas.paste(Image.fromarray(resized), (left, head + line_height))
     return canvas
+
+
+def grid(
+    cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int, foot: int = 0
+) -> Image.Image:
+    """Set pictures in rows on white.
+
+    Args:
+        size: (width, height) of each of them, in pixels.
+        gap: pixels between them and around them.
+        foot: more white below, in pixels.
+    """
+    width, height = size[0] + gap, size[1] + gap
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap + foot), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

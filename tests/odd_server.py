@@ -1,0 +1,104 @@
+"""A web server on 127.0.0.1 that answers well, or in one of the ways in which hosts go wrong."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How to answer one request; the default is as a good server does.
+
+    status: anything but 200 is an error page.
+    body: another one than the file's.
+    cut: close the connection after so many bytes of the body.
+    stall: keep the connection open after `cut`, until the server stops.
+    obeys_range, gives_length: whether it does.
+    headers: over the usual ones; None leaves one out.
+    """
+
+    status: int = 200
+    body: bytes | None = None
+    cut: int | None = None
+    stall: bool = False
+    obeys_range: bool = True
+    heeds_condition: bool = True
+    gives_length: bool = True
+    headers: dict[str, str | None] = field(default_factory=dict)
+
+
+class OddServer:
+    """Files by name, and for each a list of answers that are given first, one a request."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.files: dict[str, bytes] = {}
+        self.answers: dict[str, list[Answer]] = {}
+        self.requests: list[tuple[str, str | None]] = []  # name, Range
+        self.stopped = threading.Event()
+
+    def put(self, name: str, content: bytes, *answers: Answer) -> str:
+        """Serve a file, giving these answers before good ones; its address."""
+        self.files[name] = content
+        self.answers[name] = list(answers)
+        return f"{self.url}/{name}"
+
+
+@contextmanager
+def serve() -> Iterator[OddServer]:
+    """A server for the time of a test."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            name, wanted = self.path.strip("/"), self.headers["Range"]
+            odd.requests.append((name, wanted))
+            if name not in odd.files:
+                return self.answer(Answer(404), b"")
+            answers = odd.answers[name]
+            self.answer(answers.pop(0) if answers else Answer(), odd.files[name])
+
+        def answer(self, how: Answer, content: bytes) -> None:
+            content = content if how.body is None else how.body
+            status, start = how.status, 0
+            headers = {"ETag": f'"{hash(content)}"', "Content-Type": "application/zip"}
+            headers |= how.headers
+            wanted, condition = self.headers["Range"], self.headers["If-Range"]
+            is_same = not how.heeds_condition or condition in (None, headers["ETag"])
+            if status == 200 and wanted and how.obeys_range and is_same:
+                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                status = 206 if start < len(content) else 416
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if status not in (200, 206):
+                content, start = b"<html>sorry</html>", 0
+            if how.gives_length:
+                headers.setdefault("Content-Length", str(len(content) - start))
+            self.send_response(status)
+            for key, value in headers.items():
+                if value is not None:
+                    self.send_header(key, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            self.wfile.write(content[start:][: how.cut])
+            self.wfile.flush()
+            if how.stall:
+                odd.stopped.wait(60)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        odd = OddServer(server.server_address[1])
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield odd
+        finally:
+            odd.stopped.set()
+            server.shutdown()
+            thread.join()
