@@ -41,7 +41,7 @@ def train(cfg, ranks) -> float:
     from engine.build import build_model, restore_model
     from engine.checks import check_checkpoint, check_records
     from engine.evaluator import validation_protocol
-    from engine.loaders import build_evaluation_loader, build_train_loader
+    from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
     from engine.trainer import Run, build_scaler, check_resumable, fit, resolve_precision, resume
     from utils.config import check_batch, save_config, to_dict
@@ -62,7 +62,8 @@ def train(cfg, ranks) -> float:
         model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
     else:
         model = build_model(cfg, device)
-    check_records(cfg, cfg.DATA.train_lmdb, cfg.DATA.train_split)
+    for lmdb in cfg.DATA.train_files:
+        check_records(cfg, lmdb, cfg.DATA.train_split)
     check_records(cfg, cfg.DATA.val_lmdb, cfg.DATA.val_split)
     train_loader = build_train_loader(cfg, micro_batch, ranks)
     val_loader = build_evaluation_loader(
@@ -80,6 +81,7 @@ def train(cfg, ranks) -> float:
     for notice in cfg.notices:
         logger.info(notice)
     if ranks.is_main:
+        report_records(cfg, train_loader.dataset.reader)
         save_config(cfg, folder / "config.yaml")
     logger.info(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "

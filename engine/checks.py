@@ -18,6 +18,8 @@ CHECKPOINT_KEYS = ("DATA.dataset", "TRAIN.input_size", "TRAIN.word_len")
 def check_records(cfg: Config, lmdb: str, split: str) -> None:
     """Refuse an LMDB whose `__meta__` names another data set or split than the config.
 
+    A run on several data sets has a name of its own; its records are checked by split alone.
+
     Args:
         lmdb: path of the records.
         split: what the config takes them for.
@@ -25,13 +27,16 @@ def check_records(cfg: Config, lmdb: str, split: str) -> None:
         UserError: they differ; or the LMDB cannot be read.
     """
     meta = RecordReader(lmdb).meta
-    held, expected = (meta["dataset"], meta["split"]), (cfg.DATA.dataset, split)
+    dataset = cfg.DATA.dataset if len(cfg.DATA.train_files) == 1 else meta["dataset"]
+    held, expected = (meta["dataset"], meta["split"]), (dataset, split)
     if held != expected:
         _refuse(cfg, f"{lmdb} holds {' '.join(held)}, the config says {' '.join(expected)}")
 
 
 def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
     """Refuse a checkpoint of another data set, input size or sentence length than the config's.
+
+    One that was trained on several data sets may be scored on any.
 
     Args:
         state: what the checkpoint holds; an official one does not say what it was trained with,
@@ -43,8 +48,12 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
     trained, wanted = state.get("config"), to_dict(cfg)
     if not isinstance(trained, Mapping):
         return
+    files = trained.get("DATA", {}).get("train_lmdb")
+    is_of_several = isinstance(files, list | tuple) and len(files) > 1
     faults = []
     for key in CHECKPOINT_KEYS:
+        if key == "DATA.dataset" and is_of_several:
+            continue
         section, name = key.split(".")
         was, now = trained.get(section, {}).get(name), wanted[section][name]
         if was not in (None, now):

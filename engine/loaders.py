@@ -1,13 +1,17 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
+from utils.cache import SquareCache, SquareMaker, open_cache
 from utils.config import Config
 from utils.dataset import (
     EvaluationDataset,
@@ -16,10 +20,14 @@ from utils.dataset import (
     collate_refs,
     collate_refs_by_image,
     group_by_image,
+    load_image,
+    load_mask,
 )
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.records import RecordReader
+from utils.logger import progress
+from utils.records import ImageSet, JoinedReader, RecordReader, Records
+from utils.transforms import letterbox_mask
 
 
 class VisitSampler(Sampler[list[tuple[int, int]]]):
@@ -101,11 +109,10 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     Call `loader.batch_sampler.set_epoch` before each pass.
     """
     train = cfg.TRAIN
-    dataset = TrainingDataset(
-        RecordReader(cfg.DATA.train_lmdb), train.input_size, train.word_len, train.manual_seed
-    )
+    readers = [RecordReader(path) for path in cfg.DATA.train_files]
+    records = training_records(cfg, readers)
     by_image = train.batch_by == "images"
-    groups = group_by_image(dataset.reader) if by_image else [[i] for i in range(len(dataset))]
+    groups = group_by_image(records) if by_image else [[i] for i in range(len(records))]
     sampler = VisitSampler(
         groups,
         micro_batch,
@@ -114,6 +121,11 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         ranks.world_size,
         train.manual_seed,
     )
+    caches = {}
+    if cfg.DATA.cache is not None:
+        say = partial(_inform, ranks)
+        caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
+    dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
     return DataLoader(
         dataset,
@@ -121,6 +133,73 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         collate_fn=collate_refs_by_image if by_image else collate_refs,
         **_worker_options(workers, ranks),
     )
+
+
+def training_records(cfg: Config, readers: Sequence[RecordReader]) -> Records:
+    """The refs to train on: all of a single file, or of several all that no excluded image has.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    if len(readers) == 1:
+        return readers[0]
+    excluded = ImageSet(RecordReader(path) for path in cfg.DATA.exclude_lmdb)
+    records = JoinedReader([(r, np.flatnonzero(~excluded.holds(r))) for r in readers])
+    if len(records) == 0:
+        raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
+    return records
+
+
+def report_records(cfg: Config, records: Records) -> None:
+    """Log how many refs of each file are trained on, and how many lie on images of val.
+
+    Args:
+        records: from `training_records`.
+    """
+    is_joined = isinstance(records, JoinedReader)
+    for reader, kept in records.parts if is_joined else ():
+        logger.info(
+            f"{reader.path}: {len(kept):,} of {len(reader):,} refs, "
+            f"{len(reader) - len(kept):,} left out on images of DATA.exclude_lmdb"
+        )
+    if cfg.DATA.exclude_lmdb and not is_joined:
+        logger.warning("DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
+    validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
+    parts = records.parts if is_joined else [(records, slice(None))]
+    shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in parts)
+    line = f"{shared:,} of {len(records):,} training refs are on images of {cfg.DATA.val_lmdb}"
+    if shared == 0:
+        logger.info(line)
+    elif is_joined:
+        logger.warning(f"{line}; name it in DATA.exclude_lmdb to leave them out")
+    else:
+        logger.warning(f"{line}; they are kept, as published")
+
+
+def make_caches(
+    folder: str | Path,
+    readers: Sequence[RecordReader],
+    side: int,
+    say: Callable[[str], object],
+    show: Callable[[Iterable, int, str], Iterable] = progress,
+) -> dict[Path, SquareCache]:
+    """The caches of some files by the files' paths, made where they are missing or do not fit.
+
+    Args:
+        folder, say, show: see `open_cache`.
+        side: S.
+    """
+    maker = SquareMaker(
+        side,
+        lambda reader, ref: load_image(reader, ref, side),
+        lambda ref: letterbox_mask(load_mask(ref), side),
+    )
+    return {reader.path: open_cache(folder, reader, maker, say, show) for reader in readers}
+
+
+def _inform(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        logger.info(line)
 
 
 def build_evaluation_loader(

@@ -1,6 +1,8 @@
 """Which sentence a visit draws, which sentences are scored, and what broken records say."""
 
 import gc
+import multiprocessing
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -250,6 +252,22 @@ def test_memory_does_not_grow_over_epochs(shapes_lmdb):
     finally:
         tracemalloc.stop()
     assert grown < 20_000  # bytes; one photo of this size takes 3,000, a record 1,000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("collate", [collate_refs, collate_refs_by_image])
+def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb, collate):
+    """Batches of full size: stacked on a worker's heap they left it in pieces, a gigabyte."""
+    dataset = TrainingDataset(RecordReader(shapes_lmdb), 416, WORD_LEN, 0)
+    batches = [[(i % 29, epoch) for i in range(64)] for epoch in range(16)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate)
+    sizes = []
+    for _ in loader:
+        (worker,) = multiprocessing.active_children()
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        sizes.append(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000)
+    assert len(sizes) == 16
+    assert max(sizes[1:]) - sizes[1] < 40  # MB; it was 108 by refs
 
 
 # ----------------------------------------------------------------------------------- broken records

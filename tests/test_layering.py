@@ -14,6 +14,7 @@ from samples import ROOT
 
 LEAVES = {
     "utils.arguments",
+    "utils.cache",
     "utils.config",
     "utils.distributed",
     "utils.errors",

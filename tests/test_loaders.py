@@ -33,10 +33,14 @@ def singles(num_refs: int) -> list[list[int]]:
     return [[position] for position in range(num_refs)]
 
 
-def config(lmdb: Path, **train: object) -> Config:
+def config(
+    lmdb: Path, files: object = None, exclude: object = (), cache: object = "null", **train: object
+) -> Config:
+    """Train and validate on `lmdb`, or train on `files`."""
     keys = {"input_size": 32, "word_len": 9, "batch_size": 4, "batch_by": "refs"}
     keys |= {"workers": 0, "workers_val": 0}
-    opts = ["DATA.train_lmdb", lmdb, "DATA.val_lmdb", lmdb]
+    opts = ["DATA.train_lmdb", files or lmdb, "DATA.val_lmdb", lmdb]
+    opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
     opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
     return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
 

@@ -353,3 +353,67 @@ def test_impossible_parameters_are_named(tmp_path, counts, seed, message):
     with pytest.raises(UserError, match=message):
         refshapes.generate(tmp_path / "s", counts, seed)
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------- as large as another data set
+
+
+def test_like_refcoco_means_its_counts_to_the_ref_and_to_the_sentence():
+    splits = {}
+    for split, numbers in refshapes.LIKE["refcoco"].items():
+        plan = refshapes.Plan(*numbers)
+        quotas = [plan.quota(number) for number in range(1, plan.images + 1)]
+        refs = [number for quota in quotas for number in quota]
+        assert {len(quota) for quota in quotas} == {2, 3}
+        sentences = sum(refs) if plan.sentences else None
+        splits[split] = (plan.images, len(refs), sentences)
+    assert splits == {  # SPEC: RefCOCO, by unc
+        "train": (16994, 42404, None),
+        "val": (1500, 3811, 10834),
+        "testA": (750, 1975, 5657),
+        "testB": (750, 1810, 5095),
+    }
+
+
+TOY = {"train": (12, 31, None), "val": (7, 17, 49), "testA": (5, 13, 37), "testB": (4, 9, 25)}
+
+
+def test_like_draws_exactly_so_many_images_refs_and_sentences(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(refshapes.LIKE, "toy", TOY)
+    out = tmp_path / "s"
+    refshapes.main(["-o", str(out), "--like", "toy"])
+    instances, refs = read(out)
+    assert len(instances["images"]) == len(list(out.glob("images/train2014/*.jpg"))) == 28
+    for split, (num_images, num_refs, num_sentences) in TOY.items():
+        of_split = [ref for ref in refs if ref["split"] == split]
+        sentences = [s["sent"] for ref in of_split for s in ref["sentences"]]
+        assert len({ref["image_id"] for ref in of_split}) == num_images
+        assert len(of_split) == num_refs
+        if num_sentences:
+            assert len(sentences) == num_sentences
+        for ref in of_split:
+            texts = [s["sent"] for s in ref["sentences"]]
+            assert 1 <= len(set(texts)) == len(texts) <= 4
+            assert {refshapes.kind_of(text) for text in texts} <= set(refshapes.SPLITS[split])
+    capsys.readouterr()
+    refshapes.main(["-o", str(out), "--like", "toy"])
+    assert "reused" in capsys.readouterr().out
+    counts = [w for split, (n, _, _) in TOY.items() for w in (f"--{split}", str(n))]
+    refshapes.main(["-o", str(out), *counts])
+    assert "reused" not in capsys.readouterr().out
+
+
+def test_a_crowd_that_cannot_be_laid_out_is_given_up_for_another():
+    plan = refshapes.Plan(*refshapes.LIKE["refcoco"]["val"])
+    _, _, annotations, refs = refshapes._make_image(0, "val", 1472, plan)  # was drawn for ever
+    assert 3 <= len(annotations) <= 7
+    assert len(refs) == len(plan.quota(1472))
+
+
+@pytest.mark.parametrize("words", [["--like", "coco"], ["--like", "refcoco", "--val", "3"]])
+def test_like_takes_a_known_name_and_no_counts(tmp_path, words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        refshapes.main(["-o", str(tmp_path / "s"), *words])
+    assert ending.value.code == 2
+    assert "--like" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,12 @@
 """From photo to network and back: geometry, colours, decoding, and what geometry alone costs."""
 
+import io
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from samples import blob, encoded
 
 from engine.evaluator import perfect_prediction
@@ -137,6 +141,36 @@ def test_photos_are_rgb_whatever_the_file():
 def test_masks_are_one_channel_with_their_values_untouched():
     mask = np.array([[0, 253, 254, 255]], np.uint8)
     assert np.array_equal(decode_mask(encoded(mask), "x"), mask)
+
+
+def as_file(kind: str, mode: str = "RGB", **options: object) -> bytes:
+    """A picture of 37×53 pixels as Pillow writes it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(as_file("JPEG", exif=turned(orientation)) for orientation in range(1, 9)),
+        *(as_file("JPEG", mode) for mode in ("L", "CMYK")),
+        *(as_file("JPEG", progressive=True, subsampling=s) for s in (0, 1, 2)),
+        *(as_file("PNG", mode) for mode in ("L", "LA", "P", "1", "RGBA")),
+        encoded(np.arange(0, 60_000, 100, np.uint16).reshape(20, 30)),
+        *(as_file(kind) for kind in ("WEBP", "BMP", "TIFF")),
+    ],
+)
+def test_decoding_to_rgb_is_decoding_as_published_and_swapping(data):
+    published = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(decode_image(data, "x"), cv2.cvtColor(published, cv2.COLOR_BGR2RGB))
 
 
 @pytest.mark.parametrize("decode", [decode_image, decode_mask])

@@ -1,11 +1,15 @@
 """One split's JSON, its images and its masks -> one LMDB file that train.py and test.py read."""
 
 import argparse
+import hashlib
+import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import numpy as np
@@ -13,9 +17,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
-from tools.refer import check_fields
+from tools.refer import check_fields, load_plain
 from utils.errors import UserError, run
-from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.records import (
+    META_KEY,
+    OFFICIAL_KEY,
+    RecordReader,
+    RecordWriter,
+    RefRecord,
+    open_lmdb,
+    repack_command,
+)
 from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
@@ -24,6 +36,7 @@ EPILOG = """examples:
   for split in train val testA testB; do python tools/folder2lmdb.py \\
       -j datasets/anns/refcoco/$split.json -i datasets/images/train2014 \\
       -m datasets/masks/refcoco -o datasets/lmdb/refcoco; done
+  python tools/folder2lmdb.py --from-lmdb old/lmdb/refcoco/val.lmdb -o datasets/lmdb/refcoco
 
 writes OUTPUT_DIR/<split>.lmdb when it is complete, named after the JSON; several JSON files make
 one LMDB, such as val+testA.lmdb"""
@@ -33,32 +46,22 @@ _REDO_MASKS = f"{_REDO} --generate_mask"
 _IMAGE_REMEDY = "check -i, or get the image again (tools/prepare_datasets.md)"
 _ENTRY_FIELDS = {"segment_id": int, "img_name": str, "sentences": list, "cat": int | None}
 _SENTENCE_FIELDS = {"sent": str, "sent_id": int}
+_OFFICIAL_FIELDS = {
+    "img": bytes,
+    "mask": bytes,
+    "cat": int | None,
+    "seg_id": int,
+    "img_name": str,
+    "num_sents": int,
+    "sents": list,
+}
+_CHUNK = 1 << 20  # characters of JSON in memory at a time, at least
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack a split and print what went into it."""
     args = _parse_args(argv)
-    entries = load_entries(*args.json)
-    for folder, what in ((args.img_dir, "images (-i)"), (args.mask_dir, "masks (-m)")):
-        if not folder.is_dir():
-            raise UserError(f"the folder of {what} does not exist: {folder}")
-    dataset = args.dataset or args.json[0].resolve().parent.name
-    split = "+".join(path.stem for path in args.json)
-    path = args.output_dir / f"{split}.lmdb"
-
-    sizes: dict[str, tuple[int, int]] = {}
-    with RecordWriter(path, dataset, split) as writer:
-        for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref"):
-            key = entry["img_name"]
-            if key not in sizes:
-                name = args.img_dir / key
-                data = read_file(name, _IMAGE_REMEDY)
-                image = decode(data, cv2.IMREAD_COLOR, str(name), _IMAGE_REMEDY)
-                sizes[key] = image.shape[:2]
-                writer.add_image(key, data)
-            record = make_record(entry, sizes[key], args.mask_dir)
-            writer.add_ref(record, token_lengths(record.sentences))
-
+    path = pack(args) if args.from_lmdb is None else convert(args)
     print(packed_summary(path))
 
 
@@ -71,39 +74,174 @@ def packed_summary(path: Path) -> str:
     )
 
 
-def load_entries(*paths: Path) -> list[dict]:
-    """Read and check the JSON of one split, or of several that are packed as one.
+# ------------------------------------------------------------------------ from JSON, images, masks
+
+
+def pack(args: argparse.Namespace) -> Path:
+    """Pack what the JSON files name, a ref at a time, and give the LMDB's path."""
+    count = check_entries(*args.json)
+    for folder, what in ((args.img_dir, "images (-i)"), (args.mask_dir, "masks (-m)")):
+        if not folder.is_dir():
+            raise UserError(f"the folder of {what} does not exist: {folder}")
+    dataset = args.dataset or args.json[0].resolve().parent.name
+    split = "+".join(path.stem for path in args.json)
+    path = args.output_dir / f"{split}.lmdb"
+
+    sizes: dict[str, tuple[int, int]] = {}
+    with RecordWriter(path, dataset, split) as writer:
+        entries = read_entries(*args.json)
+        for entry, _ in _progress(entries, count, f"{dataset} {split}"):
+            key = entry["img_name"]
+            if key not in sizes:
+                data = read_file(args.img_dir / key, _IMAGE_REMEDY)
+                sizes[key] = _size_of(data, str(args.img_dir / key), _IMAGE_REMEDY)
+                writer.add_image(key, data)
+            record = make_record(entry, sizes[key], args.mask_dir)
+            writer.add_ref(record, token_lengths(record.sentences))
+    return path
+
+
+def check_entries(*paths: Path) -> int:
+    """Read the JSON of one split, or of several that are packed as one, and count the refs.
 
     Raises:
         UserError: a file is missing, broken or empty, or an entry lacks a field, or two share a
             ref id or sentence id.
     """
-    entries: list[dict] = []
-    ref_ids: dict[int, str] = {}
-    sent_ids: dict[int, str] = {}
+    starts: list[int] = []  # how many entries came before each file
+    ref_ids, sent_ids, count = _Ids("segment_id"), _Ids("sent_id"), 0
     for path in paths:
-        for number, entry in enumerate(_load_json(path)):
-            where = f"{path}: entry {number}"
-            _check_entry(entry, where)
-            _check_unique(ref_ids, entry["segment_id"], "segment_id", where)
+        starts.append(count)
+        for entry, where in read_entries(path):
+            ref_ids.add(entry["segment_id"], count, where)
             for sentence in entry["sentences"]:
-                _check_unique(sent_ids, sentence["sent_id"], "sent_id", where)
-            entries.append(entry)
-    return entries
+                sent_ids.add(sentence["sent_id"], count, where)
+            count += 1
+        if count == starts[-1]:
+            raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
+
+    def where(number: int) -> str:
+        file = int(np.searchsorted(starts, number, side="right")) - 1
+        return f"{paths[file]}: entry {number - starts[file]}"
+
+    for ids in (ref_ids, sent_ids):
+        if pair := ids.repeated():
+            first, second, key = pair
+            raise UserError(
+                f"{where(second)} has {ids.field} {key}, as {where(first)} has: {_REDO}"
+            )
+    return count
 
 
-def _load_json(path: Path) -> list:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): {_REDO}") from None
-    if not isinstance(entries, list):
+class _Ids:
+    """Ids with the numbers of their entries, 12 bytes each whatever their number."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        self._ids, self._entries = array("q"), array("i")
+
+    def add(self, key: int, entry: int, where: str) -> None:
+        try:
+            self._ids.append(key)
+        except OverflowError:
+            raise UserError(f"{where}: {self.field} {key!r:.40} is out of range") from None
+        self._entries.append(entry)
+
+    def repeated(self) -> tuple[int, int, int] | None:
+        """The first repetition: the entries of the one and the other, and the id."""
+        ids, entries = np.asarray(self._ids), np.asarray(self._entries)
+        order = np.argsort(ids, kind="stable")
+        same = np.flatnonzero(np.diff(ids[order]) == 0)
+        if not len(same):
+            return None
+        place = same[np.argmin(order[same + 1])]
+        first, second = order[place], order[place + 1]
+        return int(entries[first]), int(entries[second]), int(ids[second])
+
+
+def read_entries(*paths: Path) -> Iterator[tuple[dict, str]]:
+    """The entries of some splits' JSON, one at a time, each checked and with its place in words.
+
+    Raises:
+        UserError: a file is missing or broken, or an entry lacks a field.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
+        with path.open(encoding="utf-8-sig") as file:
+            try:
+                for number, entry in enumerate(_items(file, path)):
+                    where = f"{path}: entry {number}"
+                    _check_entry(entry, where)
+                    yield entry, where
+            except UserError:
+                raise
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} is not readable JSON ({error}): {_REDO}") from None
+
+
+def _items(file: TextIO, path: Path) -> Iterator[object]:
+    """The items of a JSON file that holds one list, one at a time.
+
+    Raises:
+        ValueError: it is no JSON.
+        UserError: it is JSON, of something else.
+    """
+    json_text = _JsonText(file)
+    if json_text.peek() != "[":
+        json_text.value()
         raise UserError(f"{path} is not a list of refs: {_REDO}")
-    if not entries:
-        raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
-    return entries
+    json_text.at += 1
+    mark = json_text.peek()
+    while mark != "]":
+        yield json_text.value()
+        mark = json_text.peek()
+        if mark not in (",", "]"):
+            raise ValueError(f"a comma or ] is missing before {mark!r}")
+        json_text.at += mark == ","
+    json_text.at += 1
+    if json_text.peek():
+        raise ValueError("something follows the list")
+
+
+class _JsonText:
+    """JSON that is read as it is needed, with about `_CHUNK` of it in memory; `at` is the place."""
+
+    _blank = re.compile(r"[ \t\n\r]*")
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._decoder = json.JSONDecoder()
+        self._text = ""
+        self.at = 0
+
+    def peek(self) -> str:
+        """The next character that is no blank, or nothing at the end."""
+        while True:
+            self.at = self._blank.match(self._text, self.at).end()
+            if self.at < len(self._text):
+                return self._text[self.at]
+            self._text, self.at = self._file.read(_CHUNK), 0
+            if not self._text:
+                return ""
+
+    def value(self) -> object:
+        """The value that begins here; moves behind it."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self.at)
+            except ValueError:
+                end = len(self._text)
+            if self._text[end : end + 1] in tuple(", ]\t\n\r"):  # a number may go on elsewhere
+                break
+            more = self._file.read(max(_CHUNK, len(self._text) - self.at))
+            self._text, self.at = self._text[self.at :] + more, 0
+            if not more:
+                value, end = self._decoder.raw_decode(self._text)  # or says what is wrong
+                break
+        self.at = end
+        return value
 
 
 def _check_entry(entry: object, where: str) -> None:
@@ -125,17 +263,22 @@ def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord
     Raises:
         UserError: the mask is missing, cannot be decoded, is empty or not of that size.
     """
+    path = mask_dir / f"{entry['segment_id']}.png"
+    return _record(entry, size, read_file(path, _REDO_MASKS), str(path), _REDO_MASKS)
+
+
+def _record(
+    entry: dict, size: tuple[int, int], mask: bytes, mask_name: str, remedy: str
+) -> RefRecord:
     ref_id, image_key = entry["segment_id"], entry["img_name"]
-    path = mask_dir / f"{ref_id}.png"
-    data = read_file(path, _REDO_MASKS)
-    mask = decode(data, cv2.IMREAD_GRAYSCALE, str(path), _REDO_MASKS)
-    if mask.shape != size:
+    pixels = decode(mask, cv2.IMREAD_GRAYSCALE, mask_name, remedy)
+    if pixels.shape != size:
         raise UserError(
-            f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {image_key} "
+            f"{mask_name} is {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {image_key} "
             f"{size[0]} x {size[1]} (height x width): -i or -m is the folder of another data set"
         )
-    if not mask.any():
-        raise UserError(f"{path} is an empty mask (ref {ref_id}): {_REDO_MASKS}")
+    if not pixels.any():
+        raise UserError(f"{mask_name} is an empty mask (ref {ref_id}): {remedy}")
     return RefRecord(
         ref_id=ref_id,
         image_key=image_key,
@@ -143,7 +286,7 @@ def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord
         category=entry["cat"],
         height=size[0],
         width=size[1],
-        mask=data,
+        mask=mask,
         sentences=tuple(sentence["sent"] for sentence in entry["sentences"]),
         sent_ids=tuple(sentence["sent_id"] for sentence in entry["sentences"]),
     )
@@ -166,6 +309,11 @@ def read_file(path: Path, remedy: str) -> bytes:
     return path.read_bytes()
 
 
+def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
+    """(height, width) of an image file, all of which is decoded, to be sure that it can be."""
+    return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
+
+
 def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     """The pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
 
@@ -182,10 +330,116 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     return pixels
 
 
-def _check_unique(seen: dict[int, str], key: int, field: str, where: str) -> None:
-    if key in seen:
-        raise UserError(f"{where} has {field} {key}, as {seen[key]} has: {_REDO}")
-    seen[key] = where
+# ------------------------------------------------------------------- from the release's own pickles
+
+
+def convert(args: argparse.Namespace) -> Path:
+    """Convert an LMDB of the official release, and give the new one's path.
+
+    Each image is stored once, by its name. The release keeps no ids of sentences: they are
+    counted from 0 in the order of the file.
+
+    Raises:
+        UserError: it is no official LMDB, or holds anything but plain data, or what it holds is
+            inconsistent.
+    """
+    source = args.from_lmdb
+    dataset = args.dataset or source.resolve().parent.name
+    path = args.output_dir / f"{source.stem}.lmdb"
+    if path.resolve() == source.resolve():
+        raise UserError(f"{path} is the file to convert: give another folder as -o")
+    remedy = f"{source} is damaged, {repack_command(source)}"
+    images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
+    ref_ids, count = _Ids("seg_id"), 0
+    with RecordWriter(path, dataset, source.stem) as writer:
+        total, items = official_items(source)
+        items = _progress(items, total, f"{dataset} {source.stem}")
+        for number, item in enumerate(items):
+            where = f"{source}: entry {number}"
+            ref_ids.add(item["seg_id"], number, where)
+            key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
+            if key not in images:
+                size = _size_of(item["img"], f"{where}, image {key}", remedy)
+                images[key] = size, digest
+                writer.add_image(key, item["img"])
+            elif images[key][1] != digest:
+                raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
+            texts = item["sents"]
+            entry = {
+                "segment_id": item["seg_id"],
+                "img_name": key,
+                "cat": item["cat"],
+                "sentences": [{"sent": t, "sent_id": i} for i, t in enumerate(texts, count)],
+            }
+            count += len(texts)
+            record = _record(entry, images[key][0], item["mask"], f"{where}, mask", remedy)
+            writer.add_ref(record, token_lengths(record.sentences))
+        if pair := ref_ids.repeated():
+            first, second, key = pair
+            raise UserError(
+                f"{source}: entry {second} has seg_id {key}, as entry {first} has: {remedy}"
+            )
+    print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
+    return path
+
+
+def official_items(path: Path) -> tuple[int, Iterator[dict]]:
+    """The number of an official LMDB's items, and they in their order, checked.
+
+    Raises:
+        UserError: it is no official LMDB, was written with pyarrow, or holds anything but plain
+            containers, strings and numbers.
+    """
+    if not path.exists():
+        raise UserError(f"--from-lmdb {path} does not exist")
+    file = path / "data.mdb" if path.is_dir() else path
+    env = open_lmdb(file)
+
+    def get(key: bytes) -> bytes | None:
+        with env.begin() as txn:
+            return txn.get(key)
+
+    if get(META_KEY) is not None:
+        raise UserError(f"{path} is in this repository's format already: use it as it is")
+    if get(OFFICIAL_KEY) is None:
+        raise UserError(f"{path} is no LMDB of the official release: {repack_command(path)}")
+    count = _unpickle(get(b"__len__"), path, "__len__")
+    if not isinstance(count, int):
+        raise UserError(f"{path}: __len__ is {count!r:.40}, no number: {repack_command(path)}")
+
+    def items() -> Iterator[dict]:
+        for number in range(count):
+            item = _unpickle(get(b"%d" % number), path, f"entry {number}")
+            _check_official(item, f"{path}: entry {number}", repack_command(path))
+            yield item
+
+    return count, items()
+
+
+def _unpickle(data: bytes | None, path: Path, what: str) -> object:
+    if data is None:
+        raise UserError(f"{path} has no {what}: {repack_command(path)}")
+    if data[:1] != b"\x80":  # how every pickle begins since protocol 2
+        raise UserError(
+            f"{path}: {what} is no pickle; written with pyarrow.serialize, it cannot be read any "
+            f"more: {repack_command(path)}"
+        )
+    return load_plain(io.BytesIO(data), f"{path}: {what}")
+
+
+def _check_official(item: object, where: str, remedy: str) -> None:
+    check_fields(item, _OFFICIAL_FIELDS, where, remedy)
+    texts = item["sents"]
+    if not texts or len(texts) != item["num_sents"]:
+        raise UserError(f"{where} has {len(texts)} sents, num_sents {item['num_sents']}: {remedy}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{where}: a sentence cannot be {text!r:.80}: {remedy}")
+
+
+def _progress(items: Iterable, total: int, name: str) -> Iterable:
+    """A bar with an ETA, on a terminal."""
+    return tqdm(items, total=total, desc=name, unit="ref", disable=None)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -196,15 +450,24 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         *("-j", "--json"),
         type=Path,
-        required=True,
         nargs="+",
         help="anns/<dataset>/<split>.json; several are packed as one split, <a>+<b>",
     )
-    add("-i", "--img-dir", type=Path, required=True, help="folder of the images")
-    add("-m", "--mask-dir", type=Path, required=True, help="folder of the masks")
+    add("-i", "--img-dir", type=Path, help="folder of the images")
+    add("-m", "--mask-dir", type=Path, help="folder of the masks")
+    add(
+        "--from-lmdb",
+        type=Path,
+        metavar="OLD.lmdb",
+        help="convert an LMDB that the official release pickled, instead of -j, -i and -m",
+    )
     add("-o", "--output-dir", type=Path, required=True, help="folder for <split>.lmdb")
-    add("--dataset", help="name stored in the file (the JSON's folder)")
-    return parser.parse_args(argv)
+    add("--dataset", help="name stored in the file (that of the folder of the JSON or old LMDB)")
+    args = parser.parse_args(argv)
+    given = [args.json, args.img_dir, args.mask_dir]
+    if any(given) if args.from_lmdb else not all(given):
+        parser.error("give -j, -i and -m, or --from-lmdb alone")
+    return args
 
 
 if __name__ == "__main__":

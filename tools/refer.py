@@ -169,19 +169,29 @@ def load_refs(path: str | Path) -> list[dict]:
             list of dicts.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            refs = _to_text(_PlainUnpickler(file, path).load())
-    except UserError:
-        raise
-    except Exception as error:
-        # A damaged pickle can fail with almost anything.
-        raise UserError(f"{path} is not a readable pickle, or cut off ({error!r})") from None
+    with path.open("rb") as file:
+        refs = _to_text(load_plain(file, str(path)))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} does not hold a list of refs")
     if not refs:
         raise UserError(f"{path} holds no refs")
     return refs
+
+
+def load_plain(file: BinaryIO, where: str) -> Any:
+    """Read a pickle of plain containers, strings and numbers, and nothing else.
+
+    Raises:
+        UserError: it is no pickle, is cut off, or asks for any class or function; the text names
+            `where`.
+    """
+    try:
+        return _PlainUnpickler(file, where).load()
+    except UserError:
+        raise
+    except Exception as error:
+        # A damaged pickle can fail with almost anything.
+        raise UserError(f"{where} is not a readable pickle, or cut off ({error!r})") from None
 
 
 def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> None:
@@ -202,13 +212,13 @@ def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> N
 class _PlainUnpickler(pickle.Unpickler):
     """Knows the containers, strings and numbers that pickle has opcodes for, and no name."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, where: str) -> None:
         super().__init__(file, encoding="bytes")
-        self._path = path
+        self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise UserError(
-            f"{self._path} asks for {module}.{name}: refs are plain lists, dicts, strings and "
+            f"{self._where} asks for {module}.{name}: refs are plain lists, dicts, strings and "
             "numbers, so this file is damaged or hostile and was not loaded"
         )
 

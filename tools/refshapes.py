@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from utils.files import atomic_path
 EPILOG = """examples:
   python tools/refshapes.py -o datasets/refshapes
   python tools/refshapes.py -o /tmp/shapes --train 200 --val 50 --testA 0 --testB 0 --seed 7
+  python tools/refshapes.py -o /tmp/rehearsal --like refcoco
 then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
@@ -53,6 +54,14 @@ COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of thes
 KINDS = ("attribute", "position", "size", "relation")
 SPLITS = {"train": KINDS, "val": KINDS, "testA": KINDS[:1], "testB": KINDS[1:]}
 DEFAULT_IMAGES = {"train": 6000, "val": 200, "testA": 100, "testB": 100}
+LIKE = {  # images, refs, and sentences where they are known, by split
+    "refcoco": {
+        "train": (16994, 42404, None),
+        "val": (1500, 3811, 10834),
+        "testA": (750, 1975, 5657),
+        "testB": (750, 1810, 5095),
+    }
+}
 IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
 
 # How often a kind is drawn where an object offers several: rarer ones more, to even them out.
@@ -64,6 +73,7 @@ IMAGE_SIDE = (160, 224)
 AREA_SHARE = (0.028, 0.14)  # of the image, log-uniform; the upper end gives way in a crowd
 THINGS = {3: 0.28, 4: 0.28, 5: 0.22, 6: 0.13, 7: 0.09}  # how many, and how often
 MAX_TILT = 15  # degrees: a square must not turn into a diamond
+LAYOUTS = 5000  # tries before a crowd is given up: seven stars may never fit
 GAP = 3  # pixels between two objects' boxes and to the border
 SUPERSAMPLING = 4
 
@@ -326,10 +336,14 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
     shapes = rng.choice(SHAPES, 2 if count < 5 else rng.integers(2, 4), replace=False)
     shapes = [str(shape) for shape in rng.choice(shapes, count)]
     palette = rng.choice(list(COLOURS), rng.integers(2, 5), replace=False)
-    outlines, largest = None, AREA_SHARE[1]
-    while outlines is None:
+    largest = AREA_SHARE[1]
+    for _ in range(LAYOUTS):
         outlines = _lay_out(rng, shapes, size, largest)
+        if outlines is not None:
+            break
         largest = max(largest * 0.9, 1.1 * AREA_SHARE[0])
+    else:
+        return _draw_scene(rng)
     things = []
     for shape, outline in zip(shapes, outlines, strict=True):
         moments = cv2.moments(outline.astype(np.float32))
@@ -387,8 +401,14 @@ def _render(rng: np.random.Generator, scene: Scene, outlines: Sequence[np.ndarra
 # -------------------------------------------------------------------------------------- sentences
 
 
-def _choose_sentences(rng: np.random.Generator, phrases: Sequence[Phrase]) -> list[str]:
-    """Draw 1-4 different sentences from all wordings of the phrases that fit one thing."""
+def _num_wordings(phrases: Sequence[Phrase]) -> int:
+    return sum(len(WORDINGS[phrase.kind, phrase.word]) for phrase in phrases)
+
+
+def _choose_sentences(
+    rng: np.random.Generator, phrases: Sequence[Phrase], number: int | None = None
+) -> list[str]:
+    """Draw `number`, or 1-4, sentences from all wordings of the phrases that fit one thing."""
     sentences, weights = [], []
     in_kind = Counter(phrase.kind for phrase in phrases)
     for phrase in phrases:
@@ -397,36 +417,76 @@ def _choose_sentences(rng: np.random.Generator, phrases: Sequence[Phrase]) -> li
             names = {"shape": phrase.shape, "colour": phrase.colour, "anchor": phrase.anchor}
             sentences.append(wording.format(**names))
             weights.append(KIND_WEIGHTS[phrase.kind] / in_kind[phrase.kind] / len(wordings))
-    number = min(len(sentences), rng.integers(1, MAX_SENTENCES, endpoint=True))
+    if number is None:
+        number = min(len(sentences), rng.integers(1, MAX_SENTENCES, endpoint=True))
     chance = np.array(weights) / sum(weights)
     chosen = rng.choice(len(sentences), number, replace=False, p=chance)
     return [sentences[index] for index in chosen]
 
 
-def _refer(rng: np.random.Generator, scene: Scene, kinds: Sequence[str]) -> dict[int, list[str]]:
-    """Choose the things of a scene to refer to, and the sentences that do it."""
+def _refer(
+    rng: np.random.Generator,
+    scene: Scene,
+    kinds: Sequence[str],
+    quota: Sequence[int | None] | None = None,
+) -> dict[int, list[str]]:
+    """Choose the things of a scene to refer to, and the sentences that do it.
+
+    Args:
+        quota: how many sentences each ref shall have (None: as drawn), which also says how many
+            refs; without it as many refs as there are, up to `MAX_REFS`. Empty where it cannot be.
+    """
     phrases: dict[int, list[Phrase]] = defaultdict(list)
     for phrase in phrases_about(scene, kinds):
         index = referent(scene, phrase)
         if index is not None:
             phrases[index].append(phrase)
-    chosen = sorted(rng.permutation(sorted(phrases))[:MAX_REFS].tolist())
-    return {index: _choose_sentences(rng, phrases[index]) for index in chosen}
+    order = rng.permutation(sorted(phrases))
+    if quota is None:
+        chosen = sorted(order[:MAX_REFS].tolist())
+        return {index: _choose_sentences(rng, phrases[index]) for index in chosen}
+    needed = max((number or 1 for number in quota), default=0)
+    able = [int(index) for index in order if _num_wordings(phrases[index]) >= needed]
+    if len(able) < len(quota):
+        return {}
+    pairs = zip(sorted(able[: len(quota)]), quota, strict=True)
+    return {index: _choose_sentences(rng, phrases[index], number) for index, number in pairs}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a split shall hold: images; refs and sentences in all, None: as they come."""
+
+    images: int
+    refs: int | None = None
+    sentences: int | None = None
+
+    def quota(self, number: int) -> list[int | None] | None:
+        """How many sentences each ref of image `number` (from 1) gets: spread evenly."""
+        if self.refs is None:
+            return None
+        first, end = ((n * self.refs) // self.images for n in (number - 1, number))
+        if self.sentences is None:
+            return [None] * (end - first)
+        bounds = [(n * self.sentences) // self.refs for n in range(first, end + 1)]
+        return [after - before for before, after in pairwise(bounds)]
 
 
 # ---------------------------------------------------------------------------------- REFER's files
 
 
 def _make_image(
-    seed: int, split: str, number: int
+    seed: int, split: str, number: int, plan: Plan
 ) -> tuple[np.ndarray, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Make image `number` (from 1) of a split: RGB pixels, image entry, annotations, refs."""
     split_number = list(SPLITS).index(split)
     rng = np.random.Generator(np.random.PCG64([seed, split_number, number]))
+    quota = plan.quota(number)
+    fewest = MIN_REFS if quota is None else len(quota)
     while True:
         scene, outlines = _draw_scene(rng)
-        referred = _refer(rng, scene, SPLITS[split])
-        if len(referred) >= MIN_REFS:
+        referred = _refer(rng, scene, SPLITS[split], quota)
+        if len(referred) >= fewest:
             break
     image_id = split_number * IDS_PER_SPLIT + number
     stem = f"REFSHAPES_train2014_{image_id:012d}"
@@ -490,12 +550,19 @@ def _refer_dir(out: Path) -> Path:
     return out / "refshapes"
 
 
-def _parameters(counts: Mapping[str, int], seed: int) -> dict[str, Any]:
+def _parameters(counts: Mapping[str, int], seed: int, like: str | None) -> dict[str, Any]:
     images = {split: counts.get(split, 0) for split in SPLITS}
-    return {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
+    made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
+    return made if like is None else made | {"like": like}
 
 
-def is_complete(out: Path, counts: Mapping[str, int], seed: int) -> bool:
+def _plans(counts: Mapping[str, int], like: str | None) -> dict[str, Plan]:
+    if like is not None:
+        return {split: Plan(*numbers) for split, numbers in LIKE[like].items()}
+    return {split: Plan(count) for split, count in counts.items()}
+
+
+def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> bool:
     """Whether `out` holds everything that `generate` would write there."""
     folder = _refer_dir(out)
     names = ("generator.json", "instances.json", "refs(unc).p")
@@ -506,17 +573,17 @@ def is_complete(out: Path, counts: Mapping[str, int], seed: int) -> bool:
     except ValueError:
         return False
     num_images = sum(1 for _ in _images_dir(out).glob("REFSHAPES_*.jpg"))
-    return made == _parameters(counts, seed) and num_images == sum(counts.values())
+    return made == _parameters(counts, seed, like) and num_images == sum(counts.values())
 
 
-def _write_files(out: Path, counts: Mapping[str, int], seed: int) -> None:
+def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
     images, annotations, refs = [], [], []
     _images_dir(out).mkdir(parents=True)
     _refer_dir(out).mkdir()
-    jobs = [(split, n) for split in SPLITS for n in range(1, counts.get(split, 0) + 1)]
+    jobs = [(s, n) for s in SPLITS if s in plans for n in range(1, plans[s].images + 1)]
     for split, number in tqdm(jobs, desc="RefShapes", unit="image", disable=None):
-        pixels, image, its_annotations, its_refs = _make_image(seed, split, number)
+        pixels, image, its_annotations, its_refs = _make_image(seed, split, number, plans[split])
         path = _images_dir(out) / image["file_name"]
         quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
         if not cv2.imwrite(str(path), pixels[..., ::-1], quality):
@@ -537,7 +604,7 @@ def _write_files(out: Path, counts: Mapping[str, int], seed: int) -> None:
     (_refer_dir(out) / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
-def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
+def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> None:
     """Write the data set in REFER format; files of an earlier run in the same place go.
 
     Everything is made in a temporary folder beside `out` first. `generator.json`, which says
@@ -547,6 +614,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
         out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
         counts: images by split; a split left out gets none.
         seed: 0 or greater.
+        like: a key of `LIKE`, whose numbers of images these must be; refs and sentences follow.
     Raises:
         UserError: an unknown split, a count or seed out of range, no image at all; `out` is a file.
     """
@@ -564,7 +632,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
     out = out.resolve()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        _write_files(partial, counts, seed)
+        _write_files(partial, _plans(counts, like), seed)
         _images_dir(out).mkdir(parents=True, exist_ok=True)
         _refer_dir(out).mkdir(exist_ok=True)
         marker = _refer_dir(out) / "generator.json"
@@ -574,7 +642,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int) -> None:
         for new in sorted(partial.rglob("*.*")):
             os.replace(new, out / new.relative_to(partial))
         with atomic_path(marker) as path:
-            path.write_text(json.dumps(_parameters(counts, seed), indent=2) + "\n")
+            path.write_text(json.dumps(_parameters(counts, seed, like), indent=2) + "\n")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -652,16 +720,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     for split, count in DEFAULT_IMAGES.items():
-        parser.add_argument(
-            f"--{split}", type=int, default=count, metavar="N", help=f"images (default {count})"
-        )
+        parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default {count})")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--like",
+        choices=LIKE,
+        help="as many images and refs a split as this data set, and sentences but for train",
+    )
     args = parser.parse_args(argv)
-    counts = {split: getattr(args, split) for split in SPLITS}
-    if is_complete(args.output, counts, args.seed):
+    given = {split: getattr(args, split) for split in SPLITS}
+    if args.like is None:
+        counts = {s: DEFAULT_IMAGES[s] if n is None else n for s, n in given.items()}
+    elif any(count is not None for count in given.values()):
+        parser.error("--like gives the numbers of images: leave out --train and the others")
+    else:
+        counts = {split: images for split, (images, _, _) in LIKE[args.like].items()}
+    if is_complete(args.output, counts, args.seed, args.like):
         print(f"{args.output} is complete and was made with these parameters: reused")
     else:
-        generate(args.output, counts, args.seed)
+        generate(args.output, counts, args.seed, args.like)
         print(f"wrote {args.output}")
     print_summary(args.output)
 

@@ -85,11 +85,26 @@ class DataConfig:
     """Where the records for training and validation lie."""
 
     dataset: str = "refcoco"
-    train_lmdb: str = "datasets/lmdb/refcoco/train.lmdb"
+    train_lmdb: str | tuple[str, ...] = "datasets/lmdb/refcoco/train.lmdb"
     train_split: str = "train"
+    exclude_lmdb: tuple[str, ...] = ()
     val_lmdb: str = "datasets/lmdb/refcoco/val.lmdb"
     val_split: str = "val"
+    cache: str | None = None
     allow_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        files = self.train_files
+        if not files:
+            raise UserError("DATA.train_lmdb is an empty list; name one LMDB or several")
+        twice = next((file for file in files if files.count(file) > 1), None)
+        if twice is not None:
+            raise UserError(f"DATA.train_lmdb names {twice} twice")
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """`train_lmdb` as a list, which may have a single entry."""
+        return (self.train_lmdb,) if isinstance(self.train_lmdb, str) else self.train_lmdb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +415,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 raise UserError(f"{where} must {rule.text}, not {_show(value)}")
         return value
     if origin in (Union, UnionType):
-        return None if value is None else _convert(value, args[0], where)
+        if value is None and type(None) in args:
+            return None
+        is_list = isinstance(value, list | tuple)
+        arm = next((arm for arm in args if is_list and get_origin(arm) is tuple), args[0])
+        return _convert(value, arm, where)
     if origin is Literal and value in args:
         return value
     if origin is tuple and isinstance(value, list | tuple):

@@ -3,26 +3,28 @@
 S is the side of the network's input, L the number of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from utils.cache import SquareCache
 from utils.errors import UserError
-from utils.records import RecordReader, RefRecord
+from utils.records import RecordReader, Records, RefRecord
 from utils.seed import draw
 from utils.tokenizer import tokenize
 from utils.transforms import decode_image, decode_mask, letterbox_image, letterbox_mask
 
 
 class TrainingSample(TypedDict):
-    """One ref with one of its sentences; `position` is the ref's place in the LMDB."""
+    """One ref with one of its sentences; `position` is the ref's place in the records."""
 
-    image_key: str
+    image_name: tuple[Path, str]  # file and key: images of two files are two images
     image: Tensor  # (S, S, 3) uint8 RGB
     mask: Tensor  # (S, S) uint8, soft at the edges
     tokens: Tensor  # (L,) int64
@@ -30,20 +32,29 @@ class TrainingSample(TypedDict):
 
 
 class TrainingDataset(Dataset):
-    """Refs of one LMDB; each visit draws one of the ref's sentences.
+    """Refs of one LMDB or several; each visit draws one of the ref's sentences.
 
     Args:
         reader: the records.
         input_size: S in pixels.
         word_len: L.
         seed: with epoch and position, decides the sentence.
+        caches: by the path of the LMDB, its photos and masks at S×S, to spare making them.
     """
 
-    def __init__(self, reader: RecordReader, input_size: int, word_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        reader: Records,
+        input_size: int,
+        word_len: int,
+        seed: int,
+        caches: Mapping[Path, SquareCache] | None = None,
+    ) -> None:
         self.reader = reader
         self.input_size = input_size
         self.word_len = word_len
         self.seed = seed
+        self.caches = caches or {}
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -56,24 +67,35 @@ class TrainingDataset(Dataset):
         return self.__getitems__([visit])[0]
 
     def __getitems__(self, visits: Sequence[tuple[int, int]]) -> list[TrainingSample]:
-        """Load a batch of visits (torch's fetcher calls this), decoding each image once."""
-        images: dict[str, Tensor] = {}
+        """Load a batch of visits (torch's fetcher calls this), making each image once."""
+        images: dict[tuple[Path, str], Tensor] = {}
         samples = []
         for position, epoch in visits:
-            ref = self.reader.ref(position)
-            if ref.image_key not in images:
-                image = load_image(self.reader, ref, self.input_size)
-                images[ref.image_key] = torch.from_numpy(image)
+            reader, place = self.reader.locate(position)
+            ref = reader.ref(place)
+            name = reader.path, ref.image_key
+            if name not in images:
+                images[name] = torch.from_numpy(self._image(reader, place, ref))
             sentence = ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
             sample = TrainingSample(
-                image_key=ref.image_key,
-                image=images[ref.image_key],
-                mask=torch.from_numpy(letterbox_mask(load_mask(ref), self.input_size)),
+                image_name=name,
+                image=images[name],
+                mask=torch.from_numpy(self._mask(reader, place, ref)),
                 tokens=tokenize(sentence, self.word_len)[0],
                 position=position,
             )
             samples.append(sample)
         return samples
+
+    def _image(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
+        if cache := self.caches.get(reader.path):
+            return cache.image(place)
+        return load_image(reader, ref, self.input_size)
+
+    def _mask(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
+        if cache := self.caches.get(reader.path):
+            return cache.mask(place)
+        return letterbox_mask(load_mask(ref), self.input_size)
 
 
 class TrainingBatch(TypedDict):
@@ -88,25 +110,37 @@ class TrainingBatch(TypedDict):
 
 def collate_refs(samples: Sequence[TrainingSample]) -> TrainingBatch:
     """Join samples into a batch with one image a ref, as published."""
+    return _join(samples, samples, None)
+
+
+def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
+    """Join samples into a batch in which each image stands once, however many refs share it."""
+    firsts: dict[tuple[Path, str], TrainingSample] = {}
+    for sample in samples:
+        firsts.setdefault(sample["image_name"], sample)
+    rows = {name: row for row, name in enumerate(firsts)}
+    index = torch.tensor([rows[sample["image_name"]] for sample in samples])
+    return _join(samples, firsts.values(), index)
+
+
+def _join(
+    samples: Sequence[TrainingSample], with_images: Iterable[TrainingSample], index: Tensor | None
+) -> TrainingBatch:
     return TrainingBatch(
-        images=torch.stack([sample["image"] for sample in samples]),
-        image_index=None,
-        masks=torch.stack([sample["mask"] for sample in samples]),
+        images=_stack([sample["image"] for sample in with_images]),
+        image_index=index,
+        masks=_stack([sample["mask"] for sample in samples]),
         tokens=torch.stack([sample["tokens"] for sample in samples]),
         positions=torch.tensor([sample["position"] for sample in samples]),
     )
 
 
-def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
-    """Join samples into a batch in which each image stands once, however many refs share it."""
-    firsts: dict[str, TrainingSample] = {}
-    for sample in samples:
-        firsts.setdefault(sample["image_key"], sample)
-    rows = {key: row for row, key in enumerate(firsts)}
-    batch = collate_refs(samples)
-    batch["images"] = torch.stack([sample["image"] for sample in firsts.values()])
-    batch["image_index"] = torch.tensor([rows[sample["image_key"]] for sample in samples])
-    return batch
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Stack; in a worker straight into memory that the main process shares.
+
+    Without it each batch is copied once more, and a worker's heap breaks into a gigabyte of pieces.
+    """
+    return default_collate(tensors)
 
 
 @dataclass(frozen=True)
@@ -213,18 +247,18 @@ def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
     """Join images into a batch."""
     counts = torch.tensor([len(sample["tasks"]) for sample in samples])
     return EvaluationBatch(
-        images=torch.stack([sample["image"] for sample in samples]),
+        images=_stack([sample["image"] for sample in samples]),
         image_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
         tokens=torch.cat([sample["tokens"] for sample in samples]),
         tasks=[task for sample in samples for task in sample["tasks"]],
     )
 
 
-def group_by_image(reader: RecordReader) -> list[list[int]]:
+def group_by_image(reader: Records) -> list[list[int]]:
     """Positions of the refs of each image, images in the order of their first ref."""
-    groups: dict[str, list[int]] = {}
-    for position, key in enumerate(reader.index.image_keys):
-        groups.setdefault(key, []).append(position)
+    groups: dict[tuple[Path, str], list[int]] = {}
+    for position, name in enumerate(reader.image_names()):
+        groups.setdefault(name, []).append(position)
     return list(groups.values())
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path, os.getpid())
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files for `path` of processes that were killed; nobody reads them."""
+    path = Path(path)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = partial.name.removesuffix(".partial").rpartition(".")[2]
+        if pid.isdecimal() and partial == _partial(path, int(pid)) and not _is_running(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path, pid: int) -> Path:
+    return path.with_name(f".{path.name}.{pid}.partial")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no process id at all
+        pass
+    return True

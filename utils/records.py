@@ -9,31 +9,36 @@ What lies in the file, all of it readable without this module and none of it pic
     image:<key>      the image file's original bytes, once however many refs share it
 """
 
+import hashlib
 import json
 import os
 import threading
 import weakref
+from array import array
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import lmdb
+import numpy as np
 import pyarrow as pa
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, remove_leftovers
 
 FORMAT_VERSION = 1
 TOOL = "cris 0.1.0"
 
-_META_KEY = b"__meta__"
+META_KEY = b"__meta__"
 _INDEX_KEY = b"__index__"
-_OFFICIAL_KEY = b"__keys__"
+OFFICIAL_KEY = b"__keys__"  # in every LMDB of the official release
 _INITIAL_MAP_BYTES = 64 << 20
 _BATCH_BYTES = 32 << 20
 
@@ -96,7 +101,8 @@ class RecordWriter:
             writer.add_ref(record, token_lengths)
 
     If the block raises, nothing is left and whatever stood at `path` before is untouched.
-    Memory holds one batch of records plus the index, whatever the size of the split.
+    Memory holds one batch of records, 20 bytes a ref and the names of the images, whatever the
+    size of the split.
 
     Args:
         path: the file to make; its folder is created.
@@ -111,14 +117,15 @@ class RecordWriter:
         self._dataset = dataset
         self._split = split
         self._map_size = map_size
-        self._image_keys: set[str] = set()
-        self._index: list[dict] = []
+        self._image_rows: dict[str, int] = {}
+        self._index = _IndexColumns()
         self._token_length: Counter[int] = Counter()
         self._pending: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
+        remove_leftovers(self.path)
         partial = self._stack.enter_context(atomic_path(self.path))
         partial.unlink(missing_ok=True)
         # One process writes a file that nobody else knows of: no lock file is needed, and one
@@ -141,8 +148,8 @@ class RecordWriter:
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
-        if key not in self._image_keys:
-            self._image_keys.add(key)
+        if key not in self._image_rows:
+            self._image_rows[key] = len(self._image_rows)
             self._put(_image_key(key), data)
 
     def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
@@ -157,7 +164,7 @@ class RecordWriter:
             ValueError: its image is missing, or it has no sentence, or the numbers of sentences,
                 sentence ids and token lengths differ.
         """
-        if record.image_key not in self._image_keys:
+        if record.image_key not in self._image_rows:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
         count = len(record.sentences)
         if count == 0 or not count == len(record.sent_ids) == len(token_lengths):
@@ -166,9 +173,9 @@ class RecordWriter:
                 f"{len(token_lengths)} token lengths"
             )
         row = {field.name: getattr(record, field.name) for field in fields(record)}
-        self._put(_ref_key(len(self._index)), _to_arrow([row], _REF_SCHEMA))
-        row = {name: row.get(name) for name in _INDEX_SCHEMA.names} | {"num_sentences": count}
-        self._index.append(row)
+        batch = pa.RecordBatch.from_pylist([row], schema=_REF_SCHEMA)
+        self._put(_ref_key(len(self._index)), _to_arrow(batch))
+        self._index.append(record, self._image_rows[record.image_key])
         self._token_length.update(token_lengths)
 
     def _put(self, key: bytes, value: bytes) -> None:
@@ -202,14 +209,49 @@ class RecordWriter:
             "split": self._split,
             "refs": len(self._index),
             "sentences": self._token_length.total(),
-            "images": len(self._image_keys),
+            "images": len(self._image_rows),
             "token_length": dict(sorted(self._token_length.items())),
             "tool": TOOL,
         }
-        self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
-        self._put(_META_KEY, json.dumps(meta).encode())
+        self._put(_INDEX_KEY, _to_arrow(self._index.batch(list(self._image_rows))))
+        self._put(META_KEY, json.dumps(meta).encode())
         self._flush()
         self._env.sync(True)
+
+
+class _IndexColumns:
+    """The index while it grows: plain numbers, since a dict a ref would take 400 bytes of each."""
+
+    def __init__(self) -> None:
+        self._ref_ids = array("q")
+        self._rows = array("i")  # of the ref's image among all images
+        self._image_ids = array("q")
+        self._without_id: list[int] = []  # positions
+        self._num_sentences = array("i")
+
+    def __len__(self) -> int:
+        return len(self._ref_ids)
+
+    def append(self, record: RefRecord, image_row: int) -> None:
+        """Add a ref and where its image stands among those that were added."""
+        if record.image_id is None:
+            self._without_id.append(len(self))
+        self._ref_ids.append(record.ref_id)
+        self._rows.append(image_row)
+        self._image_ids.append(record.image_id or 0)
+        self._num_sentences.append(len(record.sentences))
+
+    def batch(self, image_keys: list[str]) -> pa.RecordBatch:
+        """All of it as an Arrow table; `image_keys` in the order of their rows."""
+        without_id = np.zeros(len(self), bool)
+        without_id[self._without_id] = True
+        columns = [
+            pa.array(np.asarray(self._ref_ids)),
+            pa.array(image_keys, pa.string()).take(pa.array(np.asarray(self._rows))),
+            pa.array(np.asarray(self._image_ids), mask=without_id),
+            pa.array(np.asarray(self._num_sentences)),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=_INDEX_SCHEMA)
 
 
 class RecordReader:
@@ -238,7 +280,7 @@ class RecordReader:
     @cached_property
     def meta(self) -> dict:
         """The `__meta__` entry; the keys of `token_length` are integers."""
-        raw = self._get(_META_KEY)
+        raw = self._get(META_KEY)
         if raw is None:
             self._refuse_without_meta()
         meta = json.loads(raw)
@@ -246,10 +288,10 @@ class RecordReader:
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{self.path} is in record format {version}, this code reads {FORMAT_VERSION}: "
-                f"{_repack(self.path)}"
+                f"{repack_command(self.path)}"
             )
         if meta["refs"] == 0:
-            raise UserError(f"{self.path} holds no refs: {_repack(self.path)}")
+            raise UserError(f"{self.path} holds no refs: {repack_command(self.path)}")
         meta["token_length"] = {int(k): count for k, count in meta["token_length"].items()}
         return meta
 
@@ -259,6 +301,19 @@ class RecordReader:
         len(self)  # refuses a file that is not ours
         batch = _from_arrow(self._get(_INDEX_KEY))
         return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
+
+    def digest(self) -> str:
+        """Of all that the meta entry and the index say."""
+        len(self)  # refuses a file that is not ours
+        return hashlib.sha256(self._get(META_KEY) + self._get(_INDEX_KEY)).hexdigest()
+
+    def image_names(self) -> list[tuple[Path, str]]:
+        """Of each ref, the file and key of its image: what tells it from the images of others."""
+        return [(self.path, key) for key in self.index.image_keys]
+
+    def locate(self, i: int) -> "tuple[RecordReader, int]":
+        """The file that holds the ref at position `i`, and its position there: this one's own."""
+        return self, i
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len.
@@ -287,17 +342,92 @@ class RecordReader:
     def _get(self, key: bytes) -> bytes | None:
         """Copy one value out of the file; a view would not outlive the transaction."""
         if self._pid != os.getpid():
-            self._env, self._pid = _open(self.path), os.getpid()
+            self._env, self._pid = open_lmdb(self.path), os.getpid()
         with self._env.begin() as txn:
             return txn.get(key)
 
     def _refuse_without_meta(self) -> None:
-        if self._get(_OFFICIAL_KEY) is not None:
+        if self._get(OFFICIAL_KEY) is not None:
             raise UserError(
                 f"{self.path} is in the official release's pickled format, which is not read: "
-                f"{_repack(self.path)}"
+                f"{repack_command(self.path)} (or, where only this file is left, python "
+                f"tools/folder2lmdb.py --from-lmdb {self.path} -o FOLDER)"
             )
-        raise UserError(f"{self.path} is an LMDB without __meta__: {_repack(self.path)}")
+        raise UserError(f"{self.path} is an LMDB without __meta__: {repack_command(self.path)}")
+
+
+class JoinedReader:
+    """Some refs of several files as one sequence of positions, file by file.
+
+    Two files may hold different images under one key, so an image belongs to its file: where
+    files share photos, each has its own.
+
+    Args:
+        parts: files, and for each the positions of the refs that count, in increasing order.
+    """
+
+    def __init__(self, parts: Sequence[tuple[RecordReader, Sequence[int]]]) -> None:
+        self.parts = parts
+        self._ends = list(accumulate(len(positions) for _, positions in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def image_names(self) -> list[tuple[Path, str]]:
+        """Of each ref, the file and key of its image."""
+        return [
+            (reader.path, reader.index.image_keys[place])
+            for reader, positions in self.parts
+            for place in positions
+        ]
+
+    def locate(self, i: int) -> tuple[RecordReader, int]:
+        """The file that holds the ref at position `i`, and its position there.
+
+        Raises:
+            IndexError: there is no such position.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{len(self.parts)} files have {len(self)} refs, no position {i}")
+        number = bisect_right(self._ends, i)
+        reader, positions = self.parts[number]
+        return reader, int(positions[i - self._ends[number]])
+
+    def ref(self, i: int) -> RefRecord:
+        """Read the ref at position `i`."""
+        reader, place = self.locate(i)
+        return reader.ref(place)
+
+
+Records = RecordReader | JoinedReader
+
+
+class ImageSet:
+    """The images of some files, to ask which refs of another file lie on one of them.
+
+    Images are told apart by their ids, as COCO numbers them; by their keys where either side has
+    no id.
+    """
+
+    def __init__(self, readers: Iterable[RecordReader]) -> None:
+        self._ids: set[int] = set()
+        self._keys: set[str] = set()
+        self._keys_without_id: set[str] = set()
+        for reader in readers:
+            keys, ids = reader.index.image_keys, reader.index.image_ids
+            self._keys.update(keys)
+            self._ids.update(i for i in ids if i is not None)
+            self._keys_without_id.update(k for k, i in zip(keys, ids, strict=True) if i is None)
+
+    def holds(self, reader: RecordReader) -> np.ndarray:
+        """(refs,) bool: whether each ref's image is one of these."""
+        keys, ids = reader.index.image_keys, reader.index.image_ids
+        return np.array(
+            [
+                key in self._keys if i is None else i in self._ids or key in self._keys_without_id
+                for key, i in zip(keys, ids, strict=True)
+            ]
+        )
 
 
 # py-lmdb refuses to open one file twice in a process, so readers share. Keyed by process id and
@@ -307,22 +437,24 @@ _environments: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _environments_lock = threading.Lock()
 
 
-def _open(path: Path) -> lmdb.Environment:
-    """Return this process's environment for the file, opened if need be.
+def open_lmdb(path: Path) -> lmdb.Environment:
+    """This process's environment for an LMDB file of any content, opened for reading if need be.
+
+    It closes when nobody holds it any more.
 
     Raises:
         UserError: the file is missing, no LMDB, or cut off.
     """
     if not path.is_file():
         what = "is a folder, not an LMDB file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: {_repack(path, 'make it with')}")
+        raise UserError(f"{path} {what}: {repack_command(path, 'make it with')}")
     stat = path.stat()
     key = (os.getpid(), stat.st_dev, stat.st_ino)
     with _environments_lock:
         _close_inherited()
         env = _environments.get(key)
         if env is None:
-            env = _open_file(path, stat.st_size)
+            env = _open_file(path)
             _environments[key] = env
     return env
 
@@ -339,22 +471,22 @@ def _close_inherited() -> None:
             env.close()
 
 
-def _open_file(path: Path, size: int) -> lmdb.Environment:
+def _open_file(path: Path) -> lmdb.Environment:
     try:
         env = lmdb.open(
             str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
         )
     except lmdb.Error as error:
-        raise UserError(f"no LMDB can be read from {error}: {_repack(path)}") from None
+        raise UserError(f"no LMDB can be read from {error}: {repack_command(path)}") from None
     # Pages beyond the end of a partly copied file would kill the process when they are touched.
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size, expected = path.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size < expected:
         env.close()
-        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {_repack(path)}")
+        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {repack_command(path)}")
     return env
 
 
-def _repack(path: Path, verb: str = "re-pack with") -> str:
+def repack_command(path: Path, verb: str = "re-pack with") -> str:
     """The command that makes the file, as far as its path tells."""
     out, root = path.parent, path.parent.parent.parent
     jsons = " ".join(f"{root / 'anns' / out.name / split}.json" for split in path.stem.split("+"))
@@ -372,10 +504,9 @@ def _image_key(key: str) -> bytes:
     return b"image:" + key.encode()
 
 
-def _to_arrow(rows: list[dict], schema: pa.Schema) -> bytes:
-    batch = pa.RecordBatch.from_pylist(rows, schema=schema)
+def _to_arrow(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as stream:
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
 

@@ -42,8 +42,7 @@ PROTOCOLS = {
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode a JPEG or PNG to (H, W, 3) uint8 RGB; `name` is for the error."""
-    image = _decode(data, cv2.IMREAD_COLOR, name)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return _decode(data, cv2.IMREAD_COLOR_RGB, name)
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
