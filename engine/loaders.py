@@ -1,6 +1,5 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from utils.dataset import (
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logger import progress
+from utils.machine import available_cores
 from utils.records import ImageSet, JoinedReader, RecordReader, Records
 from utils.transforms import letterbox_mask
 
@@ -228,7 +228,7 @@ def build_evaluation_loader(
 
 def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:
     """Loader processes for this rank: `wanted` is for the machine, as are its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     allowed = min(wanted, cores)
     if allowed < wanted and ranks.is_main:
         logger.info(f"{name} {wanted} → {allowed}: this machine has {cores} cores")

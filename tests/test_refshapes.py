@@ -124,6 +124,19 @@ def test_each_sentence_is_true_of_its_object_alone_and_faces_a_distractor(images
                 assert len(rivals) >= 2, text
 
 
+def test_several_processes_draw_the_same_bytes_as_one(tmp_path, monkeypatch):
+    counts = {"train": 45, "testA": 3}
+    refshapes.generate(tmp_path / "alone", counts, seed=5)
+    monkeypatch.setattr(refshapes, "WORTH_A_POOL", 1)
+    refshapes.generate(tmp_path / "together", counts, seed=5)
+    alone, together = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
+        for root in (tmp_path / "alone", tmp_path / "together")
+    )
+    assert together == alone
+    assert len(alone) > sum(counts.values())
+
+
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     counts = {"train": 3, "testB": 2}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):

@@ -17,9 +17,11 @@ import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import load_refs
 from utils.errors import UserError, run
 from utils.files import atomic_path
+from utils.machine import available_cores
 
 EPILOG = """examples:
   python tools/refshapes.py -o datasets/refshapes
@@ -41,7 +44,7 @@ then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
 
-VERSION = 4  # raise it whenever the same parameters give other files
+VERSION = 5  # raise it whenever the same parameters give other files
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of these stands out
     "red": (205, 35, 40),
@@ -76,6 +79,7 @@ MAX_TILT = 15  # degrees: a square must not turn into a diamond
 LAYOUTS = 5000  # tries before a crowd is given up: seven stars may never fit
 GAP = 3  # pixels between two objects' boxes and to the border
 SUPERSAMPLING = 4
+WORTH_A_POOL = 500  # images: from so many on, starting processes pays
 
 # Margins within which a sentence would be arguable; such sentences are never used.
 POSITION_MARGIN = 0.08  # of the image's side, to the next object of the shape
@@ -576,21 +580,37 @@ def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | Non
     return made == _parameters(counts, seed, like) and num_images == sum(counts.values())
 
 
+def _write_image(
+    out: Path, plans: Mapping[str, Plan], seed: int, job: tuple[str, int]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Make image `job` = (split, number) and write it; its entry, annotations and refs."""
+    split, number = job
+    pixels, image, annotations, refs = _make_image(seed, split, number, plans[split])
+    path = _images_dir(out) / image["file_name"]
+    if not cv2.imwrite(str(path), pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90]):
+        raise UserError(f"could not write {path}: is the disk full?")
+    return image, annotations, refs
+
+
 def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
     images, annotations, refs = [], [], []
     _images_dir(out).mkdir(parents=True)
     _refer_dir(out).mkdir()
     jobs = [(s, n) for s in SPLITS if s in plans for n in range(1, plans[s].images + 1)]
-    for split, number in tqdm(jobs, desc="RefShapes", unit="image", disable=None):
-        pixels, image, its_annotations, its_refs = _make_image(seed, split, number, plans[split])
-        path = _images_dir(out) / image["file_name"]
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
-        if not cv2.imwrite(str(path), pixels[..., ::-1], quality):
-            raise UserError(f"could not write {path}: is the disk full?")
-        images.append(image)
-        annotations += its_annotations
-        refs += its_refs
+    draw = partial(_write_image, out, plans, seed)
+    with ExitStack() as stack:
+        if len(jobs) < WORTH_A_POOL:
+            made = map(draw, jobs)
+        else:
+            # Spawned, since a fork would take over threads of OpenCV's that are not there.
+            pool = stack.enter_context(get_context("spawn").Pool(available_cores()))
+            made = pool.imap(draw, jobs, chunksize=20)
+        bar = tqdm(made, total=len(jobs), desc="RefShapes", unit="image", disable=None)
+        for image, its_annotations, its_refs in bar:
+            images.append(image)
+            annotations += its_annotations
+            refs += its_refs
     instances = {
         "info": {"description": "RefShapes", "version": str(VERSION), "seed": seed},
         "licenses": [{"id": 1, "name": "MIT", "url": "https://opensource.org/license/mit"}],
@@ -601,6 +621,9 @@ def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
         ],
     }
     (_refer_dir(out) / "instances.json").write_text(json.dumps(instances))
+    # A pickle tells equal strings from the same one, and what came from another process has its
+    # own: through JSON first, so that the bytes are the same either way.
+    refs = json.loads(json.dumps(refs))
     (_refer_dir(out) / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
@@ -630,21 +653,21 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder")
     out = out.resolve()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        _write_files(partial, _plans(counts, like), seed)
+        _write_files(unfinished, _plans(counts, like), seed)
         _images_dir(out).mkdir(parents=True, exist_ok=True)
         _refer_dir(out).mkdir(exist_ok=True)
         marker = _refer_dir(out) / "generator.json"
         marker.unlink(missing_ok=True)
         for old in _images_dir(out).glob("REFSHAPES_*.jpg"):
             old.unlink()
-        for new in sorted(partial.rglob("*.*")):
-            os.replace(new, out / new.relative_to(partial))
+        for new in sorted(unfinished.rglob("*.*")):
+            os.replace(new, out / new.relative_to(unfinished))
         with atomic_path(marker) as path:
             path.write_text(json.dumps(_parameters(counts, seed, like), indent=2) + "\n")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------- summary

@@ -25,6 +25,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_path, remove_leftovers
+from utils.machine import available_cores
 from utils.records import RecordReader, RefRecord
 
 CACHE_VERSION = 1
@@ -208,7 +209,7 @@ def _make(
                 parts.rows[position] = row
                 parts.masks[position] = maker.mask(ref)
 
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(available_cores())
         try:
             rows = pool.map(fill, range(len(positions)))
             for _ in progress(rows, len(positions), f"cache {path.name}"):
