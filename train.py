@@ -77,6 +77,8 @@ def train(cfg, ranks) -> float:
     steps = len(train_loader) // options.accumulation_steps
 
     # Nothing is written before everything that can be missing has been found.
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, ranks.is_main)
     for notice in cfg.notices:
         logger.info(notice)

@@ -1,6 +1,9 @@
 """From a config to a model on its device, fresh or from a checkpoint."""
 
+import warnings
+
 import torch
+from loguru import logger
 
 from model.segmenter import Segmenter, build_segmenter
 from utils.checkpoint import load_weights, read_checkpoint
@@ -18,10 +21,14 @@ def build_model(cfg: Config, device: torch.device) -> Segmenter:
     """
     if not cfg.TRAIN.clip_pretrain and cfg.TRAIN.clip_arch is None:
         raise UserError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
-    try:
-        model = build_segmenter(cfg)
-    except ValueError as error:  # the model layer knows no UserError
-        raise UserError(f"TRAIN.clip_pretrain: {error}") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = build_segmenter(cfg)
+        except ValueError as error:  # the model layer knows no UserError, and no log
+            raise UserError(f"TRAIN.clip_pretrain: {error}") from error
+    for warning in caught:
+        logger.warning(f"TRAIN.clip_pretrain: {warning.message}")
     return _place(model, cfg, device)
 
 

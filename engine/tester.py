@@ -67,7 +67,8 @@ def test_split(
     results = []
     for protocol, lines in scores.items():
         result = {
-            "dataset": cfg.DATA.dataset,
+            # The records' own: a combined config's name would hide which of its sets was scored.
+            "dataset": loader.dataset.reader.meta["dataset"],
             "split": split,
             "checkpoint": weights,
             "protocol": protocol,

@@ -17,7 +17,14 @@ from model.loss import resize_target, text_to_pixel_loss
 from utils.checkpoint import save_checkpoint
 from utils.config import Config, to_dict
 from utils.dataset import TrainingBatch
-from utils.distributed import Ranks, gather_objects, mean_over_ranks, no_sync, unwrap
+from utils.distributed import (
+    Ranks,
+    gather_objects,
+    mean_over_ranks,
+    no_sync,
+    share_buffers,
+    unwrap,
+)
 from utils.errors import UserError
 from utils.logger import Tracker, duration, progress
 from utils.metrics import training_scores
@@ -188,6 +195,7 @@ def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, floa
 
 def validate(run: Run) -> dict[str, float]:
     """Score the validation split on all ranks: mIoU, oIoU and Pr@X."""
+    share_buffers(run.model)
     loader = run.val_loader
     scores = evaluate(
         unwrap(run.model),

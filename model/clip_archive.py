@@ -232,7 +232,11 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise ArchiveError(f"a {type(content).__name__} saved by torch.save, not a state dict")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

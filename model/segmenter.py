@@ -101,10 +101,11 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
         sizes = derive_sizes(weights)
     else:
         raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
+    channels = train.vis_dim or sizes.transformer_width
     model = assemble(
         sizes,
-        fpn_out=train.fpn_out,
-        channels=train.vis_dim,
+        fpn_out=train.fpn_out or (channels // 2, channels, 2 * channels),
+        channels=channels,
         num_layers=train.num_layers,
         num_heads=train.num_head,
         dim_ffn=train.dim_ffn,

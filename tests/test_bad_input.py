@@ -257,6 +257,12 @@ def test_sentences_cannot_be_swapped_where_images_have_one_ref(data, tmp_path, c
     assert "no image has two refs" in line
 
 
+def test_an_output_folder_that_is_a_file(config, tmp_path):
+    (tmp_path / "taken").write_text("")
+    line = error_of("train.py", config, "TRAIN.output_folder", tmp_path / "taken")
+    assert str(tmp_path / "taken") in line
+
+
 # -------------------------------------------------------------------------------------- test.py
 
 

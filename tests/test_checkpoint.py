@@ -274,3 +274,10 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, tmp_pat
         line = error_of(program, trained / "tiny.yaml", *opts, key, weights)
         assert "neck.f3_v_proj.0.weight is 32×64×3×3, the model has 16×64×3×3" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_whose_keys_are_no_names_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": {5: torch.ones(2)}}, path)
+    with pytest.raises(UserError, match="has no state_dict"):
+        read_checkpoint(path, "TEST.weights")

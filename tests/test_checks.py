@@ -74,7 +74,7 @@ def test_a_checkpoint_of_another_data_set_is_scored_with_the_flag(trained, data,
     line = error_of("test.py", trained / "tiny.yaml", *opts, *weights)
     assert "was trained with DATA.dataset shapes, the config says other" in line
     run_program("test.py", trained / "tiny.yaml", *opts, *weights, *ALLOW)
-    assert (tmp_path / "tiny/test_other_val.json").is_file()
+    assert (tmp_path / "tiny/test_shapes_val.json").is_file()
 
 
 def test_a_training_may_start_from_the_weights_of_another_data_set(trained, data, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from model.segmenter import build_segmenter
 from utils import config as module
 from utils.config import (
     NO_EFFECT,
@@ -95,7 +96,7 @@ TEST:
 
 
 def published(dataset: str, model: str) -> dict[str, dict]:
-    """SPEC section 6, key by key."""
+    """The published files, key by key."""
     lmdb, r50 = f"datasets/lmdb/{dataset}", model == "r50"
     return {
         "DATA": {
@@ -141,7 +142,7 @@ def published(dataset: str, model: str) -> dict[str, dict]:
     }
 
 
-# What we added, at the value that leaves CRIS as published (validation aside: SPEC 8.2).
+# What we added, at the value that leaves CRIS as published (validation scores all sentences).
 ADDED = {
     "DATA": {"exclude_lmdb": (), "cache": None, "allow_mismatch": False},
     "TRAIN": {
@@ -229,7 +230,7 @@ class TestShippedFiles:
 
 
 def official(dataset: str, model: str) -> str:
-    """The text of one of the eight official files (SPEC section 6)."""
+    """The text of one of the eight official files."""
     text = OFFICIAL.replace("refcocog_g", dataset)
     if model == "r50":
         for r101, r50 in (
@@ -307,6 +308,23 @@ class TestValuesThatMayBeMistakes:
     def test_weights_to_start_from_and_a_run_to_continue_contradict_each_other(self):
         with pytest.raises(UserError, match=r"TRAIN\.weight a\.pth and TRAIN\.resume b\.pth"):
             load_config(R50, ["TRAIN.weight", "a.pth", "TRAIN.resume", "b.pth"])
+
+
+class TestSizesThatFollow:
+    def test_widths_follow_any_clip_when_they_are_left_out(self):
+        x4 = RN50_ARCH.replace("transformer_width: 512", "transformer_width: 640")
+        x4 = x4.replace("transformer_heads: 8", "transformer_heads: 10")
+        names = ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", x4]
+        config = load_config(CONFIG_DIR / "base.yaml", names)
+        assert (config.TRAIN.vis_dim, config.TRAIN.fpn_out) == (None, None)
+        with torch.device("meta"):
+            model = build_segmenter(config)
+        assert model.decoder.norm.normalized_shape == (640,)
+        assert [model.neck.f3_v_proj[0].out_channels, model.neck.f1_v_proj[0].out_channels] == [
+            *(320, 1280)
+        ]
+        with pytest.raises(UserError, match=r"fpn_out\[1\] 512 must equal"):
+            load_config(CONFIG_DIR / "base.yaml", [*names, "fpn_out", "[256, 512, 1024]"])
 
 
 class TestSaving:
@@ -438,9 +456,20 @@ class TestErrors:
             ("TRAIN:\n  milestones: 35\n", "TRAIN.milestones must be a list, not 35"),
             ("TRAIN:\n  milestones: [35, 20]\n", "milestones must increase, not [35, 20]"),
             ("TRAIN:\n  start_epoch: 50\n", "start_epoch 50 must be below TRAIN.epochs 50"),
-            ("TRAIN:\n  num_head: 7\n", "TRAIN.vis_dim 512 does not divide by TRAIN.num_head 7"),
+            (
+                "TRAIN:\n  num_head: 7\n  vis_dim: 512\n",
+                "TRAIN.vis_dim 512 does not divide by TRAIN.num_head 7",
+            ),
             ("TRAIN:\n  vis_dim: 510\n", "TRAIN.vis_dim must be a multiple of 4, not 510"),
-            ("TRAIN:\n  vis_dim: 256\n", "fpn_out[1] 512 is the width that the neck hands to the"),
+            (
+                "TRAIN:\n  vis_dim: 256\n  fpn_out: [256, 512, 1024]\n",
+                "fpn_out[1] 512 is the width that the neck hands to the",
+            ),
+            (
+                "TRAIN:\n  epochs: 5\nTRAIN:\n  epochs: 6\n",
+                ":3: not valid YAML: TRAIN is there twice",
+            ),
+            ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
             ("TEST:\n  threshold: 1.5\n", "TEST.threshold must be in (0, 1), not 1.5"),
             ("TEST:\n  splits: val\n", "TEST.splits must be a list, not 'val'"),
             ("TRAIN:\n  - a\n :", ":3: not valid YAML: "),

@@ -23,7 +23,7 @@ from samples import threads
 from torch import nn
 
 from engine.build import build_model
-from engine.trainer import Run, forward_backward, train_one_epoch
+from engine.trainer import Run, forward_backward, train_one_epoch, validate
 from utils import distributed
 from utils.config import Config
 from utils.distributed import GlooBatchNorm, Ranks, synchronize_batchnorm, unwrap, wrap
@@ -276,3 +276,21 @@ def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(data, tm
     assert "was saved by 2 ranks, this is 1" in capfd.readouterr().err
     state = load(last)["state_dict"]
     assert_same(dict(run.model.state_dict()), dict(state))
+
+
+def validate_on_rank(ranks: Ranks, config: Path, folder: Path) -> None:
+    run = build_run(config, "TRAIN.sync_bn", False, ranks=ranks)
+    train_one_epoch(run, 0)
+    before = {k: v.clone() for k, v in unwrap(run.model).state_dict().items()}
+    scores = validate(run)
+    content = {"before": before, "after": unwrap(run.model).state_dict(), "scores": scores}
+    torch.save(content, folder / f"{ranks.rank}.pth")
+
+
+def test_ranks_with_batch_norms_of_their_own_validate_one_model(config, tmp_path):
+    spawn(2, validate_on_rank, config, tmp_path)
+    first, second = (load(tmp_path / f"{rank}.pth") for rank in range(2))
+    name = "backbone.visual.bn1.running_mean"
+    assert not torch.equal(first["before"][name], second["before"][name])
+    assert_same(dict(second["after"]), dict(first["after"]))
+    assert second["scores"] == first["scores"]

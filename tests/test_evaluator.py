@@ -70,7 +70,7 @@ def run_folder(tmp_path_factory, data) -> Path:
     )
     run = build_run(config, "DATA.train_lmdb", val_lmdb(data), "DATA.train_split", "val")
     with on_cpu():
-        for epoch in range(15):
+        for epoch in range(40):
             train_one_epoch(run, epoch)
     save(run, {}, is_best=True)
     return folder

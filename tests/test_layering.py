@@ -19,6 +19,7 @@ LEAVES = {
     "utils.distributed",
     "utils.errors",
     "utils.files",
+    "utils.machine",
     "utils.metrics",
     "utils.records",
     "utils.seed",

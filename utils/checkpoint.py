@@ -55,7 +55,9 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         raise UserError(f"{purpose}: {path} {_fault(error, path)}") from None
     weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
     return state | {"state_dict": {k.removeprefix("module."): v for k, v in weights.items()}}
 

@@ -116,9 +116,11 @@ class TrainConfig:
     input_size: Pixels = 416
     word_len: Annotated[int, _Rule(lambda n: n >= 2, "be at least 2 (start and end)")] = 17
     word_dim: Size | None = None
-    vis_dim: Annotated[int, _Rule(lambda n: n > 0 and n % 4 == 0, "be a multiple of 4")] = 512
+    vis_dim: Annotated[int, _Rule(lambda n: n > 0 and n % 4 == 0, "be a multiple of 4")] | None = (
+        None
+    )
     fpn_in: tuple[Size, Size, Size] | None = None
-    fpn_out: tuple[Size, Size, Size] = (256, 512, 1024)
+    fpn_out: tuple[Size, Size, Size] | None = None
     sync_bn: bool = True
     num_layers: Size = 3
     num_head: Size = 8
@@ -157,11 +159,9 @@ class TrainConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
 
     def __post_init__(self) -> None:
-        if self.vis_dim % self.num_head:
-            raise UserError(
-                f"TRAIN.vis_dim {self.vis_dim} does not divide by TRAIN.num_head {self.num_head}"
-            )
-        if self.fpn_out[1] != self.vis_dim:
+        if self.vis_dim is not None:
+            _check_heads(self.vis_dim, self.num_head)
+        if None not in (self.fpn_out, self.vis_dim) and self.fpn_out[1] != self.vis_dim:
             raise UserError(
                 f"TRAIN.fpn_out[1] {self.fpn_out[1]} is the width that the neck hands to the "
                 f"decoder and must equal TRAIN.vis_dim {self.vis_dim}"
@@ -301,15 +301,26 @@ def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
             raise UserError(
                 f"TRAIN.{name} {_show(given)} does not fit the CLIP: use {_show(value)} or null"
             )
-    if train.vis_dim != arch.transformer_width:
-        raise UserError(
-            f"TRAIN.vis_dim {train.vis_dim} must equal the width of CLIP's text transformer, "
-            f"{arch.transformer_width}: the decoder attends to its tokens as they are"
-        )
+    width = arch.transformer_width
+    for name, given in (
+        ("vis_dim", train.vis_dim),
+        ("fpn_out[1]", train.fpn_out and train.fpn_out[1]),
+    ):
+        if given not in (None, width):
+            raise UserError(
+                f"TRAIN.{name} {given} must equal the width of CLIP's text transformer, {width} "
+                "(or be null): the decoder attends to its tokens as they are"
+            )
+    _check_heads(width, train.num_head)
     if train.word_len > arch.context_length:
         raise UserError(
             f"TRAIN.word_len {train.word_len} exceeds CLIP's context_length {arch.context_length}"
         )
+
+
+def _check_heads(width: int, num_heads: int) -> None:
+    if width % num_heads:
+        raise UserError(f"TRAIN.vis_dim {width} does not divide by TRAIN.num_head {num_heads}")
 
 
 def _schema(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -345,9 +356,22 @@ def _read_files(path: Path) -> list[tuple[str, Mapping]]:
     return [(str(base_path), base), (str(path), tree)]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"{key.value} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        tree = yaml.safe_load(path.read_bytes())
+        tree = yaml.load(path.read_bytes(), _UniqueKeys)
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:

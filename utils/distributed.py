@@ -114,6 +114,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks rank 0's buffers, as DistributedDataParallel does before each forward pass.
+
+    After a step without synchronised BatchNorm each rank has statistics of its own, and a
+    validation that is shared between ranks would score several models.
+    """
+    if dist.is_initialized():
+        for buffer in unwrap(model).buffers():
+            dist.broadcast(buffer, 0)
+
+
 def no_sync(model: nn.Module) -> AbstractContextManager:
     """A context in which backward passes exchange no gradients, for accumulation."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
