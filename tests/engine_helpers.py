@@ -215,7 +215,7 @@ class Batches(list):
     def batch_sampler(self) -> "Batches":
         return self
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Every epoch is the same."""
 
 

@@ -19,9 +19,11 @@ LEAVES = {
     "utils.distributed",
     "utils.errors",
     "utils.files",
+    "utils.lock",
     "utils.metrics",
     "utils.records",
     "utils.seed",
+    "utils.signals",
     "utils.tokenizer",
     "utils.transforms",
 }

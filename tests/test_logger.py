@@ -88,7 +88,7 @@ def test_records_are_appended_one_json_object_a_line_at_once(tmp_path):
         tracker.log("step", {"step": 1, "loss": 0.5})
         path = tmp_path / "run/metrics.jsonl"
         assert read_jsonl(path) == [{"kind": "step", "step": 1, "loss": 0.5}]  # not when closed
-    with Tracker(tmp_path / "run", continues=True) as tracker:
+    with Tracker(tmp_path / "run", keep=lambda record: True) as tracker:
         tracker.log("epoch", {"epoch": 2})
     assert [record["kind"] for record in read_jsonl(path)] == ["step", "epoch"]
 
