@@ -103,7 +103,7 @@ def train(cfg, ranks) -> float:
             cfg=cfg,
             ranks=ranks,
             folder=folder,
-            model=wrap(model, ranks, options.sync_bn),
+            model=wrap(model, ranks, options.sync_bn, options.accumulation_steps == 1),
             optimizer=optimizer,
             schedule=build_schedule(optimizer, cfg, steps),
             scaler=build_scaler(dtype, device),

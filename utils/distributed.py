@@ -107,12 +107,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
+def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> nn.Module:
     """Make the model train on all ranks; a single process gets it back as it is.
 
     Args:
         model: on `ranks.device`.
         sync_bn: let BatchNorm see the batch of all ranks.
+        static_graph: every pass uses the same parameters. Not together with `no_sync`: torch's
+            reducer fails on an unsynchronised first pass then (2.13).
     """
     if ranks.world_size == 1:
         return model
@@ -122,6 +124,7 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
         model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        static_graph=static_graph,
     )
 
 
