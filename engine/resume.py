@@ -49,6 +49,7 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         "step": run.step,
         "position": run.position,
         "sums": [sums for _, sums in by_rank],
+        "faults": run.faults.cpu(),
         "best_iou": run.best,
         "scores": scores,
         "state_dict": unwrap(run.model).state_dict(),
@@ -191,6 +192,8 @@ def resume(run: Run, state: dict, source: str) -> None:
     run.position = state.get("position", 0)
     if "sums" in state:
         run.sums.copy_(_of_rank(state["sums"], run.ranks))
+    if "faults" in state:
+        run.faults.copy_(state["faults"])
     if len(state["rng"]) == run.ranks.world_size:
         set_rng_state(state["rng"][run.ranks.rank])
     else:

@@ -37,7 +37,9 @@ class Run:
 
     `epoch` counts complete epochs, with their validation; `position` the steps of the one after
     them, and `step` all steps of the run. `sums` is (2, 3) on the device, the sums of loss, IoU
-    and Pr@0.5 in this epoch up to the last line in the log, and since.
+    and Pr@0.5 in this epoch up to the last line in the log, and since. `faults` is (3,) int64 on
+    the device: steps left out since that line, how many the last ones are in a row, and the
+    position of the first (from 1; 0: none).
     """
 
     cfg: Config
@@ -57,9 +59,11 @@ class Run:
     position: int = 0
     best: float = -1.0
     sums: Tensor = field(init=False)
+    faults: Tensor = field(init=False)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_at: float = field(default_factory=time.monotonic)
     version: str | None = field(default_factory=code_version)
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(2, 3, device=self.ranks.device)
+        self.faults = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)

@@ -5,9 +5,10 @@ from contextlib import nullcontext
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.evaluator import evaluate, summarize_scores
+from engine.guard import apply_step, look
 from engine.resume import save, save_if_due, stoppable
 from engine.run import Run
 from model.loss import resize_target, text_to_pixel_loss
@@ -111,6 +112,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
         if run.position % train.print_freq == 0 or run.position == steps:
             passes = (run.position - 1) % train.print_freq + 1
             values = means(window, passes * train.accumulation_steps)
+            values["skipped_steps"] = look(run)
             samples = (run.position - timed_from) * train.batch_size
             values["images_per_second"] = samples / (time.monotonic() - start)
             log_step(run, epoch, run.position, steps, values)
@@ -148,12 +150,8 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
 
 
 def optimizer_step(run: Run) -> None:
-    """Unscale, clip, step. Clipping acts on the true gradients (official: on scaled ones)."""
-    if run.cfg.TRAIN.max_norm > 0:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.TRAIN.max_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    """Step by the gradients, if they are finite, and clear them."""
+    apply_step(run)
     run.optimizer.zero_grad(set_to_none=True)
 
 

@@ -238,7 +238,7 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     content = load(trained / "exp/tiny/last_model.pth")
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
-        *("config", "position", "sums", "version", "threads"),
+        *("config", "position", "sums", "faults", "version", "threads"),
     }
     assert not any(key.startswith("module.") for key in content["state_dict"])
     assert content["config"]["TRAIN"]["vis_dim"] == 64

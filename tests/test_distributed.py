@@ -107,7 +107,7 @@ def descend(
     with mock.patch("engine.build.build_model", build_double):
         run = build_run(config, *opts, ranks=ranks)
     parameters = {"params": run.model.parameters(), "name": "all"}
-    run.optimizer = optimizer([parameters], lr=lr)
+    run.optimizer = optimizer([parameters], lr=lr, fused=True)
     run.tracker = Losses()
     batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
     run.train_loader = Batches(batches)

@@ -4,6 +4,7 @@ This is the only file that names Weights & Biases, and it imports it only when i
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -120,7 +121,12 @@ class Tracker:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
+        # JSON has no NaN and no infinity.
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
