@@ -6,6 +6,7 @@ compared to the bit.
 
 import json
 import os
+import resource
 import runpy
 import socket
 import subprocess
@@ -206,6 +207,17 @@ def build_run(config: Path | Config, *opts: object, ranks: Ranks = ALONE) -> Run
     (run,) = runs
     run.tracker = Tracker(None)
     return run
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than so many bytes to a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Batches(list):

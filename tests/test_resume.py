@@ -3,14 +3,11 @@
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from engine_helpers import (
     assert_same,
     build_run,
     error_of,
+    largest_file,
     load,
     make_shapes,
     on_cpu,
@@ -71,17 +69,6 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
     for record in itertools.chain(*records):
         record.pop("images_per_second", None)
     assert records[0] == records[1]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write more than so many bytes to a file, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ------------------------------------------------------------------------------ exact resuming

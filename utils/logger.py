@@ -113,9 +113,18 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            self._flush()
+            with suppress(OSError):  # what has no room now has been told of
+                self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _flush(self) -> None:
+        """A full disk ends no training: what could not be written goes with the next record."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            logger.error(f"{self._file.name}: {error.strerror}; its records wait for room")
 
     def log(self, kind: str, record: dict) -> None:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
@@ -127,6 +136,6 @@ class Tracker:
             for key, value in record.items()
         }
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._flush()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
