@@ -82,7 +82,7 @@ def _fit(run: Run) -> bool:
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """One pass over the refs, or what is left of it after the first `run.position` steps.
+    """One pass over the refs; of epoch `run.epoch` what is left after `run.position` steps.
 
     The host waits for the device only when it logs: until then sums stay on the device.
 
@@ -91,6 +91,8 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     """
     train = run.cfg.TRAIN
     run.model.train()
+    if epoch != run.epoch:
+        run.epoch, run.position = epoch, 0
     run.train_loader.batch_sampler.set_epoch(epoch, run.position)
     if run.position == 0:
         run.sums.zero_()
