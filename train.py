@@ -8,6 +8,8 @@ One process trains on the GPU, or on the CPU where there is none; with several v
 first form starts one rank on each. Everything is written to <output_folder>/<exp_name>.
 """
 
+import sys
+
 from utils.arguments import parse_config_arguments
 from utils.errors import run as run_main
 
@@ -27,15 +29,19 @@ def main() -> None:
     try:
         train(cfg, ranks)
     finally:
-        distributed.stop()
+        # After a failure the others may wait for this rank: it leaves at once, torchrun ends them.
+        if not isinstance(sys.exception(), Exception):
+            distributed.stop()
 
 
 def train(cfg, ranks) -> float:
-    """Build everything that the config names, and fit.
+    """Build everything that the config names, and fit, alone in the run's folder.
 
     Returns:
         The best validation mIoU, in [0, 1].
     """
+    from functools import partial
+
     from loguru import logger
 
     from engine.build import build_model, restore_model
@@ -43,7 +49,16 @@ def train(cfg, ranks) -> float:
     from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from engine.trainer import Run, build_scaler, check_resumable, fit, resolve_precision, resume
+    from engine.resume import (
+        alone,
+        check_resumable,
+        choose_checkpoint,
+        records_until,
+        restore_optimizer,
+        resume,
+    )
+    from engine.run import Run
+    from engine.trainer import build_scaler, fit, resolve_precision
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
@@ -53,11 +68,11 @@ def train(cfg, ranks) -> float:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
-    state = None
-    if options.resume:
-        model, state = restore_model(cfg, device, options.resume, "TRAIN.resume")
-        check_resumable(state, options.resume)
-        check_checkpoint(cfg, state, options.resume)
+    state, source = None, choose_checkpoint(cfg, ranks)
+    if source:
+        model, state = restore_model(cfg, device, source, "TRAIN.resume")
+        check_resumable(state, source)
+        check_checkpoint(cfg, state, source)
     elif options.weight:
         model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
     else:
@@ -70,40 +85,34 @@ def train(cfg, ranks) -> float:
         cfg, cfg.DATA.val_lmdb, ranks, sentences=options.val_sentences
     )
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    if state is not None:
+        restore_optimizer(optimizer, state, source)
     dtype = resolve_precision(options.precision, device)
     # From here on ranks draw different dropout.
     seed_everything(options.manual_seed + ranks.rank)
 
     steps = len(train_loader) // options.accumulation_steps
-
+    tracker = partial(Tracker, folder if ranks.is_main else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    setup_logging(folder, ranks.is_main)
-    for notice in cfg.notices:
-        logger.info(notice)
-    if ranks.is_main:
-        report_records(cfg, train_loader.dataset.reader)
-        save_config(cfg, folder / "config.yaml")
-    logger.info(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "
-        f"{len(train_loader.dataset):,} training refs, {len(val_loader.dataset):,} validation "
-        f"images; {ranks.world_size} rank(s) x {micro_batch} x {options.accumulation_steps} "
-        f"(accumulation) = batch {options.batch_size}; {options.epochs} epochs of "
-        f"{steps} steps; output in {folder}"
-    )
-    with Tracker(
-        folder if ranks.is_main else None,
-        options.wandb,
-        options.exp_name,
-        to_dict(cfg),
-        continues=state is not None,
-    ) as tracker:
+    with alone(cfg, ranks), tracker(to_dict(cfg), state and records_until(state)) as tracker:
+        setup_logging(folder, ranks.is_main)
+        for notice in cfg.notices:
+            logger.info(notice)
+        if ranks.is_main:
+            report_records(cfg, train_loader.dataset.reader)
+            save_config(cfg, folder / "config.yaml")
+        logger.info(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "
+            f"{len(train_loader.dataset):,} training refs, {len(val_loader.dataset):,} validation "
+            f"images; {ranks.world_size} rank(s) x {micro_batch} x {options.accumulation_steps} "
+            f"(accumulation) = batch {options.batch_size}; {options.epochs} epochs of "
+            f"{steps} steps; output in {folder}"
+        )
         run = Run(
             cfg=cfg,
             ranks=ranks,
             folder=folder,
-            model=wrap(model, ranks, options.sync_bn),
+            model=wrap(model, ranks, options.sync_bn, options.accumulation_steps == 1),
             optimizer=optimizer,
             schedule=build_schedule(optimizer, cfg, steps),
             scaler=build_scaler(dtype, device),
@@ -115,7 +124,7 @@ def train(cfg, ranks) -> float:
             epoch=options.start_epoch,
         )
         if state is not None:
-            resume(run, state, options.resume)
+            resume(run, state, source)
         return fit(run)
 
 

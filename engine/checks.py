@@ -46,7 +46,9 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
         UserError: they differ.
     """
     trained, wanted = state.get("config"), to_dict(cfg)
-    if not isinstance(trained, Mapping):
+    if not isinstance(trained, Mapping) or not all(
+        isinstance(v, Mapping) for v in trained.values()
+    ):
         return
     files = trained.get("DATA", {}).get("train_lmdb")
     is_of_several = isinstance(files, list | tuple) and len(files) > 1

@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.logger import progress
 from utils.machine import available_cores
 from utils.records import ImageSet, JoinedReader, RecordReader, Records
+from utils.signals import leave_stopping_to_the_parent
 from utils.transforms import letterbox_mask
 
 
@@ -61,7 +62,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.skip = 0
         global_batch = micro_batch * accumulation * world_size
         num_refs = sum(map(len, groups))
         self.steps = num_refs // global_batch
@@ -71,11 +72,16 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
                 "lower TRAIN.batch_size"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation (and the sentences) of the next pass; epochs count from 0."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the permutation (and the sentences) of the next pass; epochs count from 0.
+
+        Args:
+            skip: optimiser steps at its start that were taken before.
+        """
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
+        """Of a whole pass."""
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -86,7 +92,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         steps = order[: self.steps * global_batch].view(
             self.steps, self.accumulation, self.world_size, self.micro_batch
         )
-        for micro in steps[:, :, self.rank].flatten(0, 1):
+        for micro in steps[self.skip :, :, self.rank].flatten(0, 1):
             yield [(position, self.epoch) for position in micro.tolist()]
 
 
@@ -249,3 +255,4 @@ def _worker_options(workers: int, ranks: Ranks) -> dict:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
+    leave_stopping_to_the_parent()

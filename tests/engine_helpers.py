@@ -6,6 +6,7 @@ compared to the bit.
 
 import json
 import os
+import resource
 import runpy
 import socket
 import subprocess
@@ -208,6 +209,17 @@ def build_run(config: Path | Config, *opts: object, ranks: Ranks = ALONE) -> Run
     return run
 
 
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than so many bytes to a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 class Batches(list):
     """A loader of given batches."""
 
@@ -215,7 +227,7 @@ class Batches(list):
     def batch_sampler(self) -> "Batches":
         return self
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Every epoch is the same."""
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, read without running anything, ours and official ones."""
 
+import errno
 import io
 import os
 import pickle
@@ -87,9 +88,9 @@ def test_a_failure_in_the_middle_of_writing_leaves_the_old_files(tmp_path, monke
 
     half = saved(state(2))[:1000]
 
-    def write_half(_, path):
-        Path(path).write_bytes(half)
-        raise OSError("No space left on device")
+    def write_half(_, file):
+        file.write(half)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(OSError, match="No space left"):
@@ -237,7 +238,7 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     content = load(trained / "exp/tiny/last_model.pth")
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
-        "config",
+        *("config", "position", "sums", "faults", "version", "threads"),
     }
     assert not any(key.startswith("module.") for key in content["state_dict"])
     assert content["config"]["TRAIN"]["vis_dim"] == 64
@@ -281,3 +282,13 @@ def test_a_state_dict_whose_keys_are_no_names_is_refused(tmp_path):
     torch.save({"state_dict": {5: torch.ones(2)}}, path)
     with pytest.raises(UserError, match="has no state_dict"):
         read_checkpoint(path, "TEST.weights")
+
+
+def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained):
+    folder = trained / "exp/tiny"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    opts = ("TRAIN.freeze_token_embedding", True, "TRAIN.resume", folder / "last_model.pth")
+    line = error_of("train.py", trained / "tiny.yaml", *opts)
+    assert "does not fit" in line
+    assert "TRAIN.weight" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

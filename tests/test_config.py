@@ -157,6 +157,9 @@ ADDED = {
         "precision": "auto",
         "target": "nearest",
         "val_sentences": "all",
+        "save_every": None,
+        "keep_checkpoints": 2,
+        "force": False,
         "wandb": "disabled",
     },
     "TEST": {

@@ -29,7 +29,8 @@ from utils.config import Config
 from utils.distributed import GlooBatchNorm, Ranks, synchronize_batchnorm, unwrap, wrap
 from utils.transforms import normalize_images
 
-STEPS = 3
+STEPS = 5
+ADAM = {"optimizer": torch.optim.Adam, "lr": 1e-4}
 RECIPES = {
     "plain": (),
     "by image": ("TRAIN.batch_by", "images"),
@@ -99,12 +100,14 @@ class Losses(list):
             self.append(record["loss"])
 
 
-def descend(ranks: Ranks, config: Path, *opts: object) -> tuple[list[float], Run]:
-    """The first steps of a training with plain gradient descent: losses, and the run."""
+def descend(
+    ranks: Ranks, config: Path, *opts: object, optimizer: type = torch.optim.SGD, lr: float = 0.01
+) -> tuple[list[float], Run]:
+    """The first steps of a training, by plain gradient descent or another: losses, and the run."""
     with mock.patch("engine.build.build_model", build_double):
         run = build_run(config, *opts, ranks=ranks)
     parameters = {"params": run.model.parameters(), "name": "all"}
-    run.optimizer = torch.optim.SGD([parameters], lr=0.01)
+    run.optimizer = optimizer([parameters], lr=lr, fused=True)
     run.tracker = Losses()
     batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
     run.train_loader = Batches(batches)
@@ -130,12 +133,14 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     assert distributed.gather_objects(ranks.rank) == [0, 1]
     assert distributed.mean_over_ranks(torch.tensor([2.0 * ranks.rank])).item() == 1.0
     assert not distributed.wants_launch()
-    plain = wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), ranks, sync_bn=False)
+    small = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    plain = wrap(small, ranks, sync_bn=False, static_graph=True)
     assert type(unwrap(plain)[1]) is nn.BatchNorm1d
     results = {"norms": normalise(ranks)}
     for name, opts in RECIPES.items():
         losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
+    results["adam"], _ = descend(ranks, config, **ADAM)
     results["agree"] = synchronised_only_when_complete(ranks, config)
     torch.save(results, out / f"{ranks.rank}.pt")
 
@@ -181,6 +186,13 @@ def test_two_ranks_train_like_one_process_with_the_whole_batch(two_ranks, config
             torch.testing.assert_close(got_state[key], value, rtol=0, atol=1e-9 * scale, msg=key)
 
 
+def test_two_ranks_have_the_losses_of_one_process_with_adam_too(two_ranks, config):
+    losses, _ = descend(ALONE, config, **ADAM)
+    assert len(losses) == STEPS
+    for results in two_ranks:
+        assert results["adam"] == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_ranks_stay_alike(two_ranks, name):
     first, second = (results[name] for results in two_ranks)
@@ -211,7 +223,7 @@ def test_alone_everything_works_without_a_process_group(monkeypatch):
     assert ranks.is_main
     assert not ranks._replace(rank=1).is_main
     model = nn.Linear(2, 2)
-    assert wrap(model, ranks, sync_bn=True) is model
+    assert wrap(model, ranks, sync_bn=True, static_graph=True) is model
     assert unwrap(model) is model
     assert distributed.gather_objects("x") == ["x"]
     assert distributed.mean_over_ranks(torch.tensor([3.0])).item() == 3.0

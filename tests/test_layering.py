@@ -19,10 +19,12 @@ LEAVES = {
     "utils.distributed",
     "utils.errors",
     "utils.files",
+    "utils.lock",
     "utils.machine",
     "utils.metrics",
     "utils.records",
     "utils.seed",
+    "utils.signals",
     "utils.tokenizer",
     "utils.transforms",
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from engine_helpers import read_jsonl
+from engine_helpers import largest_file, read_jsonl
 from loguru import logger
 from samples import ROOT
 
@@ -88,7 +88,7 @@ def test_records_are_appended_one_json_object_a_line_at_once(tmp_path):
         tracker.log("step", {"step": 1, "loss": 0.5})
         path = tmp_path / "run/metrics.jsonl"
         assert read_jsonl(path) == [{"kind": "step", "step": 1, "loss": 0.5}]  # not when closed
-    with Tracker(tmp_path / "run", continues=True) as tracker:
+    with Tracker(tmp_path / "run", keep=lambda record: True) as tracker:
         tracker.log("epoch", {"epoch": 2})
     assert [record["kind"] for record in read_jsonl(path)] == ["step", "epoch"]
 
@@ -98,6 +98,25 @@ def test_a_new_run_in_the_same_folder_starts_its_records_anew(tmp_path):
         with Tracker(tmp_path / "run") as tracker:
             tracker.log("epoch", {"epoch": epoch})
     assert read_jsonl(tmp_path / "run/metrics.jsonl") == [{"kind": "epoch", "epoch": 2}]
+
+
+def test_records_wait_for_room_on_a_full_disk(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    with Tracker(tmp_path) as tracker:
+        with largest_file(50):
+            for step in range(5):
+                tracker.log("step", {"step": step})
+        err = capsys.readouterr().err
+        assert f"{tmp_path}/metrics.jsonl: File too large; its records wait for room" in err
+        tracker.log("step", {"step": 5})
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(6)]
+
+
+def test_a_number_that_json_does_not_know_is_null(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log("step", {"loss": float("nan"), "norm": float("inf"), "step": 1})
+    (record,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert record == {"kind": "step", "loss": None, "norm": None, "step": 1}
 
 
 def test_a_tracker_without_a_folder_does_nothing(tmp_path, monkeypatch):

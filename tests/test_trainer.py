@@ -103,7 +103,8 @@ def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, d
     assert [r["step"] for r in steps] == [epoch * n + step for epoch in range(3) for step in logged]
     assert [(r["epoch"], r["step"]) for r in epochs] == [(1, n), (2, 2 * n), (3, 3 * n)]
     assert set(steps[0]) == {
-        *("kind", "epoch", "step", "loss", "train_mIoU", "train_Pr@0.5", "lr_backbone", "lr_head")
+        *("kind", "epoch", "step", "loss", "train_mIoU", "train_Pr@0.5", "lr_backbone", "lr_head"),
+        "skipped_steps",
     }
     assert set(epochs[0]) == {
         "kind",

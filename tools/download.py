@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.lock import hold
 
 TRIES = 5  # in a row without getting any further
 PAUSE = 1.0  # seconds before the second try; doubled before each one after
@@ -376,15 +377,11 @@ def _naming(path: Path) -> Iterator[None]:
 @contextmanager
 def _alone(part: Path) -> Iterator[None]:
     """Let no other process write this part meanwhile; an empty one goes in the end."""
-    import fcntl
 
-    with part.open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{part} is being written by another process: wait until it is done"
-            ) from None
+    def refuse() -> None:
+        raise UserError(f"{part} is being written by another process: wait until it is done")
+
+    with hold(part, refuse):
         try:
             yield
         finally:

@@ -100,7 +100,9 @@ def training_step(config: str, cfg: Config) -> Step:
     """Train anew, or go on from the last checkpoint if it is of this config and this data."""
 
     def recipe(values: Mapping[str, Mapping]) -> list[Mapping]:
-        return [values["DATA"], {**values["TRAIN"], "resume": None}]
+        # An older checkpoint has not heard of newer keys: it ran with their defaults.
+        known = to_dict(Config())["TRAIN"]
+        return [values["DATA"], {**known, **values["TRAIN"], "resume": None}]
 
     command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
     last, best = folder / LAST, folder / BEST

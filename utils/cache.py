@@ -8,14 +8,12 @@ Sound because no augmentation changes them. S is the side of the network's input
     masks   (refs, S, S) uint8, in the order of the LMDB
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +23,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_path, remove_leftovers
+from utils.lock import hold
 from utils.machine import available_cores
 from utils.records import RecordReader, RefRecord
 
@@ -101,7 +100,7 @@ def open_cache(
     place = hashlib.sha256(os.fsencode(reader.path.resolve())).hexdigest()[:8]
     name = f"{reader.path.resolve().parent.name}-{reader.path.stem}-{maker.side}-{place}"
     path = folder / f"{name}.squares"
-    with _lock(folder / f"{name}.lock", lambda: say(f"waiting for another process with {path}")):
+    with hold(folder / f"{name}.lock", lambda: say(f"waiting for another process with {path}")):
         fault = _fault(path, identity) or _spot_check(path, identity, reader, maker)
         if fault is not None:
             size = _ends(identity)[-1]
@@ -239,15 +238,3 @@ def _reserve(file: BinaryIO, path: Path, size: int) -> None:
             f"DATA.cache: {path.parent} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are "
             "needed; make room, name another folder, or null for no cache"
         ) from None
-
-
-@contextmanager
-def _lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
-    """Hold a lock that other processes of this machine respect; a killed holder frees it."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

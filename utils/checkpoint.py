@@ -4,34 +4,91 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, remove_leftovers
 
-LAST, BEST = "last_model.pth", "best_model.pth"
+LAST, BEST, STEPS = "last_model.pth", "best_model.pth", "step_*.pth"
 
 
-def save_checkpoint(state: dict, folder: str | Path, is_best: bool) -> None:
+def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 0) -> None:
     """Write `last_model.pth`, and `best_model.pth` as a link to the same bytes if it is best.
 
     Args:
         state: tensors and plain containers only; `state_dict` holds the model's weights.
         folder: of the run.
         is_best: whether the model beats all before it.
+        keep: link it as `step_<step>.pth` too, and keep the newest so many of those; 0: none.
+    Raises:
+        OSError: it could not be written; what was there before still is.
     """
-    last, best = Path(folder) / LAST, Path(folder) / BEST
+    folder = Path(folder)
+    last = folder / LAST
+    remove_leftovers(last)
     with atomic_path(last) as partial:
-        torch.save(state, partial)
+        _write(state, partial)
     if is_best:
-        with atomic_path(best) as partial:
-            try:
-                os.link(last, partial)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(last, partial)
+        _link(last, folder / BEST)
+    if keep:
+        _link(last, folder / f"step_{state['step']:08d}.pth")
+        for old in _newest_first(folder.glob(STEPS))[keep:]:
+            old.unlink(missing_ok=True)
+
+
+def find_newest(folder: str | Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint of a run, and the torn ones that are newer than it.
+
+    Every byte is compared with its checksum.
+    """
+    folder, torn = Path(folder), []
+    older = _newest_first([*folder.glob(STEPS), folder / BEST])
+    for path in filter(Path.is_file, [folder / LAST, *older]):
+        if _is_whole(path):
+            return path, torn
+        torn.append(path)
+    return None, torn
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    there = [path for path in paths if path.is_file()]
+    return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError):
+        return False
+
+
+def _write(state: dict, path: Path) -> None:
+    """To the disk itself, so that a machine that stops leaves the file whole or the one before."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, raised while it handles the system's
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path.parent)) from None
+
+
+def _link(source: Path, target: Path) -> None:
+    with atomic_path(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, partial)
 
 
 def read_checkpoint(path: str | Path, purpose: str) -> dict:

@@ -8,6 +8,7 @@ have no `_base_` and some keys that mean nothing here (`NO_EFFECT`), load as the
 
 import ast
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -24,6 +25,7 @@ from utils.errors import UserError
 from utils.files import atomic_path
 
 BASE_KEY = "_base_"
+AUTO = "auto"  # of TRAIN.resume: the newest whole checkpoint of the run, if there is one
 SPLIT_ALIASES = {"val-test": "val"}  # the official test configs' name for val
 
 # Published keys that are accepted everywhere and do nothing: why.
@@ -55,6 +57,13 @@ Size = Annotated[int, _Rule(lambda n: n >= 1, "be at least 1")]
 Count = Annotated[int, _Rule(lambda n: n >= 0, "be at least 0")]
 Pixels = Annotated[int, _Rule(lambda n: n > 0 and n % 32 == 0, "be a positive multiple of 32")]
 Rate = Annotated[float, _Rule(lambda x: 0 < x < math.inf, "be above 0 and finite")]
+Interval = Annotated[
+    str,
+    _Rule(
+        lambda text: re.fullmatch(r"[1-9]\d*( steps| minutes)?", text) is not None,
+        "be a number of steps, or of minutes such as '10 minutes'",
+    ),
+]
 Amount = Annotated[float, _Rule(lambda x: 0 <= x < math.inf, "be at least 0 and finite")]
 
 
@@ -150,13 +159,28 @@ class TrainConfig:
     target: Literal["nearest", "area"] = "nearest"
     val_freq: Size = 1
     val_sentences: Literal["all", "first"] = "all"
+    save_every: Interval | None = None
+    keep_checkpoints: Size = 2
     manual_seed: Count = 0
     print_freq: Size = 100
     exp_name: str = "CRIS_R50"
     output_folder: str = "exp/refcoco"
     weight: str | None = None
     resume: str | None = None
+    force: bool = False
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+
+    @property
+    def save_steps(self) -> int | None:
+        """Steps from one checkpoint to the next, if `save_every` is in steps."""
+        text = self.save_every or "minutes"
+        return None if "minutes" in text else int(text.split()[0])
+
+    @property
+    def save_minutes(self) -> int | None:
+        """Minutes from one checkpoint to the next, if `save_every` is in minutes."""
+        text = self.save_every or ""
+        return int(text.split()[0]) if "minutes" in text else None
 
     def __post_init__(self) -> None:
         if self.vis_dim is not None:
@@ -166,7 +190,7 @@ class TrainConfig:
                 f"TRAIN.fpn_out[1] {self.fpn_out[1]} is the width that the neck hands to the "
                 f"decoder and must equal TRAIN.vis_dim {self.vis_dim}"
             )
-        if self.weight is not None and self.resume is not None:
+        if self.weight is not None and self.resume not in (None, AUTO):
             raise UserError(
                 f"TRAIN.weight {self.weight} and TRAIN.resume {self.resume} are both set: weight "
                 "starts a new training, resume continues one; make one of them null"

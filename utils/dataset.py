@@ -76,7 +76,7 @@ class TrainingDataset(Dataset):
             name = reader.path, ref.image_key
             if name not in images:
                 images[name] = torch.from_numpy(self._image(reader, place, ref))
-            sentence = ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
+            sentence = self._sentence(ref, position, epoch)
             sample = TrainingSample(
                 image_name=name,
                 image=images[name],
@@ -86,6 +86,15 @@ class TrainingDataset(Dataset):
             )
             samples.append(sample)
         return samples
+
+    def describe(self, visit: tuple[int, int]) -> tuple[int, str]:
+        """ref_id and drawn sentence of a visit (position, epoch)."""
+        reader, place = self.reader.locate(visit[0])
+        ref = reader.ref(place)
+        return ref.ref_id, self._sentence(ref, *visit)
+
+    def _sentence(self, ref: RefRecord, position: int, epoch: int) -> str:
+        return ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
 
     def _image(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
         if cache := self.caches.get(reader.path):

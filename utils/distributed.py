@@ -1,7 +1,7 @@
 """The one place that touches `torch.distributed`; without a process group everything still works.
 
 Ranks come from `torchrun`'s environment, which only this file reads. CUDA ranks speak nccl, CPU
-ranks gloo.
+ranks gloo, and what lies on the CPU always goes by gloo.
 """
 
 import os
@@ -43,7 +43,9 @@ def start(alone: bool = False) -> Ranks:
         torch.cuda.set_device(device)
     if alone or "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, 0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    # What lies on the CPU goes by gloo everywhere, so that no device waits for it.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, device_id=device if cuda else None)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
@@ -83,6 +85,20 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank; no device waits for it."""
+    if not dist.is_initialized():
+        return flags
+    joined = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(joined, dist.ReduceOp.MAX)
+    return tuple(map(bool, joined.tolist()))
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over ranks, in place."""
     if dist.is_initialized():
@@ -91,12 +107,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
+def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> nn.Module:
     """Make the model train on all ranks; a single process gets it back as it is.
 
     Args:
         model: on `ranks.device`.
         sync_bn: let BatchNorm see the batch of all ranks.
+        static_graph: every pass uses the same parameters. Not together with `no_sync`: torch's
+            reducer fails on an unsynchronised first pass then (2.13).
     """
     if ranks.world_size == 1:
         return model
@@ -106,6 +124,7 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool) -> nn.Module:
         model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        static_graph=static_graph,
     )
 
 

@@ -4,13 +4,19 @@ This is the only file that names Weights & Biases, and it imports it only when i
 """
 
 import json
+import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from loguru import logger
 from tqdm import tqdm
 
+from utils.files import atomic_path
+
+LOG, METRICS = "train.log", "metrics.jsonl"  # in the folder of a run
 TERMINAL_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{message}</level>"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}"
 
@@ -33,10 +39,10 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
     )
     if folder is not None:
         # delay: a run that fails before it has anything to say leaves no folder behind.
-        logger.add(Path(folder) / "train.log", format=FILE_FORMAT, delay=True, encoding="utf-8")
+        logger.add(Path(folder) / LOG, format=FILE_FORMAT, delay=True, encoding="utf-8")
 
 
-def progress(iterable, total: int, description: str, show: bool = True):
+def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
     """A bar with rate and ETA on a terminal; elsewhere nothing, the log lines carry the progress.
 
     Args:
@@ -44,9 +50,10 @@ def progress(iterable, total: int, description: str, show: bool = True):
         total: its length.
         description: in front of the bar.
         show: False on ranks other than 0.
+        done: how much of it was gone through before.
     """
     hidden = not (show and sys.stderr.isatty())
-    return tqdm(iterable, total=total, desc=description, disable=hidden, leave=False)
+    return tqdm(iterable, total=total, desc=description, disable=hidden, leave=False, initial=done)
 
 
 def duration(seconds: float) -> str:
@@ -57,6 +64,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if hours == 0 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
+    """Drop the other records, and what a killed process wrote of one."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith("\n") and keep(json.loads(line)):
+                kept.append(line)
+    with atomic_path(path) as partial:
+        partial.write_text("".join(kept))
+
+
 class Tracker:
     """Appends records to `metrics.jsonl` and, if asked, to Weights & Biases.
 
@@ -64,7 +82,7 @@ class Tracker:
         folder: of the run; None makes a tracker that does nothing (ranks other than 0).
         wandb_mode: "disabled", "offline" or "online".
         name, config: what Weights & Biases shows.
-        continues: append to the records of a run that is resumed; a new run starts anew.
+        keep: of a run that is resumed, which of its records to go on from; None starts anew.
     """
 
     def __init__(
@@ -73,13 +91,16 @@ class Tracker:
         wandb_mode: str = "disabled",
         name: str = "",
         config: dict | None = None,
-        continues: bool = False,
+        keep: Callable[[dict], bool] | None = None,
     ) -> None:
         self._file = self._wandb = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a" if continues else "w")
+        path = folder / METRICS
+        if keep is not None and path.exists():
+            _keep_records(path, keep)
+        self._file = path.open("w" if keep is None else "a")
         if wandb_mode != "disabled":
             import wandb
 
@@ -92,15 +113,29 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            self._flush()
+            with suppress(OSError):  # what has no room now has been told of
+                self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _flush(self) -> None:
+        """A full disk ends no training: what could not be written goes with the next record."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            logger.error(f"{self._file.name}: {error.strerror}; its records wait for room")
 
     def log(self, kind: str, record: dict) -> None:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
-        self._file.flush()
+        # JSON has no NaN and no infinity.
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
+        self._flush()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})

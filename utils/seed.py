@@ -22,8 +22,13 @@ def draw(high: int, *names: int) -> int:
 
 
 def rng_state() -> dict:
-    """The state of torch's generators, as tensors that `torch.load(weights_only=True)` reads."""
-    state = {"torch": torch.get_rng_state()}
+    """The state of every generator, in tensors and numbers: `torch.load(weights_only=True)`."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -32,5 +37,9 @@ def rng_state() -> dict:
 def set_rng_state(state: dict) -> None:
     """Restore what `rng_state` gave; a state of a device that is not here is skipped."""
     torch.set_rng_state(state["torch"].cpu())
+    if "python" in state:  # checkpoints of before
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy(), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

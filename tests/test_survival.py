@@ -1,0 +1,174 @@
+"""Ranks under torchrun that are killed, asked to stop or fail, and two launchers: all real."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_helpers import assert_same, load, make_shapes, read_jsonl, write_config
+from samples import ROOT, encoded, sample_ref, smooth_photo
+
+from utils.records import RecordWriter
+from utils.tokenizer import token_lengths
+
+pytestmark = pytest.mark.slow
+LIMIT = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.getbasetemp())
+
+
+def recipe(folder: Path, data: Path, **train_keys) -> Path:
+    keys = {"dropout": 0.1, "save_every": "2", "resume": "auto"}
+    return write_config(folder, data, **(keys | train_keys))
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start `torchrun <options> train.py --config <config>`; none outlives the test."""
+    started = []
+
+    def torchrun(config: Path, *options: object) -> subprocess.Popen:
+        launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
+        started.append(
+            subprocess.Popen(
+                [*launcher, "train.py", "--config", str(config)],
+                cwd=ROOT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield torchrun
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_step(process: subprocess.Popen, config: Path) -> None:
+    """Until the first step is in the records."""
+    metrics = config.parent / "exp/tiny/metrics.jsonl"
+    deadline = time.monotonic() + LIMIT
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pid_of_rank(process: subprocess.Popen, rank: int) -> int:
+    """Of the process that torchrun started for a rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    (pid,) = [p for p in children if wanted in Path(f"/proc/{p}/environ").read_bytes().split(b"\0")]
+    return int(pid)
+
+
+def end(process: subprocess.Popen) -> str:
+    """Wait for it: what it said."""
+    return process.communicate(timeout=LIMIT)[1]
+
+
+def assert_equal_runs(got: Path, expected: Path) -> None:
+    folders = [config.parent / "exp/tiny" for config in (got, expected)]
+    states = [load(folder / "last_model.pth") for folder in folders]
+    records = [read_jsonl(folder / "metrics.jsonl") for folder in folders]
+    for state in states:
+        del state["config"]
+    for record in records[0] + records[1]:
+        record.pop("images_per_second", None)
+    assert_same(*states)
+    assert records[0] == records[1]
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start):
+    whole, killed = (recipe(tmp_path / name, data, epochs=4) for name in ("whole", "killed"))
+    options = ("--standalone", "--nproc_per_node=2")
+    process = start(whole, *options)
+    err = end(process)
+    assert process.returncode == 0, err
+    process = start(killed, *options, "--max-restarts=1")
+    wait_for_step(process, killed)
+    os.kill(pid_of_rank(process, 1), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert "resumed " in err
+    assert_equal_runs(killed, whole)
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_path, start):
+    config = recipe(tmp_path, data, epochs=1000)
+    process = start(config, "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    wait_for_step(process, config)
+    os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
+    err = end(process)
+    assert process.returncode == 1
+    assert "exitcode  : 75" in err
+    assert err.count("TRAIN.resume auto goes on from there") == 1
+    folder = tmp_path / "exp/tiny"
+    assert (folder / "PREEMPTED").read_text().startswith("a signal to another rank")
+    state = load(folder / "last_model.pth")
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] <= state["step"]
+    assert len(state["rng"]) == 2
+
+
+def test_a_signal_to_the_launcher_stops_all_ranks_after_they_have_saved(data, tmp_path, start):
+    config = recipe(tmp_path, data, epochs=1000)
+    process = start(config, "--standalone", "--nproc_per_node=2")
+    wait_for_step(process, config)
+    process.terminate()
+    err = end(process)
+    assert process.returncode != 0
+    assert "SIGTERM: stopped after step" in err
+    assert (tmp_path / "exp/tiny/PREEMPTED").exists()
+
+
+def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path, start):
+    val = tmp_path / "val.lmdb"
+    with RecordWriter(val, "shapes", "val") as writer:
+        for image in range(4):  # the second goes to rank 1
+            photo = encoded(smooth_photo(np.random.default_rng(0), 60, 80), ".jpg")
+            writer.add_image(f"image_{image}.jpg", photo if image != 1 else photo[:200])
+            ref = sample_ref(image, image, (60, 80), 1)
+            writer.add_ref(ref, token_lengths(ref.sentences))
+    config = recipe(tmp_path, data)
+    text = config.read_text().replace(str(data / "lmdb/shapes/val.lmdb"), str(val))
+    config.write_text(text)
+    process = start(config, "--standalone", "--nproc_per_node=2")
+    wait_for_step(process, config)
+    since = time.monotonic()
+    err = end(process)
+    assert time.monotonic() - since < 60
+    assert process.returncode == 1
+    faults = ("error: ", "Traceback", "[rank")
+    first = next(line for line in err.splitlines() if line.startswith(faults))
+    assert first.startswith("error: "), err
+    assert "image_1.jpg" in first
+
+
+def test_two_launchers_train_as_one_with_two_ranks(data, tmp_path, start):
+    one, two = (recipe(tmp_path / name, data, epochs=2) for name in ("one", "two"))
+    process = start(one, "--standalone", "--nproc_per_node=2")
+    err = end(process)
+    assert process.returncode == 0, err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test")
+    options = (*options, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
+    agents = [start(two, *options) for _ in range(2)]
+    errors = [end(agent) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 1
+    assert_equal_runs(two, one)

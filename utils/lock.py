@@ -1,0 +1,34 @@
+"""Files that one process holds at a time."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock that other processes respect; a killed holder frees it.
+
+    A holder's forked children hold it too, until they have noticed that their parent is gone.
+
+    Args:
+        path: a file in a folder that exists; made if it is not there, and not written to.
+        on_busy: called if another process still has it; raises to give up, returns to wait on.
+        patience: seconds before that.
+    """
+    import fcntl
+
+    deadline = time.monotonic() + patience
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    on_busy()
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    break
+            time.sleep(0.1)
+        yield

@@ -1,0 +1,55 @@
+"""Being asked to stop: by Ctrl-C, by the system, or by SLURM before it takes a node away."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong, start it again later
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INSISTS = 2.0  # seconds; a launcher passes one Ctrl-C on as a second one, but sooner
+
+
+class StopRequest:
+    """Whether this process was asked to stop: `name` is the signal's, or None."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._since = 0.0
+
+    def receive(self, number: int, _: FrameType | None) -> None:
+        """Note a signal; a person's second Ctrl-C ends the process where it is."""
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._since > INSISTS:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def listen(request: StopRequest) -> Iterator[None]:
+    """Let `request` receive the signals instead of what they do otherwise."""
+    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_stopping_to_the_parent() -> None:
+    """In a helper process: outlive a signal to the whole group; end by the parent's alone."""
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
