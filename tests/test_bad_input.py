@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,6 +233,20 @@ def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, co
     opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad, *ANY_SPLIT)
     assert error_of("test.py", config, *opts).startswith(message)
     assert not any(name.startswith("test_") for name in left_behind(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_records_that_lack_an_image(data, tmp_path, checkpoint, workers):
+    config = write_config(tmp_path, data, workers=workers, workers_val=workers)
+    bad = tmp_path / "bad.lmdb"
+    shutil.copyfile(data / "lmdb/shapes/val.lmdb", bad)
+    key = RecordReader(bad).index.image_keys[-1]
+    with lmdb.open(str(bad), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(b"image:" + key.encode())
+    message = f"{bad} has no image {key}: re-pack with python tools/folder2lmdb.py"
+    assert error_of("train.py", config, "DATA.train_lmdb", bad, *ANY_SPLIT).startswith(message)
+    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad, *ANY_SPLIT)
+    assert error_of("test.py", config, *opts).startswith(message)
 
 
 def test_a_mask_that_cannot_be_decoded(config, data, tmp_path, checkpoint):

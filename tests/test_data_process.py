@@ -114,6 +114,32 @@ def test_an_empty_split_gets_a_notice_and_no_file(tmp_path: Path, capsys) -> Non
     assert "pass --name" in out
 
 
+def test_files_of_splits_that_a_run_does_not_write_are_removed(tmp_path: Path, capsys) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    write(root, ["train", "val", "test"], "refcocog", "umd")
+    prepare(root, out, dataset="refcocog", split="umd")
+    (out / "anns/refcocog/note.txt").write_text("mine")
+    assert "removed" not in capsys.readouterr().out
+    write(root, ["train", "val"], "refcocog", "google")
+    prepare(root, out, dataset="refcocog", split="google")
+    assert files(out) == {
+        f"anns/refcocog/{name}" for name in ("train.json", "val.json", "note.txt")
+    }
+    assert f"removed {out / 'anns/refcocog/test.json'}: of an earlier" in capsys.readouterr().out
+
+
+def test_a_failed_run_leaves_the_files_of_all_splits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(write(tmp_path / "in", ["train", "val", "old"]), out, "--generate_mask")
+    before = files(out)
+    write(tmp_path / "in", ["train", "val"])
+    path = tmp_path / "in/toys/instances.json"
+    path.write_text(path.read_text().replace('"segmentation": [[2', '"segmentation": [["x"'))
+    with pytest.raises(UserError, match="unreadable segmentation"):
+        prepare(tmp_path / "in", out, "--generate_mask")
+    assert files(out) == before
+
+
 def test_refclef_takes_splits_by_letter_and_skips_the_bad_images(tmp_path: Path) -> None:
     splits = ["train", "val", "testA", "testAB", "testBC"]
     refs = [make_ref(i, split) for i, split in enumerate(splits)]

@@ -339,6 +339,20 @@ def test_a_damaged_member_is_named_and_does_not_appear(tmp_path):
     assert left(tmp_path / "out") == ["a"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("place", range(60, 1060, 100))
+def test_damage_is_told_whatever_compressed_the_member(tmp_path, method, place):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as made:
+        made.writestr("b", os.urandom(5000))
+    data = bytearray(path.read_bytes())
+    data[place : place + 60] = bytes(60)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{path} is damaged at b \((?!None).+\): delete it"):
+        unzip(path, tmp_path / "out", members(path))
+    assert left(tmp_path / "out") == []
+
+
 def test_unpacking_goes_on_where_it_stopped_and_replaces_what_is_not_whole(tmp_path):
     names = ("whole", "cut", "changed", "missing")
     path = archive(tmp_path / "x.zip", *((name, b"content of " + name.encode()) for name in names))

@@ -167,6 +167,21 @@ def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, mes
             edit_json(lambda e: e[1]["sentences"][1].update(sent=3)),
             "entry 1, sentence 1: sent cannot be 3",
         ),
+        (edit_json(lambda e: e[1].update(cat=10**30)), "entry 1: cat 1000.* is out of range"),
+        (
+            edit_json(lambda e: e[1].update(img_name="x" * 600)),
+            "entry 1: img_name cannot be 'xxx.*at most 500 bytes",
+        ),
+        (edit_json(lambda e: e[1].update(img_name="a\0.jpg")), r"img_name cannot be 'a\\x00"),
+        (edit_json(lambda e: e[1].update(img_name="\udc80")), r"img_name cannot be '\\udc80'"),
+        (
+            edit_json(lambda e: e[1]["sentences"][1].update(sent="mug \ud800")),
+            r"entry 1, sentence 1: 'mug \\ud800' holds half a char",
+        ),
+        (
+            edit_json(lambda e: e[1]["sentences"][1].update(sent=" &nbsp; ")),
+            "entry 1, sentence 1: ' &nbsp; ' has no words",
+        ),
         (
             edit_json(lambda e: e[1].update(segment_id=0)),
             "entry 1 has segment_id 0, as .*entry 0 has",

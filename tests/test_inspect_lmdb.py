@@ -223,16 +223,18 @@ def test_an_image_that_cannot_be_decoded_is_named_once(path, capsys):
 
 def test_an_image_that_is_missing_is_named(path, capsys):
     poke(path, b"image:image_1.jpg", None)
-    assert faults(path, capsys) == [
-        "ref 102 (position 2): its image image_1.jpg is not in the file"
-    ]
+    (found,) = faults(path, capsys)
+    assert found.startswith(
+        f"ref 102 (position 2): {path} has no image image_1.jpg: re-pack with python tools/"
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"\xff" * 500])
 def test_a_record_that_cannot_be_read_is_named_and_the_rest_checked(path, capsys, content):
     poke(path, b"ref:000000004", content)
     found = faults(path, capsys)
-    assert found[0].startswith("position 4: the record cannot be read (")
+    how = "has no" if content is None else "has a damaged"
+    assert found[0].startswith(f"position 4: {path} {how} ref:000000004")
     assert found[1].startswith("the file says that it holds 20 sentences, but ")
 
 
@@ -278,6 +280,14 @@ def test_what_is_no_file_of_records_is_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         look(path)
     assert not (tmp_path / "x.jpg").exists()
+
+
+@pytest.mark.parametrize("key", [b"__meta__", b"__index__"])
+@pytest.mark.parametrize("content", [None, b"", b"nonsense", b"[1]", b"{}"])
+def test_a_file_whose_meta_or_index_is_damaged_is_named(path, key, content):
+    poke(path, key, content)
+    with pytest.raises(UserError, match=rf"val\.lmdb .*{key.decode()}.*: re-pack with"):
+        look(path)
 
 
 @pytest.mark.parametrize("option", ["--samples", "--seed", "--word-len"])

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from samples import ROOT, all_refs, encoded, smooth_photo
 
-from tools import download, own_data
+from tools import data_process, download, own_data
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter
 from utils.transforms import decode_mask
@@ -132,6 +132,12 @@ def test_whatever_is_not_black_in_a_png_is_the_object(data, pixels):
     assert np.array_equal(decode_mask(ref.mask, "mask") > 0, DRAWN)
 
 
+def test_masks_are_encoded_as_those_of_refer_are(data):
+    record = RecordReader(pack(data, line()) / "train.lmdb").ref(0)
+    assert record.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
+    assert record.mask != encoded(np.uint8(255) * DRAWN)
+
+
 def test_polygons_that_overlap_stay_the_object(data):
     (ref,) = all_refs(pack(data, line(mask=[POLYGON, POLYGON])) / "train.lmdb")
     assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * DRAWN)
@@ -239,6 +245,9 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
         ({"split": "../train"}, "split must be a name such as train"),
         ({"split": ""}, "split must be a name such as train"),
         ({"split": ".."}, "split must be a name such as train"),
+        ({"split": "a\0b"}, "split must be a name such as train"),
+        ({"split": "a\nb"}, "split must be a name such as train"),
+        ({"split": "x" * 300}, "split must be a name such as train"),
         ({"split": 1}, "split must be a name such as train"),
         ({"ref_id": "7"}, "ref_id must be a whole number from 0, not '7'"),
         ({"ref_id": 2**63}, "ref_id must be a whole number from 0"),
@@ -298,6 +307,7 @@ def put(name: str, content: bytes) -> Callable[[Path], object]:
             r"photos/1\.jpg cannot be decoded .* cut off",
         ),
         (put("masks/1.png", b"PNG"), r"masks/1\.png cannot be decoded .*: check mask"),
+        (put("masks/1.png", encoded(np.uint8(255) * DRAWN, ".jpg")), r"masks/1\.png is no PNG"),
         (
             put("masks/1.png", encoded(np.zeros((HEIGHT, WIDTH), np.uint8))),
             r"masks/1\.png is an empty mask",

@@ -159,7 +159,11 @@ def changed(**fields: object) -> list[object]:
         (changed(img="text"), "entry 1: img cannot be 'text'"),
         (changed(sents=[]), "entry 1 has 0 sents, num_sents 1"),
         (changed(sents=["a", "b"]), "entry 1 has 2 sents, num_sents 1"),
-        (changed(sents=[3]), "entry 1: a sentence cannot be 3"),
+        (changed(sents=[3]), "entry 1, sentence 0: sent cannot be 3"),
+        (changed(sents=[" "]), "entry 1, sentence 0: ' ' has no words"),
+        (changed(sents=["\udc80"]), r"entry 1, sentence 0: '\\udc80' holds half a character"),
+        (changed(cat=10**30), "entry 1: cat 1000.* is out of range"),
+        (changed(img_name="x" * 600), r"entry 1: img_name cannot be 'xxx.*at most 500 bytes"),
         (changed(img_name=ITEMS[0]["img_name"]), "entry 1 has another image COCO_.* than an ear"),
         ([ITEMS[0], {"img": PHOTOS[0]}], "entry 1 has no field mask"),
         ([ITEMS[0], [1, 2]], r"entry 1 is \[1, 2\], not a mapping"),
@@ -369,18 +373,19 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_while_packing_does_not_follow_the_size_of_the_split(tmp_path):
-    """30 MB, then 186 MB more: a batch, an index of some hundred bytes a ref, and no more."""
-    peaks, sizes = [], []
-    for count in (5_000, 20_000):
+def test_packing_takes_at_most_500_bytes_of_memory_a_ref(tmp_path):
+    """A batch, however large the split, and an index; a ref with its photo fills 10,000 bytes."""
+    counts, peaks, sizes = (5_000, 20_000), [], []
+    for count in counts:
         path = tmp_path / f"{count}.lmdb"
         command = [sys.executable, "-c", MEMORY, str(count), str(path)]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        peaks.append(int(out))
-        sizes.append(path.stat().st_size / 1024)
-    assert sizes[1] - sizes[0] > 150_000  # KiB
-    assert peaks[1] - peaks[0] < 12_000  # KiB; measured: 6,000
-    assert peaks[1] < 100_000
+        peaks.append(1024 * int(out))
+        sizes.append(path.stat().st_size)
+    refs = counts[1] - counts[0]
+    assert sizes[1] - sizes[0] > 10_000 * refs
+    assert peaks[1] - peaks[0] < 500 * refs  # measured: 390
+    assert peaks[1] < 100_000_000
 
 
 def test_the_map_is_never_much_larger_than_the_file(tmp_path):

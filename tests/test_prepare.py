@@ -435,9 +435,17 @@ def test_other_counts_than_published_are_faults(archives, root, capsys, monkeypa
     assert "refcoco: verify" not in state_of(root, "refcoco")
 
 
-def test_a_damaged_record_of_steps_is_named(archives, root):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"refcoco: get', "[1]", "null", "[" * 100_000, '{"refcoco.zip: get refcoco.zip": 3}'),
+        '{"refcoco: pack val": {"subset": true}}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_damaged_record_of_steps_is_named(archives, root, content):
     (root / ".prepare").mkdir(parents=True)
-    (root / ".prepare/refcoco.json").write_text('{"refcoco: get')
+    (root / ".prepare/refcoco.json").write_text(content)
     message = fails(root, "refcoco", "--from", archives, "--subset")
     assert f"{root / '.prepare/refcoco.json'} is damaged: delete it" in message
 

@@ -233,7 +233,7 @@ def test_positions_and_keys_that_are_not_there_are_errors(path: Path) -> None:
     for position in (3, -1):
         with pytest.raises(IndexError, match=f"3 refs, no position {position}"):
             reader.ref(position)
-    with pytest.raises(KeyError, match="no image nowhere"):
+    with pytest.raises(UserError, match="has no image nowhere: re-pack with"):
         reader.image("nowhere")
 
 
@@ -242,6 +242,73 @@ COMMAND = (
     "-m d/masks/toys -o d/lmdb/toys"
 )
 META = b'{"format_version": %d, "refs": %d, "token_length": {}}'
+FULL = b'{"format_version":1,"dataset":"d","split":"s","refs":%s,"sentences":6,"images":2,'
+FULL += b'"token_length":%s,"tool":"t"}'
+
+
+def index_of(refs: int) -> bytes:
+    """A sound index of another number of refs."""
+    columns = {"ref_id": range(refs), "image_key": ["a"] * refs, "num_sentences": [1] * refs}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return records._to_arrow(pa.RecordBatch.from_pylist(rows, schema=records._INDEX_SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        (b"__meta__", b"", "a damaged __meta__"),
+        (b"__meta__", b"\xff garbage", "a damaged __meta__"),
+        (b"__meta__", b"[" * 100_000, "a damaged __meta__"),
+        (b"__meta__", b"[1]", "a damaged __meta__"),
+        (b"__meta__", b'{"refs": 3}', r"a damaged __meta__ \(KeyError\('format_version'"),
+        (b"__meta__", b'{"format_version": 1}', r"a damaged __meta__ \(KeyError\('refs'"),
+        (b"__meta__", META % (1, 3), r"a damaged __meta__ \(KeyError\('dataset'"),
+        (b"__meta__", FULL % (b"-3", b"{}"), "a damaged __meta__"),
+        (b"__meta__", FULL % (b'"3"', b"{}"), "a damaged __meta__ .*refs is '3'"),
+        (b"__meta__", FULL % (b"3", b"[]"), "a damaged __meta__ .*token_length is"),
+        (b"__meta__", FULL % (b"3", b'{"a":1}'), "a damaged __meta__"),
+        (b"__index__", None, "no __index__"),
+        (b"__index__", b"garbage", "a damaged __index__"),
+        (b"__index__", index_of(2), "a damaged __index__ .*2 rows for 3 refs"),
+        (b"ref:000000000", None, "no ref:000000000"),
+        (b"ref:000000000", index_of(1), "a damaged ref:000000000 .*columns"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_with_the_command(
+    path: Path, key: bytes, content: bytes | None, message: str
+) -> None:
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(key) if content is None else txn.put(key, content)
+
+    def use(reader: RecordReader) -> None:
+        len(reader), reader.index, reader.digest(), reader.ref(0)
+
+    with pytest.raises(UserError, match=rf"val\.lmdb has {message}.*: re-pack with") as caught:
+        use(RecordReader(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_pages_are_named_with_the_command(path: Path) -> None:
+    psize = 4096
+    data = bytearray(path.read_bytes())
+    for page in range(2, len(data) // psize):  # but those that say where the tree begins
+        data[page * psize + 8 : page * psize + 16] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"val\.lmdb is damaged at __meta__ .*: re-pack with"):
+        len(RecordReader(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "jsons"),
+    [
+        ("none.lmdb", "ANNOTATIONS/none.json"),
+        ("elsewhere/x/val+testA.lmdb", "ANNOTATIONS/val.json ANNOTATIONS/testA.json"),
+        ("d/lmdb/toys/data.mdb", "ANNOTATIONS/data.json"),
+    ],
+)
+def test_the_command_for_a_file_that_lies_elsewhere_is_a_general_one(name, jsons) -> None:
+    command = f"python tools/folder2lmdb.py -j {jsons} -i IMAGES -m MASKS -o {Path(name).parent}"
+    assert records.repack_command(Path(name)) == f"re-pack with {command}"
 
 
 @pytest.mark.parametrize(

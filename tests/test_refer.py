@@ -135,6 +135,39 @@ def test_a_broken_pickle_is_refused_with_its_name(tmp_path: Path, data, message:
         load_refs(tmp_path / "x.p")
 
 
+def endless() -> list:
+    refs = [{"a": 1}]
+    refs[0]["refs"] = refs
+    return refs
+
+
+def test_a_pickle_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.p").write_bytes(pickle.dumps(endless()))
+    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
+        load_refs(tmp_path / "x.p")
+
+
+@pytest.mark.parametrize("levels", [21, 200_000])
+def test_a_pickle_that_nests_too_deep_is_refused(tmp_path: Path, levels: int) -> None:
+    (tmp_path / "x.p").write_bytes(b"]}(V" + b"a\n" + b"]" * levels + b"a" * (levels - 1) + b"ua.")
+    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
+        load_refs(tmp_path / "x.p")
+
+
+def test_lists_that_are_shared_are_read_once_and_told_briefly(tmp_path: Path) -> None:
+    shared = [b"x"]
+    for _ in range(10):
+        shared = [shared] * 10
+    refs = [ref(i, more=shared, sentences=[shared]) for i in range(10)]
+    root = write(tmp_path, refs, instances(refs))
+    read = load_refs(root / "toys/refs(me).p")
+    assert read[0]["more"] is read[9]["more"]
+    assert read[9]["more"][0][1][2][3][4][5][6][7][8][9] == ["x"]
+    with pytest.raises(UserError, match=r"a sentence is \[\[\[\.\.\.\].*, not a mapping") as caught:
+        Refer(root, "toys", "me")
+    assert len(str(caught.value)) < 400
+
+
 # -- the folder ----------------------------------------------------------------------------------
 
 
@@ -250,7 +283,10 @@ def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> Non
         ({"sentences": []}, r"ref number 1 \(ref_id 2\) has no sentences"),
         ({"sentences": [{"sent_id": 3}]}, "ref number 1, a sentence has no field sent"),
         ({"ref_id": 1}, "ref number 1 has ref_id 1, as another ref has"),
-        ({"split": "../../elsewhere"}, "ref number 1 has a split that is no plain name"),
+        *(
+            ({"split": split}, "ref number 1 has a split that is no plain name")
+            for split in ("../../elsewhere", "..", "", ".", "a\0b", "a\nb", "a\\b", "x" * 300)
+        ),
     ],
 )
 def test_a_malformed_ref_is_named(tmp_path: Path, changes: dict, message: str) -> None:

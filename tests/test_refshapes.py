@@ -380,7 +380,7 @@ def test_like_refcoco_means_its_counts_to_the_ref_and_to_the_sentence():
         assert {len(quota) for quota in quotas} == {2, 3}
         sentences = sum(refs) if plan.sentences else None
         splits[split] = (plan.images, len(refs), sentences)
-    assert splits == {  # SPEC: RefCOCO, by unc
+    assert splits == {  # as published of RefCOCO, split by unc
         "train": (16994, 42404, None),
         "val": (1500, 3811, 10834),
         "testA": (750, 1975, 5657),

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import cv2
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +26,8 @@ EPILOG = """examples:
       --dataset refcocog --split umd --generate_mask --name refcocog_u
 
 reads   DATA_ROOT/DATASET/refs(SPLIT).p and DATA_ROOT/DATASET/instances.json
-writes  OUTPUT_DIR/anns/NAME/<split>.json and OUTPUT_DIR/masks/NAME/<ref_id>.png
+writes  OUTPUT_DIR/anns/NAME/<split>.json and OUTPUT_DIR/masks/NAME/<ref_id>.png; JSON files of
+        other splits in that folder are removed
 next    python tools/folder2lmdb.py (tools/prepare_datasets.md has every command)"""
 
 # Rows as they are: smaller for masks, and read twice as fast as OpenCV's default, differences.
@@ -69,12 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.generate_mask:
         refs = {ref["ref_id"]: ref for split in splits for ref in by_split[split]}
         _write_masks(refer, refs, args.output_dir / "masks" / name)
+    anns = args.output_dir / "anns" / name
+    for path in sorted(anns.glob("*.json")):
+        if not entries.get(path.stem):
+            path.unlink()
+            print(f"removed {path}: of an earlier run, whose masks are not those of this one")
     for split, items in entries.items():
         if items:
-            with atomic_path(args.output_dir / "anns" / name / f"{split}.json") as partial:
+            with atomic_path(anns / f"{split}.json") as partial:
                 partial.write_text(json.dumps(items), encoding="utf-8")
 
-    print(f"{args.dataset} ({args.split}) -> {args.output_dir / 'anns' / name}")
+    print(f"{args.dataset} ({args.split}) -> {anns}")
     print(summary(entries))
     if name == "refcocog":
         print(
@@ -133,6 +140,11 @@ def token_length_summary(histogram: Mapping[int, int]) -> str:
     )
 
 
+def encode_mask(mask: np.ndarray) -> bytes:
+    """A mask of (height, width) uint8 as a PNG."""
+    return cv2.imencode(".png", mask, _PNG_OPTIONS)[1].tobytes()
+
+
 def _write_masks(refer: Refer, refs: Mapping[int, dict], folder: Path) -> None:
     """Draw all masks beside `folder`, then move them in: a bad annotation leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,8 +152,7 @@ def _write_masks(refer: Refer, refs: Mapping[int, dict], folder: Path) -> None:
         for ref_id, ref in tqdm(
             refs.items(), desc=f"masks {folder.name}", unit="ref", disable=None
         ):
-            _, png = cv2.imencode(".png", refer.mask(ref), _PNG_OPTIONS)
-            Path(staging, f"{ref_id}.png").write_bytes(png)
+            Path(staging, f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
         for path in sorted(Path(staging).iterdir()):
             os.replace(path, folder / path.name)
 

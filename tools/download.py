@@ -10,6 +10,7 @@ All files meant here are zip archives (CLIP's weights are too), which tells them
 import hashlib
 import http.client
 import json
+import lzma
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ TIMEOUT = 30.0  # seconds without a byte
 BLOCK = 1 << 16
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one soon
 ZIP_MAGIC = b"PK"
+# What each way to compress raises on damaged data; bz2, a bare OSError.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError)
 
 
 class UnfitError(UserError):
@@ -190,9 +193,12 @@ def unzip(path: Path, folder: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
                     partial.open("wb") as file,
                 ):
                     shutil.copyfileobj(source, file)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            except _DAMAGE as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the disk
                 raise UserError(
-                    f"{path} is damaged at {entry.filename} ({error}): delete it and run this again"
+                    f"{path} is damaged at {entry.filename} ({error or type(error).__name__}): "
+                    "delete it and run this again"
                 ) from None
 
 
@@ -370,7 +376,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -20,6 +20,8 @@ from tools.data_process import token_length_summary
 from tools.refer import check_fields, load_plain
 from utils.errors import UserError, run
 from utils.records import (
+    LARGEST,
+    LONGEST_KEY,
     META_KEY,
     OFFICIAL_KEY,
     RecordReader,
@@ -28,7 +30,7 @@ from utils.records import (
     open_lmdb,
     repack_command,
 )
-from utils.tokenizer import token_lengths
+from utils.tokenizer import has_words, token_lengths
 
 EPILOG = """examples:
   python tools/folder2lmdb.py -j datasets/anns/refcoco/val.json -i datasets/images/train2014 \\
@@ -244,12 +246,38 @@ class _JsonText:
         return value
 
 
-def _check_entry(entry: object, where: str) -> None:
-    check_fields(entry, _ENTRY_FIELDS, where, _REDO)
+def _check_entry(entry: object, where: str, remedy: str = _REDO) -> None:
+    """Refuse an entry that no record can hold.
+
+    Raises:
+        UserError: it lacks a field, or a field has a value that cannot be.
+    """
+    check_fields(entry, _ENTRY_FIELDS, where, remedy)
+    key, category = entry["img_name"], entry["cat"]
+    if not _is_text(key) or "\0" in key or len(key.encode()) > LONGEST_KEY:
+        raise UserError(
+            f"{where}: img_name cannot be {key!r:.80} (at most {LONGEST_KEY} bytes): {remedy}"
+        )
+    if category is not None and not -LARGEST <= category <= LARGEST:
+        raise UserError(f"{where}: cat {category!r:.40} is out of range: {remedy}")
     if not entry["sentences"]:
         raise UserError(f"{where}: sentences is empty")
     for i, sentence in enumerate(entry["sentences"]):
-        check_fields(sentence, _SENTENCE_FIELDS, f"{where}, sentence {i}", _REDO)
+        check_fields(sentence, _SENTENCE_FIELDS, f"{where}, sentence {i}", remedy)
+        text = sentence["sent"]
+        if not _is_text(text):
+            raise UserError(f"{where}, sentence {i}: {text!r:.80} holds half a character: {remedy}")
+        if not has_words(text):
+            raise UserError(f"{where}, sentence {i}: {text!r:.80} has no words: {remedy}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written down: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord:
@@ -358,12 +386,6 @@ def convert(args: argparse.Namespace) -> Path:
             where = f"{source}: entry {number}"
             ref_ids.add(item["seg_id"], number, where)
             key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
-            if key not in images:
-                size = _size_of(item["img"], f"{where}, image {key}", remedy)
-                images[key] = size, digest
-                writer.add_image(key, item["img"])
-            elif images[key][1] != digest:
-                raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
             texts = item["sents"]
             entry = {
                 "segment_id": item["seg_id"],
@@ -371,6 +393,13 @@ def convert(args: argparse.Namespace) -> Path:
                 "cat": item["cat"],
                 "sentences": [{"sent": t, "sent_id": i} for i, t in enumerate(texts, count)],
             }
+            _check_entry(entry, where, remedy)
+            if key not in images:
+                size = _size_of(item["img"], f"{where}, image {key}", remedy)
+                images[key] = size, digest
+                writer.add_image(key, item["img"])
+            elif images[key][1] != digest:
+                raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
             count += len(texts)
             record = _record(entry, images[key][0], item["mask"], f"{where}, mask", remedy)
             writer.add_ref(record, token_lengths(record.sentences))
@@ -432,9 +461,6 @@ def _check_official(item: object, where: str, remedy: str) -> None:
     texts = item["sents"]
     if not texts or len(texts) != item["num_sents"]:
         raise UserError(f"{where} has {len(texts)} sents, num_sents {item['num_sents']}: {remedy}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"{where}: a sentence cannot be {text!r:.80}: {remedy}")
 
 
 def _progress(items: Iterable, total: int, name: str) -> Iterable:

@@ -20,12 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.data_process import encode_mask
 from tools.download import check_space
 from tools.folder2lmdb import decode, packed_summary, read_file
 from tools.refer import draw_segmentation
 from utils.errors import UserError, run
-from utils.records import RecordWriter, RefRecord
-from utils.tokenizer import token_lengths
+from utils.files import is_plain_name
+from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
+from utils.tokenizer import has_words, token_lengths
 
 EPILOG = """a line, an object of one image (spread out here):
   {"image": "photos/7.jpg",
@@ -44,8 +46,7 @@ docs/own_data.md has a worked example."""
 
 FIELDS = ("image", "mask", "sentences", "split", "ref_id", "image_id", "category")
 REQUIRED = FIELDS[:4]
-LARGEST = 2**63 - 1  # what a record can hold
-LONGEST_PATH = 500  # bytes; LMDB's keys end at 511
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 Report = Callable[[str], None]
 
@@ -155,7 +156,6 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
                 writer.add_image(entry.image_key, (contents.images / entry.image_key).read_bytes())
             height, width = contents.sizes[entry.image_key]
             mask = load_mask(entry.mask, height, width, contents.masks)
-            _, png = cv2.imencode(".png", mask)
             record = RefRecord(
                 ref_id=entry.ref_id,
                 image_key=entry.image_key,
@@ -163,7 +163,7 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
                 category=entry.category,
                 height=height,
                 width=width,
-                mask=png.tobytes(),
+                mask=encode_mask(mask),
                 sentences=entry.sentences,
                 sent_ids=tuple(range(sent_id, sent_id + len(entry.sentences))),
             )
@@ -180,13 +180,16 @@ def load_mask(mask: str | dict | list, height: int, width: int, folder: Path) ->
         height, width: of the image.
         folder: where a relative path starts.
     Raises:
-        UserError: it cannot be read, is of another size, or is empty.
+        UserError: it cannot be read, is no PNG, is of another size, or is empty.
     """
     if not isinstance(mask, str):
         return np.where(draw_segmentation(mask, height, width) > 0, np.uint8(255), np.uint8(0))
     path = folder / mask
     remedy = "check mask"
-    pixels = decode(read_file(path, remedy), cv2.IMREAD_UNCHANGED, str(path), remedy)
+    data = read_file(path, remedy)
+    pixels = decode(data, cv2.IMREAD_UNCHANGED, str(path), remedy)
+    if not data.startswith(PNG_MAGIC):
+        raise UserError(f"{path} is no PNG, and other formats blur a mask: save it as a PNG")
     if pixels.ndim == 3:
         pixels = pixels[..., :3].any(axis=2)  # without transparency
     if pixels.shape != (height, width):
@@ -247,8 +250,8 @@ def _path_problem(value: object) -> str | None:
 
 def _image_problem(value: object) -> str | None:
     problem = _path_problem(value)
-    if problem is None and len(value.encode()) > LONGEST_PATH:
-        problem = f"must be at most {LONGEST_PATH} bytes long"
+    if problem is None and len(value.encode()) > LONGEST_KEY:
+        problem = f"must be at most {LONGEST_KEY} bytes long"
     return problem
 
 
@@ -281,13 +284,12 @@ def _rle_problem(value: Mapping[str, Any]) -> str | None:
 
 def _sentences_problem(value: object) -> str | None:
     if isinstance(value, list) and value and all(isinstance(s, str) for s in value):
-        wordless = [s for s, length in zip(value, token_lengths(value), strict=True) if length <= 2]
-        return "must have words in each" if wordless else None
+        return None if all(map(has_words, value)) else "must have words in each"
     return "must be a list of one or more texts"
 
 
 def _split_problem(value: object) -> str | None:
-    if isinstance(value, str) and value == Path(value).name and value.strip(" .") == value != "":
+    if isinstance(value, str) and is_plain_name(value):
         return None
     return "must be a name such as train"
 

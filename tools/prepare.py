@@ -183,13 +183,26 @@ class State:
 
     def _load(self, owner: str) -> dict:
         try:
-            return json.loads(self._path(owner).read_bytes())
+            records = json.loads(self._path(owner).read_bytes())
         except FileNotFoundError:
             return {}
-        except ValueError:
+        except (ValueError, RecursionError):
+            records = None
+        if not _is_state(records):
             raise UserError(
                 f"{self._path(owner)} is damaged: delete it, and what is there is found again"
-            ) from None
+            )
+        return records
+
+
+def _is_state(records: object) -> bool:
+    """Whether it has what `State` wrote."""
+    kinds = {"subset": bool, "outputs": dict, "needs": dict, "id": str}
+    return isinstance(records, dict) and all(
+        isinstance(record, dict)
+        and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        for record in records.values()
+    )
 
 
 @dataclass(frozen=True)

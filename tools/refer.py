@@ -6,6 +6,7 @@ and numbers, and refuses everything else before any of it runs.
 
 import json
 import pickle
+import reprlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -13,6 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from utils.errors import UserError
+from utils.files import is_plain_name
 
 _REF_FIELDS = {
     "ref_id": int,
@@ -28,6 +30,10 @@ _INSTANCES_FIELDS = {
     "annotations": {"id": int, "bbox": list},
     "categories": {"id": int},
 }
+_DEEPEST = 20  # containers within containers; REFER's have five
+_SHORT = reprlib.Repr()  # shared lists can be endless
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
+
 _COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
@@ -125,7 +131,7 @@ class Refer:
                 check_fields(sentence, _SENTENCE_FIELDS, f"{where}, a sentence", remedy)
             if not ref["sentences"]:
                 raise UserError(f"{where} (ref_id {ref['ref_id']}) has no sentences: {remedy}")
-            if Path(ref["split"]).name != ref["split"]:
+            if not is_plain_name(ref["split"]):
                 raise UserError(f"{where} has a split that is no plain name: {ref['split']!r:.80}")
             if ref["ref_id"] in seen:
                 raise UserError(f"{where} has ref_id {ref['ref_id']}, as another ref has: {remedy}")
@@ -165,12 +171,12 @@ def load_refs(path: str | Path) -> list[dict]:
     Byte strings (Python 2 wrote those) become str: UTF-8 where that is valid, else Latin-1.
 
     Raises:
-        UserError: the file is no pickle, is cut off, asks for any class or function, or is not a
-            list of dicts.
+        UserError: the file is no pickle, is cut off, asks for any class or function, is not a
+            list of dicts, or contains itself or nests deeper than any refs.
     """
     path = Path(path)
     with path.open("rb") as file:
-        refs = _to_text(load_plain(file, str(path)))
+        refs = _to_text(load_plain(file, str(path)), str(path), {})
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} does not hold a list of refs")
     if not refs:
@@ -201,12 +207,12 @@ def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> N
         UserError: "`where` has no field x: `remedy`", or the like.
     """
     if not isinstance(item, dict):
-        raise UserError(f"{where} is {item!r:.80}, not a mapping: {remedy}")
+        raise UserError(f"{where} is {_SHORT.repr(item):.80}, not a mapping: {remedy}")
     for field, kind in needs.items():
         if field not in item:
             raise UserError(f"{where} has no field {field}: {remedy}")
         if not isinstance(item[field], kind):
-            raise UserError(f"{where}: {field} cannot be {item[field]!r:.80}: {remedy}")
+            raise UserError(f"{where}: {field} cannot be {_SHORT.repr(item[field]):.80}: {remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -223,17 +229,28 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def _to_text(value: Any) -> Any:
+def _to_text(value: Any, where: str, done: dict[int, Any], depth: int = 0) -> Any:
+    """Byte strings become text; `done` holds the containers so far by id, each made once."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return value.decode("latin-1")
-    if isinstance(value, dict):
-        return {_to_text(key): _to_text(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_to_text, value))
-    return value
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if depth > _DEEPEST:
+        raise UserError(
+            f"{where} contains itself or nests deeper than {_DEEPEST} levels: it is damaged or "
+            "hostile and was not loaded"
+        )
+    if id(value) not in done:
+        more = (where, done, depth + 1)
+        if isinstance(value, dict):
+            text = {_to_text(key, *more): _to_text(item, *more) for key, item in value.items()}
+        else:
+            text = type(value)(_to_text(item, *more) for item in value)
+        done[id(value)] = text
+    return done[id(value)]
 
 
 def _dataset_folder(data_root: Path, dataset: str) -> Path:

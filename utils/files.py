@@ -6,6 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, with suffixes
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a file can be called so, in the folder where it belongs, with some suffix."""
+    return (
+        text.strip(" .") == text != ""
+        and text.isprintable()
+        and not {"/", "\\"} & set(text)
+        and len(text.encode()) <= LONGEST_NAME
+    )
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:

@@ -17,14 +17,14 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import lmdb
 import numpy as np
@@ -39,6 +39,11 @@ TOOL = "cris 0.1.0"
 META_KEY = b"__meta__"
 _INDEX_KEY = b"__index__"
 OFFICIAL_KEY = b"__keys__"  # in every LMDB of the official release
+LARGEST = 2**63 - 1  # number that a record can hold
+LONGEST_KEY = 500  # bytes of an image's name; LMDB's keys end at 511
+
+T = TypeVar("T")
+
 _INITIAL_MAP_BYTES = 64 << 20
 _BATCH_BYTES = 32 << 20
 
@@ -63,6 +68,15 @@ _INDEX_SCHEMA = pa.schema(
         pa.field("num_sentences", pa.int32(), nullable=False),
     ]
 )
+_META_FIELDS = {
+    "dataset": str,
+    "split": str,
+    "refs": int,
+    "sentences": int,
+    "images": int,
+    "token_length": dict,
+    "tool": str,
+}
 
 
 @dataclass(frozen=True)
@@ -264,6 +278,8 @@ class RecordReader:
     Raises (at the first use):
         UserError: the file is missing, no LMDB, cut off, in the official pickled format, in
             another version of this format, or holds no refs.
+    Raises (at any use):
+        UserError: what is asked for is missing from the file, or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -280,32 +296,30 @@ class RecordReader:
     @cached_property
     def meta(self) -> dict:
         """The `__meta__` entry; the keys of `token_length` are integers."""
-        raw = self._get(META_KEY)
-        if raw is None:
+        if self._get(META_KEY) is None:
             self._refuse_without_meta()
-        meta = json.loads(raw)
+        meta = self._read(META_KEY, _parse_meta)
         version = meta["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{self.path} is in record format {version}, this code reads {FORMAT_VERSION}: "
-                f"{repack_command(self.path)}"
+                f"{self.path} is in record format {version!r:.40}, this code reads "
+                f"{FORMAT_VERSION}: {repack_command(self.path)}"
             )
         if meta["refs"] == 0:
             raise UserError(f"{self.path} holds no refs: {repack_command(self.path)}")
-        meta["token_length"] = {int(k): count for k, count in meta["token_length"].items()}
         return meta
 
     @cached_property
     def index(self) -> RefIndex:
         """The `__index__` entry."""
         len(self)  # refuses a file that is not ours
-        batch = _from_arrow(self._get(_INDEX_KEY))
-        return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
+        return self._read(_INDEX_KEY, self._parse_index)
 
     def digest(self) -> str:
         """Of all that the meta entry and the index say."""
         len(self)  # refuses a file that is not ours
-        return hashlib.sha256(self._get(META_KEY) + self._get(_INDEX_KEY)).hexdigest()
+        entries = (self._read(key, bytes) for key in (META_KEY, _INDEX_KEY))
+        return hashlib.sha256(b"".join(entries)).hexdigest()
 
     def image_names(self) -> list[tuple[Path, str]]:
         """Of each ref, the file and key of its image: what tells it from the images of others."""
@@ -323,28 +337,44 @@ class RecordReader:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path} has {len(self)} refs, no position {i}")
-        row = _from_arrow(self._get(_ref_key(i))).to_pylist()[0]
-        row["sentences"] = tuple(row["sentences"])
-        row["sent_ids"] = tuple(row["sent_ids"])
-        return RefRecord(**row)
+        return self._read(_ref_key(i), _parse_ref)
 
     def image(self, key: str) -> bytes:
-        """Read the original bytes of an image file.
+        """Read the original bytes of an image file."""
+        return self._read(_image_key(key), bytes)
+
+    def _read(self, key: bytes, parse: Callable[[bytes], T]) -> T:
+        """Get what lies under a key, as `parse` makes it of the bytes.
 
         Raises:
-            KeyError: no image of that key.
+            UserError: there is nothing, or it is damaged.
         """
-        data = self._get(_image_key(key))
+        data = self._get(key)
         if data is None:
-            raise KeyError(f"{self.path} has no image {key}")
-        return data
+            raise self._damaged(f"has no {_name(key)}")
+        try:
+            return parse(data)
+        except Exception as error:  # damaged bytes can fail with almost anything
+            raise self._damaged(f"has a damaged {_name(key)} ({error!r:.120})") from None
 
     def _get(self, key: bytes) -> bytes | None:
         """Copy one value out of the file; a view would not outlive the transaction."""
         if self._pid != os.getpid():
             self._env, self._pid = open_lmdb(self.path), os.getpid()
-        with self._env.begin() as txn:
-            return txn.get(key)
+        try:
+            with self._env.begin() as txn:
+                return txn.get(key)
+        except lmdb.Error as error:
+            raise self._damaged(f"is damaged at {_name(key)} ({error!r:.120})") from None
+
+    def _damaged(self, how: str) -> UserError:
+        return UserError(f"{self.path} {how}: {repack_command(self.path)}")
+
+    def _parse_index(self, data: bytes) -> RefIndex:
+        batch = _from_arrow(data, _INDEX_SCHEMA)
+        if batch.num_rows != len(self):
+            raise ValueError(f"{batch.num_rows} rows for {len(self)} refs")
+        return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
 
     def _refuse_without_meta(self) -> None:
         if self._get(OFFICIAL_KEY) is not None:
@@ -488,12 +518,15 @@ def _open_file(path: Path) -> lmdb.Environment:
 
 def repack_command(path: Path, verb: str = "re-pack with") -> str:
     """The command that makes the file, as far as its path tells."""
-    out, root = path.parent, path.parent.parent.parent
-    jsons = " ".join(f"{root / 'anns' / out.name / split}.json" for split in path.stem.split("+"))
-    return (
-        f"{verb} python tools/folder2lmdb.py -j {jsons} "
-        f"-i {root / 'images' / 'train2014'} -m {root / 'masks' / out.name} -o {out}"
-    )
+    out, names = path.parent, path.stem.split("+")
+    if out.parent.name == "lmdb" and path.suffix == ".lmdb":  # as the tools lay them out
+        root = out.parent.parent
+        anns, masks = root / "anns" / out.name, root / "masks" / out.name
+        images = root / "images" / "train2014"
+    else:
+        anns, masks, images = Path("ANNOTATIONS"), Path("MASKS"), Path("IMAGES")
+    jsons = " ".join(f"{anns / name}.json" for name in names)
+    return f"{verb} python tools/folder2lmdb.py -j {jsons} -i {images} -m {masks} -o {out}"
 
 
 def _ref_key(position: int) -> bytes:
@@ -504,6 +537,11 @@ def _image_key(key: str) -> bytes:
     return b"image:" + key.encode()
 
 
+def _name(key: bytes) -> str:
+    """An entry in words: __index__, ref:000000004, image a.jpg."""
+    return key.decode().replace("image:", "image ", 1)
+
+
 def _to_arrow(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
@@ -511,5 +549,27 @@ def _to_arrow(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _from_arrow(data: bytes) -> pa.RecordBatch:
-    return pa.ipc.open_stream(data).read_next_batch()
+def _from_arrow(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
+    stream = pa.ipc.open_stream(data)
+    if stream.schema != schema:
+        raise ValueError(f"columns {stream.schema.names}")
+    return stream.read_next_batch()
+
+
+def _parse_ref(data: bytes) -> RefRecord:
+    (row,) = _from_arrow(data, _REF_SCHEMA).to_pylist()
+    row["sentences"] = tuple(row["sentences"])
+    row["sent_ids"] = tuple(row["sent_ids"])
+    return RefRecord(**row)
+
+
+def _parse_meta(data: bytes) -> dict:
+    meta = json.loads(data)
+    if meta["format_version"] != FORMAT_VERSION or meta["refs"] == 0:
+        return meta  # refused, whatever else it says
+    for name, kind in _META_FIELDS.items():
+        if not isinstance(meta[name], kind):
+            raise ValueError(f"{name} is {meta[name]!r:.40}")
+    if meta["refs"] < 0:
+        raise ValueError(f"{meta['refs']} refs")
+    return meta | {"token_length": {int(k): int(n) for k, n in meta["token_length"].items()}}

@@ -80,6 +80,11 @@ def token_lengths(texts: str | Sequence[str]) -> list[int]:
     return [len(_encode(sentence)) for sentence in _as_list(texts)]
 
 
+def has_words(sentence: str) -> bool:
+    """Whether any token lies between the start and the end token."""
+    return WORD.search(_clean(sentence)) is not None
+
+
 def _as_list(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
