@@ -32,6 +32,7 @@ from engine.evaluator import (
     resolve_protocols,
     summarize_ceiling,
     summarize_scores,
+    validation_protocol,
 )
 from engine.loaders import build_evaluation_loader
 from engine.trainer import save, train_one_epoch
@@ -281,6 +282,12 @@ def test_protocols_are_chosen_by_name_and_may_have_another_threshold():
     changed = resolve_protocols("both", 0.7)
     assert {protocol.threshold for protocol in changed.values()} == {0.7}
     assert changed["published"].align_corners
+
+
+def test_validation_scores_by_the_first_protocol_and_threshold_of_the_test(cfg):
+    both = replace(cfg, TEST=replace(cfg.TEST, protocol="both", threshold=0.7))
+    assert validation_protocol(both) == {"aligned": resolve_protocols("aligned", 0.7)["aligned"]}
+    assert validation_protocol(cfg) == resolve_protocols("published", THRESHOLD)
 
 
 # ------------------------------------------------------------------------------------- test.py

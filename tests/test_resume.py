@@ -316,3 +316,13 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
         assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
         run_program("train.py", config, "TRAIN.force", True)
     assert (folder / "last_model.pth").is_file()
+
+
+def test_the_loss_scale_goes_on_where_it_was(data, tmp_path):
+    config = recipe(tmp_path, data, precision="fp16")
+    run = build_run(config)
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 128.0, "_growth_tracker": 7})
+    resume.save(run, {}, is_best=True)
+    again = build_run(config, "TRAIN.resume", tmp_path / "exp/tiny/last_model.pth")
+    assert again.scaler.state_dict() == run.scaler.state_dict()
+    assert again.scaler.get_scale() == 128.0
