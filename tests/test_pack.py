@@ -313,7 +313,7 @@ def test_json_of_something_else_is_no_list_of_refs(tmp_path, text):
         list(folder2lmdb.read_entries(path))
 
 
-def test_checking_json_takes_150_bytes_a_ref_at_most(tmp_path, monkeypatch):
+def test_checking_json_takes_200_bytes_a_ref_at_most(tmp_path, monkeypatch):
     monkeypatch.setattr(folder2lmdb, "_CHUNK", 1 << 14)
     peaks = []
     for count in (1_000, 11_000):
@@ -325,8 +325,9 @@ def test_checking_json_takes_150_bytes_a_ref_at_most(tmp_path, monkeypatch):
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    # 12 bytes an id, 4 ids a ref, and a copy for sorting; as a whole it would be 1,500.
-    assert peaks[1] - peaks[0] < 10_000 * 150
+    # 12 bytes an id, 4 ids a ref, and copies for sorting: 85 to 155 as the arrays happen to grow;
+    # as a whole it would be 1,500.
+    assert peaks[1] - peaks[0] < 10_000 * 200
 
 
 # ------------------------------------------------------------------------------------ size, memory
