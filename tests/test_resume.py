@@ -15,6 +15,7 @@ import torch
 from engine_helpers import (
     assert_same,
     build_run,
+    drop_measured,
     error_of,
     largest_file,
     load,
@@ -67,7 +68,7 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
         assert_same(*states, name)
     records = [read_jsonl(folder / "metrics.jsonl") for folder in (got, expected)]
     for record in itertools.chain(*records):
-        record.pop("images_per_second", None)
+        drop_measured(record)
     assert records[0] == records[1]
 
 
