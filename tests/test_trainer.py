@@ -436,9 +436,18 @@ def test_wandb_is_not_imported_when_it_is_disabled(config, monkeypatch):
         run_program("train.py", config, "TRAIN.wandb", "offline", "TRAIN.resume", "auto")
 
 
-@pytest.mark.slow
-def test_wandb_offline_writes_its_folder_without_a_network(config, tmp_path, monkeypatch):
+def test_wandb_offline_gets_pictures_each_epoch_and_goes_on_as_the_same_run(
+    config, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run_program("train.py", config, "TRAIN.wandb", "offline")
-    assert list((tmp_path / "exp/tiny/wandb").glob("offline-run-*/*.wandb"))
-    assert metrics(tmp_path)
+    folder = tmp_path / "exp/tiny"
+    for epochs in (1, 2):
+        opts = ("TRAIN.resume", "auto", "TRAIN.epochs", epochs, "TRAIN.val_pictures", 2)
+        run_program("train.py", config, "TRAIN.wandb", "offline", *opts)
+    starts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(starts) == 2
+    run_id = (folder / "wandb_run").read_text().strip()
+    for start in starts:
+        assert (start / f"run-{run_id}.wandb").stat().st_size > 0
+        assert len(list(start.rglob("files/media/**/*.png"))) == 2
+    assert [r["epoch"] for r in metrics(tmp_path) if r["kind"] == "epoch"] == [1, 2]

@@ -113,7 +113,7 @@ def read_run(folder: Path, name: str) -> Series:
         print(f"{path}: {broken} line(s) cut off or damaged, left out", file=sys.stderr)
     if not records:
         raise UserError(
-            f"{path}: nothing is logged yet; TRAIN.print_freq is the first step that is"
+            f"{path}: nothing is logged yet; the first line comes after TRAIN.print_freq steps"
         )
     kinds = ([r for r in records if r["kind"] == kind] for kind in ("step", "epoch"))
     steps, epochs = map(in_order, kinds)
