@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -144,12 +145,26 @@ def quiet_wandb(tmp_path, monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def offline_runs(folder: Path) -> list[list]:
-    """The records of each start of a run, oldest first, as `wandb sync` would upload them."""
+def offline_runs(folder: Path, starts: int = 1) -> list[list]:
+    """The records of each start of a run, oldest first, as `wandb sync` would upload them.
+
+    W&B's own process may still be writing when a run has ended: this waits for the last record.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns)
-    return [[Record.FromString(data) for data in chunks(path.read_bytes())] for path in files]
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        files = folder.glob("wandb/offline-run-*/*.wandb")
+        runs = [[Record.FromString(data) for data in chunks(path.read_bytes())] for path in files]
+        if [bool(of_kind(run, "exit")) for run in runs] == [True] * starts:
+            return sorted(runs, key=lambda run: of_kind(run, "run")[0].start_time.ToNanoseconds())
+        time.sleep(0.05)
+    raise AssertionError(f"{len(runs)} starts, not all of them ended")
+
+
+def of_kind(records: list, kind: str) -> list:
+    """The contents of the records of one kind."""
+    return [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
 
 
 def chunks(data: bytes) -> Iterator[bytes]:
@@ -161,6 +176,8 @@ def chunks(data: bytes) -> Iterator[bytes]:
             position += left
             continue
         _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + size > len(data):  # being written
+            return
         entry += data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -171,18 +188,15 @@ def chunks(data: bytes) -> Iterator[bytes]:
 def history(records: list) -> list[dict]:
     """What was logged, by name, without W&B's own."""
     rows = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join([i.key, *i.nested_key]).lstrip("/"): i for i in record.history.item}
-            rows.append(
-                {k: json.loads(i.value_json) for k, i in items.items() if not k.startswith("_")}
-            )
+    for row in of_kind(records, "history"):
+        items = {"/".join([i.key, *i.nested_key]).lstrip("/"): i.value_json for i in row.item}
+        rows.append({k: json.loads(text) for k, text in items.items() if not k.startswith("_")})
     return rows
 
 
 def about(records: list) -> tuple[str, str, dict]:
     """A start's id, name and config."""
-    (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    (run,) = of_kind(records, "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     return run.run_id, run.display_name, config
 
@@ -211,7 +225,7 @@ def test_weights_and_biases_gets_config_records_and_pictures(tmp_path, quiet_wan
         with Image.open(files / shown[f"{part}/path"]) as saved:
             assert saved.size == picture.size
             assert saved.getpixel((3, 3)) == picture.getpixel((3, 3))
-    axes = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
+    axes = of_kind(records, "metric")
     assert {(m.glob_name, m.step_metric) for m in axes if m.glob_name} == {
         *(("step/*", "step/step"), ("epoch/*", "epoch/epoch"))
     }
@@ -224,7 +238,7 @@ def test_a_resumed_run_is_the_same_run_at_weights_and_biases_and_a_new_one_is_no
     for keep in (None, lambda record: True, None):
         with Tracker(tmp_path, "offline", "x", {"a": 1}, keep) as tracker:
             tracker.log("step", {"step": 1})
-    first, resumed, anew = (about(records)[0] for records in offline_runs(tmp_path))
+    first, resumed, anew = (about(records)[0] for records in offline_runs(tmp_path, starts=3))
     assert first == resumed != anew
     assert (tmp_path / "wandb_run").read_text() == f"{anew}\n"
 
@@ -235,14 +249,14 @@ def test_weights_and_biases_knows_whether_a_run_failed(tmp_path, quiet_wandb):
             if error:
                 raise error
         (records,) = offline_runs(tmp_path / name)
-        (ending,) = [r.exit for r in records if r.WhichOneof("record_type") == "exit"]
+        (ending,) = of_kind(records, "exit")
         assert ending.exit_code == (error is not None)
 
 
 def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path, quiet_wandb):
     with Tracker(tmp_path) as tracker:
         tracker.log("step", {"step": 1})
-    with pytest.raises(UserError, match="TRAIN.wandb online: No API key .*; offline needs no acc"):
+    with pytest.raises(UserError, match=r"TRAIN.wandb online: No API key .*; offline needs no acc"):
         Tracker(tmp_path, "online", "x", {})
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
     assert not (tmp_path / "wandb_run").exists()
