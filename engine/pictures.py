@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 from engine.evaluator import SentenceScore
 from engine.run import PICTURES, Run
 from utils.dataset import EvaluationDataset, load_mask
+from utils.files import remove_leftovers
 from utils.transforms import decode_image
 from utils.visualize import column, comparison, save_picture
 
@@ -51,6 +52,7 @@ def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
     captions = [f"{score.sentence} (IoU {score.iou:.2f})" for score in scores]
     run.tracker.show(epoch, list(zip(captions, pictures, strict=True)))
     path = run.folder / PICTURES / f"epoch_{epoch:04d}.jpg"
+    remove_leftovers(path)
     try:
         save_picture(column(pictures), path)
     except OSError as error:

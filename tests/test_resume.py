@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_pat
     assert counts["validation"] >= 3
     assert counts["boundary"] >= 2
     assert_equal_runs(killed.parent / "exp/tiny", whole.parent / "exp/tiny")
-    assert not list((killed.parent / "exp/tiny").glob(".*.partial"))
+    assert not list((killed.parent / "exp/tiny").rglob(".*.partial"))
 
 
 def test_other_batches_within_an_epoch_are_warned_of(straight, tmp_path, data, capfd):
