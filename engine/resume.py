@@ -242,7 +242,10 @@ def resume(run: Run, state: dict, source: str) -> None:
         )
     _tell_differences(run, state, source)
     within = f" and {run.position} steps" if run.position else ""
-    logger.info(f"resumed {source}: epoch {run.epoch}{within}, best mIoU {100 * run.best:.2f}")
+    meta = run.val_loader.dataset.reader.meta
+    best = f"best mIoU on {meta['dataset']} {meta['split']} {100 * run.best:.2f}"
+    scored = best if run.best >= 0 else "not validated yet"
+    logger.info(f"resumed {source}: epoch {run.epoch}{within}, {scored}")
 
 
 def _of_rank(sums: list[torch.Tensor], ranks: Ranks) -> torch.Tensor:
