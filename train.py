@@ -44,19 +44,13 @@ def train(cfg, ranks) -> float:
 
     from loguru import logger
 
+    from engine import resume
+    from engine.banner import announce
     from engine.build import build_model, restore_model
     from engine.checks import check_checkpoint, check_records
     from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from engine.resume import (
-        alone,
-        check_resumable,
-        choose_checkpoint,
-        records_until,
-        restore_optimizer,
-        resume,
-    )
     from engine.run import Run
     from engine.trainer import build_scaler, fit, resolve_precision
     from utils.config import check_batch, save_config, to_dict
@@ -68,10 +62,10 @@ def train(cfg, ranks) -> float:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
-    state, source = None, choose_checkpoint(cfg, ranks)
+    state, source = None, resume.choose_checkpoint(cfg, ranks)
     if source:
         model, state = restore_model(cfg, device, source, "TRAIN.resume")
-        check_resumable(state, source)
+        resume.check_resumable(state, source)
         check_checkpoint(cfg, state, source)
     elif options.weight:
         model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
@@ -86,7 +80,7 @@ def train(cfg, ranks) -> float:
     )
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     if state is not None:
-        restore_optimizer(optimizer, state, source)
+        resume.restore_optimizer(optimizer, state, source)
     dtype = resolve_precision(options.precision, device)
     # From here on ranks draw different dropout.
     seed_everything(options.manual_seed + ranks.rank)
@@ -94,20 +88,18 @@ def train(cfg, ranks) -> float:
     steps = len(train_loader) // options.accumulation_steps
     tracker = partial(Tracker, folder if ranks.is_main else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
-    with alone(cfg, ranks), tracker(to_dict(cfg), state and records_until(state)) as tracker:
+    with (
+        resume.alone(cfg, ranks),
+        tracker(to_dict(cfg), state and resume.records_until(state)) as tracker,
+    ):
         setup_logging(folder, ranks.is_main)
         for notice in cfg.notices:
             logger.info(notice)
         if ranks.is_main:
             report_records(cfg, train_loader.dataset.reader)
+            if state is None:
+                resume.clear(folder)
             save_config(cfg, folder / "config.yaml")
-        logger.info(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}; "
-            f"{len(train_loader.dataset):,} training refs, {len(val_loader.dataset):,} validation "
-            f"images; {ranks.world_size} rank(s) x {micro_batch} x {options.accumulation_steps} "
-            f"(accumulation) = batch {options.batch_size}; {options.epochs} epochs of "
-            f"{steps} steps; output in {folder}"
-        )
         run = Run(
             cfg=cfg,
             ranks=ranks,
@@ -124,7 +116,8 @@ def train(cfg, ranks) -> float:
             epoch=options.start_epoch,
         )
         if state is not None:
-            resume(run, state, source)
+            resume.resume(run, state, source)
+        announce(run, source)
         return fit(run)
 
 

@@ -5,7 +5,7 @@ with the mask at that size. An image is encoded once for all its sentences, and 
 and compared in threads while the model computes the next batch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from model.loss import resize_target
 from utils.config import Config
-from utils.dataset import EvaluationBatch, SentenceTask, load_mask
+from utils.dataset import EvaluationBatch, EvaluationDataset, SentenceTask, load_mask
 from utils.distributed import gather_objects
 from utils.metrics import intersection_and_union, iou, summarize
 from utils.transforms import (
@@ -111,7 +111,7 @@ def evaluate(
     sentences_per_batch: int,
     *,
     ceiling: bool = False,
-    rle: bool = False,
+    rle: bool | Container[tuple[int, int]] = False,
     threads: int = 2,
     progress: Iterable | None = None,
 ) -> Scores:
@@ -123,7 +123,8 @@ def evaluate(
         device: where the model is.
         protocols: by name; the model runs once for all of them.
         sentences_per_batch: at most so many at a time.
-        ceiling, rle: fill these fields of the scores.
+        ceiling: fill these fields of the scores.
+        rle: fill this field of all scores, or of those with these keys.
         threads: that restore and compare masks.
         progress: wraps the loader, to show how far it is.
     Returns:
@@ -159,6 +160,22 @@ def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float]:
     return summarize([s.ceiling_intersection for s in scores], [s.ceiling_union for s in scores])
 
 
+def describe_scores(
+    scores: Mapping[str, float], dataset: EvaluationDataset, protocols: Mapping[str, Protocol]
+) -> str:
+    """What validation found, in per cent, with all that such a number depends on."""
+    meta, name = dataset.reader.meta, next(iter(protocols))
+    first = "first " if dataset.sentences == "first" else ""
+    threshold = protocols[name].threshold
+    if threshold != PROTOCOLS[name].threshold:
+        name += f", threshold {threshold:g}"
+    numbers = (f"{key} {100 * scores[key]:.2f}" for key in ("mIoU", "oIoU", "Pr@0.5"))
+    return (
+        f"{meta['dataset']} {meta['split']}, {scores['sentences']:,} {first}sentences, {name}: "
+        + ", ".join(numbers)
+    )
+
+
 def _predict(
     model: nn.Module,
     batch: EvaluationBatch,
@@ -188,12 +205,13 @@ def _score(
     maps: Mapping[str, np.ndarray],
     protocols: Mapping[str, Protocol],
     ceiling: bool,
-    rle: bool,
+    rle: bool | Container[tuple[int, int]],
 ) -> dict[str, SentenceScore]:
     """Restore one sentence's maps to the photo's size and count pixels."""
     ref = task.ref
     soft = load_mask(ref)
     mask = soft > 0
+    is_kept = rle if isinstance(rle, bool) else task.key in rle
     scores = {}
     for name, protocol in protocols.items():
         pred_mask = restore_size(maps[name], mask.shape) > protocol.threshold
@@ -215,7 +233,7 @@ def _score(
             union=union,
             ceiling_intersection=counts[0],
             ceiling_union=counts[1],
-            pred_rle=encode_rle(pred_mask) if rle else None,
+            pred_rle=encode_rle(pred_mask) if is_kept else None,
         )
     return scores
 

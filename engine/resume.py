@@ -6,13 +6,14 @@ A run that was interrupted anywhere and resumed computes what it would have comp
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from loguru import logger
 
-from engine.run import Run
-from utils.checkpoint import find_newest, save_checkpoint
+from engine.run import PICTURES, Run
+from utils.checkpoint import find_newest, list_checkpoints, save_checkpoint
 from utils.config import AUTO, Config, to_dict
 from utils.distributed import Ranks, any_rank, gather_objects, is_restart, unwrap
 from utils.errors import UserError
@@ -144,12 +145,26 @@ def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
         yield
 
 
+def clear(folder: Path) -> None:
+    """Before a new training: remove the checkpoints and pictures of one that was there before.
+
+    Until it has some of its own, `TRAIN.resume auto` would take the others for them.
+    """
+    old = list_checkpoints(folder)
+    if old:
+        logger.warning(f"TRAIN.force: {len(old)} checkpoint(s) in {folder} are removed")
+    for path in (*old, *(folder / PICTURES).glob("epoch_*.jpg")):
+        path.unlink(missing_ok=True)
+
+
 def choose_checkpoint(cfg: Config, ranks: Ranks) -> str | None:
     """The checkpoint to resume from, if any: the one that the config names, or the newest whole.
 
     Raises:
-        UserError: there are some, and all are torn.
+        UserError: there are some, and all are torn; or a new training would write over them.
     """
+    if cfg.TRAIN.resume is None and ranks.is_main and not cfg.TRAIN.force:
+        _refuse_to_overwrite(cfg.run_folder)
     if cfg.TRAIN.resume != AUTO:
         return cfg.TRAIN.resume
     found = find_newest(cfg.run_folder) if ranks.is_main else None
@@ -162,6 +177,15 @@ def choose_checkpoint(cfg: Config, ranks: Ranks) -> str | None:
             "them away to train anew"
         )
     return None if path is None else str(path)
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if old := list_checkpoints(folder):
+        raise UserError(
+            f"{old[0]} is there, and a new training would write over it: add TRAIN.resume auto to "
+            "go on with that run, give TRAIN.exp_name another name, or remove its checkpoints by "
+            "TRAIN.force True"
+        )
 
 
 def check_resumable(state: dict, source: str) -> None:
@@ -218,7 +242,10 @@ def resume(run: Run, state: dict, source: str) -> None:
         )
     _tell_differences(run, state, source)
     within = f" and {run.position} steps" if run.position else ""
-    logger.info(f"resumed {source}: epoch {run.epoch}{within}, best mIoU {100 * run.best:.2f}")
+    meta = run.val_loader.dataset.reader.meta
+    best = f"best mIoU on {meta['dataset']} {meta['split']} {100 * run.best:.2f}"
+    scored = best if run.best >= 0 else "not validated yet"
+    logger.info(f"resumed {source}: epoch {run.epoch}{within}, {scored}")
 
 
 def _of_rank(sums: list[torch.Tensor], ranks: Ranks) -> torch.Tensor:

@@ -17,6 +17,8 @@ from utils.logger import Tracker
 from utils.signals import StopRequest
 from utils.transforms import Protocol
 
+PICTURES = "pictures"  # in the run's folder: a sheet after each validation
+
 
 def code_version() -> str | None:
     """The commit that runs, `-dirty` if files differ from it; None where git does not say."""

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from loguru import logger
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from engine.checks import check_records
@@ -17,14 +16,15 @@ from engine.evaluator import (
     summarize_scores,
 )
 from engine.loaders import build_evaluation_loader
+from engine.pictures import draw_sentence
 from utils.config import Config
-from utils.dataset import EvaluationDataset, load_mask
+from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.metrics import METRIC_NAMES
-from utils.transforms import PROTOCOLS, decode_image
-from utils.visualize import comparison, file_stem, save_picture
+from utils.transforms import PROTOCOLS
+from utils.visualize import file_stem, save_picture
 
 
 def split_files(cfg: Config) -> list[tuple[str, str]]:
@@ -117,14 +117,8 @@ def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -
     for old in folder.glob("*-iou=*.png"):
         old.unlink()
     for line in progress(lines, len(lines), "pictures"):
-        ref = dataset.mask_source(line.key)
-        image = decode_image(dataset.reader.image(ref.image_key), ref.image_key)
-        rle = {"size": [line.height, line.width], "counts": line.pred_rle}
-        picture = comparison(
-            image, load_mask(ref) > 0, coco_mask.decode(rle) > 0, line.sentence, line.iou
-        )
         name = f"{line.ref_id}-{line.sent_id}-iou={line.iou:.2f}-{file_stem(line.sentence)}.png"
-        save_picture(picture, folder / name)
+        save_picture(draw_sentence(dataset, line), folder / name)
     logger.info(f"{len(lines)} pictures in {folder}")
 
 

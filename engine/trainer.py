@@ -7,8 +7,10 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from engine.evaluator import evaluate, summarize_scores
+from engine.evaluator import describe_scores, evaluate, summarize_scores
 from engine.guard import apply_step, look
+from engine.pace import Pace
+from engine.pictures import show_sentences, watched_sentences
 from engine.resume import save, save_if_due, stoppable
 from engine.run import Run
 from model.loss import resize_target, text_to_pixel_loss
@@ -73,10 +75,9 @@ def _fit(run: Run) -> bool:
         is_saved = save(run, scores, is_best)
         left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
         logger.info(
-            f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}, "
-            f"{run.cfg.DATA.val_split} mIoU {100 * scores['mIoU']:.2f}, "
-            f"Pr@0.5 {100 * scores['Pr@0.5']:.2f}{' (best)' if is_best else ''}, "
-            f"{duration(left)} left"
+            f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}; "
+            f"{describe_scores(scores, run.val_loader.dataset, run.protocols)}"
+            f"{' (best)' if is_best else ''}; {duration(left)} left"
         )
     return is_saved
 
@@ -99,8 +100,9 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     total, window = run.sums
     batches = len(run.train_loader)
     steps, done = batches // train.accumulation_steps, run.position * train.accumulation_steps
-    bar = progress(run.train_loader, batches, f"epoch {epoch + 1}", run.ranks.is_main, done)
-    timed_from, start = run.position, time.monotonic()
+    pace = Pace(run.ranks.device)
+    loader = pace.watch(run.train_loader)
+    bar = progress(loader, batches, f"epoch {epoch + 1}", run.ranks.is_main, done)
     for count, batch in enumerate(bar, start=done + 1):
         completes = count % train.accumulation_steps == 0
         if (count - 1) % train.accumulation_steps == 0:
@@ -115,13 +117,11 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             passes = (run.position - 1) % train.print_freq + 1
             values = means(window, passes * train.accumulation_steps)
             values["skipped_steps"] = look(run)
-            samples = (run.position - timed_from) * train.batch_size
-            values["images_per_second"] = samples / (time.monotonic() - start)
+            values |= pace.lap(train.batch_size // train.accumulation_steps)
             log_step(run, epoch, run.position, steps, values)
-            bar.set_postfix_str(f"loss {values['loss']:.4f} iou {100 * values['train_mIoU']:.1f}")
+            bar.set_postfix_str(describe_step(values))
             total += window
             window.zero_()
-            timed_from, start = run.position, time.monotonic()
         save_if_due(run)
     return means(total, batches)
 
@@ -167,18 +167,31 @@ def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, floa
     """Tell the log and the tracker how the last steps went."""
     rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
     run.tracker.log("step", {"epoch": epoch + 1, "step": run.step, **values, **rates})
-    left = (steps - done) * run.cfg.TRAIN.batch_size / values["images_per_second"]
+    speed = values["images_per_second"]
+    left = (steps - done) * run.cfg.TRAIN.batch_size / speed
     logger.info(
-        f"epoch {epoch + 1} step {done}/{steps}: loss {values['loss']:.4f}, "
-        f"IoU {100 * values['train_mIoU']:.2f}, {values['images_per_second']:.1f} images/s, "
-        f"{duration(left)} left in the epoch"
+        f"epoch {epoch + 1} step {done}/{steps}: {describe_step(values)}, "
+        f"{speed:.1f} images/s, {duration(left)} left in the epoch"
+    )
+
+
+def describe_step(values: dict[str, float]) -> str:
+    """The numbers of a line in the log that the bar shows as well."""
+    return (
+        f"loss {values['loss']:.4f}, IoU {100 * values['train_mIoU']:.2f}, "
+        f"{100 * values['data_wait_share']:.0f} % waiting for data, {values['memory_gib']:.2f} GiB"
     )
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Score the validation split on all ranks: mIoU, oIoU and Pr@X."""
+    """Score the validation split on all ranks, and show the sentences that are watched.
+
+    Returns:
+        mIoU, oIoU and Pr@X, and the number of sentences.
+    """
     share_buffers(run.model)
     loader = run.val_loader
+    watched = watched_sentences(loader.dataset, run.cfg.TRAIN.val_pictures)
     bar = progress(loader, len(loader), "validation", run.ranks.is_main)
     scores = evaluate(
         unwrap(run.model),
@@ -186,6 +199,10 @@ def validate(run: Run) -> dict[str, float]:
         run.ranks.device,
         run.protocols,
         sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
+        rle=watched,
         progress=stoppable(run, bar, min(gather_objects(len(loader)))),
     )
-    return summarize_scores(next(iter(scores.values())))
+    lines = next(iter(scores.values()))
+    if run.ranks.is_main:
+        show_sentences(run, [line for line in lines if line.key in watched])
+    return summarize_scores(lines) | {"sentences": len(lines)}

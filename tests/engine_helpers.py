@@ -23,6 +23,7 @@ import yaml
 from samples import ROOT, threads
 
 import train
+from engine.pace import MEASURED
 from engine.trainer import Run
 from tools import data_process, folder2lmdb, refshapes
 from utils import distributed
@@ -234,6 +235,12 @@ class Batches(list):
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def drop_measured(record: dict) -> None:
+    """Take out of a record of metrics.jsonl what differs from run to run: speed and memory."""
+    for name in MEASURED:
+        record.pop(name, None)
 
 
 def load(path: Path) -> dict:

@@ -157,6 +157,7 @@ ADDED = {
         "precision": "auto",
         "target": "nearest",
         "val_sentences": "all",
+        "val_pictures": 4,
         "save_every": None,
         "keep_checkpoints": 2,
         "force": False,

@@ -85,7 +85,7 @@ def faulty(monkeypatch, is_faulty) -> None:
 
 def refs_of_step(config: Path, step: int) -> set[int]:
     """ref_ids of a step of the first epoch."""
-    run = build_run(config)
+    run = build_run(config, "TRAIN.exp_name", "other")
     visits = list(run.train_loader.batch_sampler)[step - 1]
     reader = run.train_loader.dataset.reader
     return {reader.ref(position).ref_id for position, _ in visits}

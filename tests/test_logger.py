@@ -1,16 +1,22 @@
 """Lines for people, records for programs, and Weights & Biases only where it is asked for."""
 
 import io
+import json
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from types import SimpleNamespace
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from engine_helpers import largest_file, read_jsonl
 from loguru import logger
+from PIL import Image
 from samples import ROOT
 
+from utils.errors import UserError
 from utils.logger import Tracker, duration, progress, setup_logging
 
 
@@ -127,23 +133,133 @@ def test_a_tracker_without_a_folder_does_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_weights_and_biases_gets_the_same_records(tmp_path, monkeypatch, mode):
-    calls = []
-    run = SimpleNamespace(
-        log=lambda record: calls.append(("log", record)), finish=lambda: calls.append("finish")
-    )
-    fake = SimpleNamespace(init=lambda **options: calls.append(("init", options)) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with Tracker(tmp_path, mode, "CRIS_R50", {"TRAIN": {}}) as tracker:
-        tracker.log("step", {"loss": 0.5})
-    options = {"name": "CRIS_R50", "mode": mode, "dir": tmp_path, "config": {"TRAIN": {}}}
-    assert calls == [
-        ("init", {"project": "CRIS", **options}),
-        ("log", {"step/loss": 0.5}),
-        "finish",
-    ]
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kind": "step", "loss": 0.5}]
+# ------------------------------------------------------------ Weights & Biases, the real package
+
+
+@pytest.fixture
+def quiet_wandb(tmp_path, monkeypatch) -> None:
+    """No account, no settings of the person's, no lines on the terminal."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def offline_runs(folder: Path, starts: int = 1) -> list[list]:
+    """The records of each start of a run, oldest first, as `wandb sync` would upload them.
+
+    W&B's own process may still be writing when a run has ended: this waits for the last record.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        files = folder.glob("wandb/offline-run-*/*.wandb")
+        runs = [[Record.FromString(data) for data in chunks(path.read_bytes())] for path in files]
+        if [bool(of_kind(run, "exit")) for run in runs] == [True] * starts:
+            return sorted(runs, key=lambda run: of_kind(run, "run")[0].start_time.ToNanoseconds())
+        time.sleep(0.05)
+    raise AssertionError(f"{len(runs)} starts, not all of them ended")
+
+
+def of_kind(records: list, kind: str) -> list:
+    """The contents of the records of one kind."""
+    return [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
+
+
+def chunks(data: bytes) -> Iterator[bytes]:
+    """The entries of a .wandb file: a LevelDB log behind a head of seven bytes."""
+    position, entry = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + size > len(data):  # being written
+            return
+        entry += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield entry
+            entry = b""
+
+
+def history(records: list) -> list[dict]:
+    """What was logged, by name, without W&B's own."""
+    rows = []
+    for row in of_kind(records, "history"):
+        items = {"/".join([i.key, *i.nested_key]).lstrip("/"): i.value_json for i in row.item}
+        rows.append({k: json.loads(text) for k, text in items.items() if not k.startswith("_")})
+    return rows
+
+
+def about(records: list) -> tuple[str, str, dict]:
+    """A start's id, name and config."""
+    (run,) = of_kind(records, "run")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    return run.run_id, run.display_name, config
+
+
+def test_weights_and_biases_gets_config_records_and_pictures(tmp_path, quiet_wandb):
+    run = tmp_path / "run"
+    pictures = [("the red star (IoU 0.50)", Image.new("RGB", (30, 20), "red"))]
+    pictures += [("“größer” (IoU 0.10)", Image.new("RGB", (30, 50), "blue"))]
+    with Tracker(run, "offline", "CRIS_R50", {"TRAIN": {"epochs": 3}}) as tracker:
+        tracker.log("step", {"step": 4, "loss": 0.5})
+        tracker.show(1, pictures)
+        tracker.log("epoch", {"epoch": 1, "step": 4, "mIoU": 0.25})
+    (records,) = offline_runs(run)
+    run_id, name, config = about(records)
+    assert (run / "wandb_run").read_text() == f"{run_id}\n"
+    assert name == "CRIS_R50"
+    assert config["TRAIN"] == {"epochs": 3}
+    step, shown, epoch = history(records)
+    assert step == {"step/step": 4, "step/loss": 0.5}
+    assert epoch == {"epoch/epoch": 1, "epoch/step": 4, "epoch/mIoU": 0.25}
+    assert shown["epoch/epoch"] == 1
+    for number, (caption, picture) in enumerate(pictures, start=1):
+        part = f"epoch/sentence_{number}"
+        assert shown[f"{part}/caption"] == caption
+        (files,) = run.glob("wandb/offline-run-*/files")
+        with Image.open(files / shown[f"{part}/path"]) as saved:
+            assert saved.size == picture.size
+            assert saved.getpixel((3, 3)) == picture.getpixel((3, 3))
+    axes = of_kind(records, "metric")
+    assert {(m.glob_name, m.step_metric) for m in axes if m.glob_name} == {
+        *(("step/*", "step/step"), ("epoch/*", "epoch/epoch"))
+    }
+    assert len(read_jsonl(run / "metrics.jsonl")) == 2
+
+
+def test_a_resumed_run_is_the_same_run_at_weights_and_biases_and_a_new_one_is_not(
+    tmp_path, quiet_wandb
+):
+    for keep in (None, lambda record: True, None):
+        with Tracker(tmp_path, "offline", "x", {"a": 1}, keep) as tracker:
+            tracker.log("step", {"step": 1})
+    first, resumed, anew = (about(records)[0] for records in offline_runs(tmp_path, starts=3))
+    assert first == resumed != anew
+    assert (tmp_path / "wandb_run").read_text() == f"{anew}\n"
+
+
+def test_weights_and_biases_knows_whether_a_run_failed(tmp_path, quiet_wandb):
+    for name, error in (("good", None), ("bad", RuntimeError("no"))):
+        with suppress(RuntimeError), Tracker(tmp_path / name, "offline"):
+            if error:
+                raise error
+        (records,) = offline_runs(tmp_path / name)
+        (ending,) = of_kind(records, "exit")
+        assert ending.exit_code == (error is not None)
+
+
+def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path, quiet_wandb):
+    with Tracker(tmp_path) as tracker:
+        tracker.log("step", {"step": 1})
+    with pytest.raises(UserError, match=r"TRAIN.wandb online: No API key .*; offline needs no acc"):
+        Tracker(tmp_path, "online", "x", {})
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+    assert not (tmp_path / "wandb_run").exists()
 
 
 def test_weights_and_biases_is_not_imported_when_disabled(tmp_path, monkeypatch):

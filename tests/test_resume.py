@@ -15,6 +15,7 @@ import torch
 from engine_helpers import (
     assert_same,
     build_run,
+    drop_measured,
     error_of,
     largest_file,
     load,
@@ -67,7 +68,7 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
         assert_same(*states, name)
     records = [read_jsonl(folder / "metrics.jsonl") for folder in (got, expected)]
     for record in itertools.chain(*records):
-        record.pop("images_per_second", None)
+        drop_measured(record)
     assert records[0] == records[1]
 
 
@@ -120,7 +121,7 @@ def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_pat
     assert counts["validation"] >= 3
     assert counts["boundary"] >= 2
     assert_equal_runs(killed.parent / "exp/tiny", whole.parent / "exp/tiny")
-    assert not list((killed.parent / "exp/tiny").glob(".*.partial"))
+    assert not list((killed.parent / "exp/tiny").rglob(".*.partial"))
 
 
 def test_other_batches_within_an_epoch_are_warned_of(straight, tmp_path, data, capfd):
@@ -316,6 +317,50 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
         assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
         run_program("train.py", config, "TRAIN.force", True)
     assert (folder / "last_model.pth").is_file()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("left", ["all", "last_model.pth", "best_model.pth", "step_00000001.pth"])
+def test_a_new_training_does_not_write_over_an_earlier_one(straight, tmp_path, data, left):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    shutil.copytree(straight, folder)
+    for path in folder.glob("*.pth") if left != "all" else ():
+        if path.name != left:
+            path.unlink()
+    before = contents(folder)
+    line = error_of("train.py", config)
+    named = folder / ("last_model.pth" if left == "all" else left)
+    assert line.startswith(f"{named} is there, and a new training would write over it: ")
+    for remedy in ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True"):
+        assert remedy in line
+    assert contents(folder) == before
+
+
+def test_the_remedies_of_an_earlier_training_work(straight, tmp_path, data, capfd):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    shutil.copytree(straight, folder)
+    run_program("train.py", config, "TRAIN.resume", "auto")
+    assert_equal_runs(folder, straight)
+    run_program("train.py", config, "TRAIN.exp_name", "other")
+    assert_equal_runs(tmp_path / "exp/other", straight)
+    count = len(list(folder.glob("*.pth")))
+    capfd.readouterr()
+    run_program("train.py", config, "TRAIN.force", True, "TRAIN.epochs", 1)
+    assert f"TRAIN.force: {count} checkpoint(s) in {folder} are removed" in capfd.readouterr().err
+    assert load(folder / "last_model.pth")["epoch"] == 1
+    assert sorted(p.name for p in folder.glob("*.pth")) == ["best_model.pth", "last_model.pth"]
+    assert [p.name for p in (folder / "pictures").iterdir()] == ["epoch_0001.jpg"]
+
+
+def test_records_without_a_checkpoint_are_no_training_to_be_kept(tmp_path, data):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 99}\n')
+    run_program("train.py", config, "TRAIN.epochs", 1)
+    assert all(record["step"] != 99 for record in read_jsonl(folder / "metrics.jsonl"))
 
 
 def test_the_loss_scale_goes_on_where_it_was(data, tmp_path):

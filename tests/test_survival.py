@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_helpers import assert_same, load, make_shapes, read_jsonl, write_config
+from engine_helpers import assert_same, drop_measured, load, make_shapes, read_jsonl, write_config
 from samples import ROOT, encoded, sample_ref, smooth_photo
 
 from utils.records import RecordWriter
@@ -90,7 +90,7 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
     for state in states:
         del state["config"]
     for record in records[0] + records[1]:
-        record.pop("images_per_second", None)
+        drop_measured(record)
     assert_same(*states)
     assert records[0] == records[1]
 

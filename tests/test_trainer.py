@@ -12,6 +12,7 @@ from engine_helpers import (
     Batches,
     assert_same,
     build_run,
+    drop_measured,
     error_of,
     load,
     make_shapes,
@@ -62,11 +63,16 @@ def num_steps(data: Path) -> int:
     return len(RecordReader(data / "lmdb/shapes/train.lmdb")) // 8
 
 
+def num_sentences(data: Path) -> int:
+    """Of val."""
+    return RecordReader(data / "lmdb/shapes/val.lmdb").meta["sentences"]
+
+
 def metrics(folder: Path) -> list[dict]:
     """What was logged, but for the speed."""
     records = read_jsonl(folder / "exp/tiny/metrics.jsonl")
     for record in records:
-        record.pop("images_per_second", None)
+        drop_measured(record)
     return records
 
 
@@ -114,6 +120,7 @@ def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, d
         "train_mIoU",
         "train_Pr@0.5",
         *METRIC_NAMES,
+        "sentences",
     }
     # As released: the first epoch at the head's rate for all; a milestone multiplies by lr_decay.
     rates = {1: (1e-3, 1e-3), 2: (1e-4, 1e-3), 3: (1e-5, 1e-4)}
@@ -139,10 +146,12 @@ def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
 def test_the_log_file_tells_the_run(straight, data):
     text = (straight / "exp/tiny/train.log").read_text()
     for expected in (
-        "training refs",
+        "step        1 rank(s) x 8 x 1 (accumulation) = batch 8",
         f"epoch 1 step 2/{num_steps(data)}",
         "epoch 3/3: loss",
-        "val mIoU",
+        " % waiting for data, ",
+        " GiB, ",
+        f"shapes val, {num_sentences(data)} sentences, published: mIoU ",
         "(best)",
     ):
         assert expected in text
@@ -183,9 +192,8 @@ def test_validating_now_and_then_saves_then_and_at_the_end(config, tmp_path):
 
 def test_the_best_model_survives_worse_epochs_and_a_resume(config, tmp_path, monkeypatch):
     scores = iter([0.3, 0.5, 0.2, 0.4, 0.6])
-    monkeypatch.setattr(
-        trainer, "validate", lambda run: dict.fromkeys(METRIC_NAMES, 0.0) | {"mIoU": next(scores)}
-    )
+    zeros = dict.fromkeys(METRIC_NAMES, 0.0) | {"sentences": 35}
+    monkeypatch.setattr(trainer, "validate", lambda run: zeros | {"mIoU": next(scores)})
     folder = tmp_path / "exp/tiny"
 
     def epochs_kept() -> dict[str, tuple[int, float]]:
@@ -425,12 +433,21 @@ def test_wandb_is_not_imported_when_it_is_disabled(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
     run_program("train.py", config)
     with pytest.raises(ImportError):
-        run_program("train.py", config, "TRAIN.wandb", "offline")
+        run_program("train.py", config, "TRAIN.wandb", "offline", "TRAIN.resume", "auto")
 
 
-@pytest.mark.slow
-def test_wandb_offline_writes_its_folder_without_a_network(config, tmp_path, monkeypatch):
+def test_wandb_offline_gets_pictures_each_epoch_and_goes_on_as_the_same_run(
+    config, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run_program("train.py", config, "TRAIN.wandb", "offline")
-    assert list((tmp_path / "exp/tiny/wandb").glob("offline-run-*/*.wandb"))
-    assert metrics(tmp_path)
+    folder = tmp_path / "exp/tiny"
+    for epochs in (1, 2):
+        opts = ("TRAIN.resume", "auto", "TRAIN.epochs", epochs, "TRAIN.val_pictures", 2)
+        run_program("train.py", config, "TRAIN.wandb", "offline", *opts)
+    starts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(starts) == 2
+    run_id = (folder / "wandb_run").read_text().strip()
+    for start in starts:
+        assert (start / f"run-{run_id}.wandb").stat().st_size > 0
+        assert len(list(start.rglob("files/media/**/*.png"))) == 2
+    assert [r["epoch"] for r in metrics(tmp_path) if r["kind"] == "epoch"] == [1, 2]

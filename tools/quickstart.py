@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from engine.tester import print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, KINDS, blind_baselines, is_complete, kind_of
-from utils.checkpoint import BEST, LAST, read_checkpoint
+from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run
-from utils.logger import duration
+from utils.logger import METRICS, duration
 from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
@@ -111,7 +111,7 @@ def training_step(config: str, cfg: Config) -> Step:
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
             resume = f"{command} --opts TRAIN.resume {last}"
             return Step("train", resume, state["epoch"] == cfg.TRAIN.epochs)
-    return Step("train", command, False, (last, best, folder / "metrics.jsonl"))
+    return Step("train", command, False, (*list_checkpoints(folder), folder / METRICS))
 
 
 def take(step: Step) -> float | None:

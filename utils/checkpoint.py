@@ -56,6 +56,12 @@ def find_newest(folder: str | Path) -> tuple[Path | None, list[Path]]:
     return None, torn
 
 
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Those that a run has written there, whole or not."""
+    folder = Path(folder)
+    return [path for path in (folder / LAST, folder / BEST, *folder.glob(STEPS)) if path.is_file()]
+
+
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
     there = [path for path in paths if path.is_file()]
     return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)

@@ -159,6 +159,7 @@ class TrainConfig:
     target: Literal["nearest", "area"] = "nearest"
     val_freq: Size = 1
     val_sentences: Literal["all", "first"] = "all"
+    val_pictures: Count = 4
     save_every: Interval | None = None
     keep_checkpoints: Size = 2
     manual_seed: Count = 0

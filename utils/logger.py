@@ -6,17 +6,22 @@ This is the only file that names Weights & Biases, and it imports it only when i
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loguru import logger
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.files import atomic_path
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 LOG, METRICS = "train.log", "metrics.jsonl"  # in the folder of a run
+WANDB_RUN = "wandb_run"  # beside them: the id by which Weights & Biases knows the run
 TERMINAL_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{message}</level>"
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}"
 
@@ -97,27 +102,23 @@ class Tracker:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if wandb_mode != "disabled":  # first: nothing has been changed yet if it cannot start
+            self._wandb = _start_wandb(folder, wandb_mode, name, config, keep is not None)
         path = folder / METRICS
         if keep is not None and path.exists():
             _keep_records(path, keep)
         self._file = path.open("w" if keep is None else "a")
-        if wandb_mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project="CRIS", name=name, mode=wandb_mode, dir=folder, config=config
-            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._flush()
             with suppress(OSError):  # what has no room now has been told of
                 self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def _flush(self) -> None:
         """A full disk ends no training: what could not be written goes with the next record."""
@@ -139,3 +140,51 @@ class Tracker:
         self._flush()
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
+
+    def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
+        """Give Weights & Biases pictures with their captions, the same number in every epoch."""
+        if self._wandb is None:
+            return
+        import wandb
+
+        # A name each: pictures under one name must be of one size.
+        images = {
+            f"epoch/sentence_{number}": wandb.Image(picture, caption=caption)
+            for number, (caption, picture) in enumerate(pictures, start=1)
+        }
+        self._wandb.log({"epoch/epoch": epoch, **images})
+
+
+def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_on: bool) -> Any:
+    """Start a run at Weights & Biases, or go on with the one that this folder belongs to.
+
+    Raises:
+        UserError: it cannot be reached, or nobody is logged in.
+    """
+    import wandb
+
+    file = folder / WANDB_RUN
+    known = file.read_text().strip() if goes_on and file.exists() else None
+    try:
+        run = wandb.init(
+            project="CRIS",
+            name=name,
+            mode=mode,
+            dir=folder,
+            config=config,
+            id=known or None,
+            resume="allow",
+            allow_val_change=True,
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"TRAIN.wandb {mode}: {reason}; offline needs no account, and `wandb sync` can upload "
+            "it later"
+        ) from None
+    # Its own counter of calls is no axis, and goes on from another number after a resume.
+    for kind in ("step", "epoch"):
+        run.define_metric(f"{kind}/*", step_metric=f"{kind}/{kind}")
+    with atomic_path(file) as partial:
+        partial.write_text(f"{run.id}\n")
+    return run

@@ -1,0 +1,136 @@
+"""What is going to run, said before it runs."""
+
+import json
+import shlex
+import textwrap
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from loguru import logger
+
+from engine.run import Run
+from model.clip_archive import ClipSizes
+from utils.config import Config, to_dict
+from utils.distributed import unwrap
+from utils.records import JoinedReader, RecordReader, Records
+
+# OpenAI's ResNets by blocks a stage and width.
+CLIP_NAMES = {
+    ((3, 4, 6, 3), 64): "RN50",
+    ((3, 4, 23, 3), 64): "RN101",
+    ((4, 6, 10, 6), 80): "RN50x4",
+    ((6, 8, 18, 8), 96): "RN50x16",
+    ((3, 15, 36, 10), 128): "RN50x64",
+}
+
+# What the other lines say, or the data and the model make necessary; all else is an option.
+SAID = {
+    *("DATA.dataset", "DATA.train_lmdb", "DATA.train_split", "DATA.val_lmdb", "DATA.val_split"),
+    *("TRAIN.clip_pretrain", "TRAIN.clip_arch", "TRAIN.input_size", "TRAIN.word_len"),
+    *("TRAIN.word_dim", "TRAIN.vis_dim", "TRAIN.fpn_in", "TRAIN.fpn_out", "TRAIN.num_layers"),
+    *("TRAIN.batch_size", "TRAIN.accumulation_steps", "TRAIN.epochs", "TRAIN.precision"),
+    *("TRAIN.exp_name", "TRAIN.output_folder", "TRAIN.weight", "TRAIN.resume"),
+}
+
+
+def announce(run: Run, source: str | None) -> None:
+    """Log what `fit` is about to do with the run, a line a subject; rank 0 only.
+
+    Args:
+        source: the checkpoint that the run goes on from, if any.
+    """
+    if not run.ranks.is_main:
+        return
+    for label, text in banner(run, source):
+        logger.info(f"{label:<12}{text}".rstrip())
+
+
+def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
+    """(subject, what there is to say), in the order of the log."""
+    train, ranks, model = run.cfg.TRAIN, run.ranks, unwrap(run.model)
+    decoder = f"{counted(train.num_layers, 'decoder layer')} of {model.sizes.transformer_width}"
+    inputs = f"{train.input_size} pixels, {train.word_len} tokens"
+    yield "model", f"{clip_name(model.sizes)}, {decoder}; {inputs}"
+    yield "weights", origin(run, source)
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield "parameters", f"{count:,}, of them {trained:,} trained"
+    for line in describe_records(run.train_loader.dataset.reader):
+        yield "training", line
+    dataset = run.val_loader.dataset
+    (line,) = describe_records(dataset.reader)
+    ((name, protocol),) = run.protocols.items()
+    yield "validation", f"{line}; {name} protocol, threshold {protocol.threshold:g}"
+    if dataset.sentences == "first":
+        yield "", f"{len(dataset.keys()):,} of the sentences: the first of each ref"
+    dtype = str(run.dtype).removeprefix("torch.")
+    yield "ranks", f"{ranks.world_size} on {device_name(ranks.device)}, {dtype}"
+    micro_batch = train.batch_size // ranks.world_size // train.accumulation_steps
+    shares = f"{ranks.world_size} rank(s) x {micro_batch} x {train.accumulation_steps}"
+    yield "step", f"{shares} (accumulation) = batch {train.batch_size}"
+    steps = len(run.train_loader) // train.accumulation_steps
+    length = f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
+    done = f", {run.step:,} of them done" if run.step else ""
+    yield "length", f"{length}: {train.epochs * steps:,} in all{done}"
+    yield "output", str(run.folder)
+    options = ", ".join(options_on(run.cfg)) or "as published"
+    lines = textwrap.wrap(options, 80, break_long_words=False, break_on_hyphens=False)
+    yield from zip(["options", *[""] * (len(lines) - 1)], lines, strict=True)
+
+
+def clip_name(sizes: ClipSizes) -> str:
+    """What people call a CLIP of these sizes."""
+    name = CLIP_NAMES.get((tuple(sizes.vision_layers), sizes.vision_width))
+    stages = "-".join(map(str, sizes.vision_layers))
+    return f"CLIP {name}" if name else f"CLIP ResNet {stages} of width {sizes.vision_width}"
+
+
+def origin(run: Run, source: str | None) -> str:
+    """Where the weights come from that the run starts with."""
+    train = run.cfg.TRAIN
+    if source is not None:
+        within = f" and {counted(run.position, 'step')}" if run.position else ""
+        return f"resumed from {source}, after {counted(run.epoch, 'epoch')}{within}"
+    if train.weight is not None:
+        return f"{train.weight} (TRAIN.weight), new optimiser"
+    return "random" if train.clip_pretrain is None else f"{train.clip_pretrain}, head random"
+
+
+def describe_records(records: Records) -> Iterator[str]:
+    """Of each file: its path, data set and split, and how much of it is used."""
+    parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
+    for reader, kept in parts:
+        pairs = zip(count_records(reader, kept), ("ref", "sentence", "image"), strict=True)
+        counts = ", ".join(counted(number, noun) for number, noun in pairs)
+        yield f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
+
+
+def count_records(reader: RecordReader, kept: slice | np.ndarray) -> tuple[int, int, int]:
+    """Refs, sentences and images among the refs at these positions."""
+    sentences = np.array(reader.index.num_sentences)[kept]
+    images = np.array(reader.index.image_keys)[kept]
+    return len(sentences), int(sentences.sum()), len(np.unique(images))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} with {counted(torch.get_num_threads(), 'thread')}"
+
+
+def options_on(cfg: Config) -> list[str]:
+    """`KEY value` of every setting that is not the published one and stands in no other line."""
+    own, published = to_dict(cfg), to_dict(Config())
+    return [
+        f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
+        for section in ("DATA", "TRAIN")
+        for name, value in own[section].items()
+        if f"{section}.{name}" not in SAID and value != published[section][name]
+    ]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
