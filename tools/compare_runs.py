@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_results(*paths: Path) -> list[Scored]:
-    """Read each `.jsonl` and the `.json` beside it; models are called by their runs' folders.
+    """Read each `.jsonl` and the `.json` beside it.
+
+    Models are called by the folders of their runs; two of one run by what tells their files apart.
 
     Raises:
         UserError: a file is missing, or is not what test.py writes.
@@ -71,9 +73,9 @@ def load_results(*paths: Path) -> list[Scored]:
     pairs = [(read_result(path.with_suffix(".json")), read_lines(path)) for path in paths]
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
-        names = [path.stem for path in paths]
+        names = [result["protocol"] for result, _ in pairs]
     if len(set(names)) < len(names):
-        names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
+        names = list("AB")
     models = []
     for name, (result, lines) in zip(names, pairs, strict=True):
         pixels = ([line[key] for line in lines] for key in ("intersection", "union"))
@@ -220,9 +222,8 @@ def print_comparison(first: Scored, second: Scored, numbers: Mapping) -> None:
     intervals = [numbers["intervals"][name] for name in METRIC_NAMES]
     rows = [["", *METRIC_NAMES]]
     for letter, model in zip("AB", (first, second), strict=True):
-        label = model.name if model.name.startswith(letter + ":") else f"{letter}: {model.name}"
-        how = f"{label} ({model.result['protocol']})"
-        rows.append([how, *(f"{100 * model.result[name]:.2f}" for name in METRIC_NAMES)])
+        label = letter if model.name == letter else f"{letter}: {model.name}"
+        rows.append([label, *(f"{100 * model.result[name]:.2f}" for name in METRIC_NAMES)])
     rows.append(["B − A", *(f"{100 * i.difference:+.2f}" for i in intervals)])
     rows.append([f"{100 * LEVEL:.0f} % interval from", *(f"{100 * i.low:+.2f}" for i in intervals)])
     rows.append(["  to", *(f"{100 * i.high:+.2f}" for i in intervals)])

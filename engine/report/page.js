@@ -17,7 +17,7 @@
       if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
       else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
     }
-    node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
     return node;
   }
   const el = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
@@ -91,7 +91,7 @@
     const text = `${models[1].name} won ${number(won)}, lost ${number(lost)}, tied ${number(tied)} ` +
       `(IoU within ${margin}). Intervals: ${number(draws)} draws of ${plural(images, "photo")} with all their ` +
       "sentences, since sentences of one photo are not independent; both models on the same draw.";
-    $("scores").append(el("div", { id: "outcome" }, el("p", { class: "note" }, text), bar));
+    $("scores").append(el("div", { id: "outcomes" }, el("p", { class: "note" }, text), bar));
   }
 
   // ----------------------------------------------------------------------------------------- charts
@@ -171,7 +171,7 @@
     }, svg("title", {}, "a perfect model at this input size and protocol"));
     const labels = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1].map((value) =>
       svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
-    return frame("Pr@X", "% of sentences with an IoU above X; dashed: a perfect model", SHARE_TICKS,
+    return frame("Pr@X", "% of sentences; dashed: perfect model", SHARE_TICKS,
       "Share of sentences with an IoU above X", "X", labels, ceiling, lines, dots);
   }
 
@@ -188,7 +188,7 @@
     }, number(row.sentences)));
     const content = bars(heights, count, tell, (i) => apply({ [grouping.key]: String(i) }));
     const axis = grouping.key === "size" ? "% of the photo that the object covers" : grouping.title;
-    return frame(`mIoU by ${grouping.key === "size" ? "object size" : "sentence length"}`, "in %, with the number of sentences",
+    return frame(`mIoU by ${grouping.key === "size" ? "object size" : "sentence length"}`, "in %, above: count",
       SHARE_TICKS, `mIoU by ${grouping.title}`, axis, labels, content, numbers);
   }
 
@@ -200,7 +200,11 @@
   // ----------------------------------------------------------------------------------------- tables
 
   function drawTables() {
+    const kinds = groupings.find((grouping) => grouping.key === "kind");
+    const brief = kinds.labels.map((label, i) => `${label} ${kinds.rows[i].models.map((scores) => percent(scores.mIoU, 1)).join(" / ")}`);
+    $("brief").textContent = `mIoU by kind of sentence: ${brief.join(" · ")}`;
     const names = Object.keys(groupings[0].rows[0].models[0]);
+    $("tables").querySelector(".columns").classList.toggle("pair", isPair);
     $("tables").querySelector(".columns").append(...groupings.map((grouping) => {
       const heads = models.flatMap((model, m) => names.map((name) => el("th", { scope: "col", title: model.name }, isPair ? swatch(m) : null, name)));
       const head = el("tr", {}, el("th", { scope: "col" }, grouping.title), el("th", { scope: "col" }, "sentences"), heads);
@@ -326,12 +330,12 @@
 
   const outline = { model: null, tint: 0, line: true };
   function panels(row, view) {
-    const predictions = models.map((_, model) => ({ model, tint: 120, line: false }));
+    const predictions = models.map((_, model) => ({ model, tint: 145, line: false }));
     const panel = (caption, box) => el("figure", { class: "panel" }, box, el("figcaption", {}, caption));
-    if (view === "overlay") return el("div", { class: "panels" }, picture(row, [...predictions, outline], true));
+    if (view === "overlay") return el("div", { class: "panels" }, picture(row, [...predictions, outline], false));
     return el("div", { class: "panels" },
       panel("photo", picture(row, [], false)),
-      panel("ground truth", picture(row, [{ model: null, tint: 120, line: true }], true)),
+      panel("ground truth", picture(row, [{ model: null, tint: 145, line: true }], true)),
       models.map((model, m) => panel(isPair ? model.name : "prediction", picture(row, [predictions[m], outline], true))));
   }
 
@@ -396,7 +400,7 @@
       grouping.labels.map((label, i) => [i, `${label} (${number(grouping.rows[i].sentences)})`])));
     if (isPair) {
       selects.unshift(choice("outcome", "outcome", Object.keys(isOutcome).map((name) => [name, name])));
-      $("filters").querySelector("legend").textContent = `IoU of ${models[1].name}`;
+      $("range").textContent = `IoU of ${models[1].name}`;
     }
     $("choices").append(...selects);
     $("sort").append(...options(Object.entries(SORTS).map(([value, [text]]) => [value, text])));
@@ -446,8 +450,9 @@
 
   function readAddress() {
     for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
-      const isSelect = key in DEFAULTS && key !== "page" && $(key).tagName === "SELECT";
-      const isValid = isSelect ? [...$(key).options].some((option) => option.value === value) : key in DEFAULTS;
+      const options = key in DEFAULTS && $(key).options;
+      const isValid = options ? [...options].some((option) => option.value === value)
+        : key === "text" || (["low", "high", "page"].includes(key) && Number.isFinite(Number(value)));
       if (isValid) state[key] = value;
     }
   }

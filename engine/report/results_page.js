@@ -14,7 +14,11 @@
     node.append(...children);
     return node;
   };
-  const row = (tag, cells) => make("tr", ...cells.map((cell) => make(tag, cell)));
+  const row = (tag, cells) => {
+    const line = make("tr", ...cells.map((cell) => make(tag, cell)));
+    line.cells[1].className = "words";
+    return line;
+  };
   const body = results.flatMap((result) => {
     const link = make("a", `${result.dataset} ${result.split}`);
     link.href = address(result);

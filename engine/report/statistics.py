@@ -35,7 +35,7 @@ KIND_PATTERNS = {
     "nearest to|behind|beside|besides|between|under|underneath|beneath|above|below|over|inside|"
     "against|around|with|without|wearing|holding|riding|carrying|touching|facing",
 }
-OTHER_KIND = "none of these"
+OTHER_KIND = "other"
 _KINDS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in KIND_PATTERNS.items()}
 
 
