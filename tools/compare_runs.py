@@ -67,17 +67,18 @@ def load_results(*paths: Path) -> list[Scored]:
     Raises:
         UserError: a file is missing, or is not what test.py writes.
     """
+    contents = [(read_lines(path), read_result(path.with_suffix(".json"))) for path in paths]
+    # After reading, so that a mistake is told at once.
     from engine.report.pages import Scored
     from utils.metrics import summarize
 
-    pairs = [(read_result(path.with_suffix(".json")), read_lines(path)) for path in paths]
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
-        names = [result["protocol"] for result, _ in pairs]
+        names = [result["protocol"] for _, result in contents]
     if len(set(names)) < len(names):
         names = list("AB")
     models = []
-    for name, (result, lines) in zip(names, pairs, strict=True):
+    for name, (lines, result) in zip(names, contents, strict=True):
         pixels = ([line[key] for line in lines] for key in ("intersection", "union"))
         models.append(Scored(name, {**result, **summarize(*pixels)}, lines))
     return models
