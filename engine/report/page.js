@@ -188,7 +188,7 @@
     }, number(row.sentences)));
     const content = bars(heights, count, tell, (i) => apply({ [grouping.key]: String(i) }));
     const axis = grouping.key === "size" ? "% of the photo that the object covers" : grouping.title;
-    return frame(`mIoU by ${grouping.key === "size" ? "object size" : "sentence length"}`, "in %, above: count",
+    return frame(`mIoU by ${grouping.key === "size" ? "object size" : "length"}`, "in %, above: count",
       SHARE_TICKS, `mIoU by ${grouping.title}`, axis, labels, content, numbers);
   }
 
@@ -332,7 +332,7 @@
   function panels(row, view) {
     const predictions = models.map((_, model) => ({ model, tint: 145, line: false }));
     const panel = (caption, box) => el("figure", { class: "panel" }, box, el("figcaption", {}, caption));
-    if (view === "overlay") return el("div", { class: "panels" }, picture(row, [...predictions, outline], false));
+    if (view === "overlay") return el("div", { class: "panels" }, picture(row, [...predictions.map((layer) => ({ ...layer, line: true })), outline], false));
     return el("div", { class: "panels" },
       panel("photo", picture(row, [], false)),
       panel("ground truth", picture(row, [{ model: null, tint: 145, line: true }], true)),
