@@ -468,7 +468,7 @@
     $("cards").className = state.view === "overlay" ? "overlay" : isPair ? "pair" : "";
     $("cards").replaceChildren(...(cards.length ? cards : [el("p", { class: "empty" }, "no sentence fits; reset shows all")]));
     const ofAll = rows.sentence.length < report.sentences
-      ? ` with a card, ${number(report.sentences)} scored (evenly over all IoU; TEST.report_limit)` : "";
+      ? ` with a card, ${number(report.sentences)} scored, evenly from worst to best` : "";
     $("count").textContent = `${number(found.length)} of ${plural(rows.sentence.length, "sentence")}${ofAll}`;
     $("page").textContent = `page ${page} of ${number(pages)}`;
     $("first").disabled = $("previous").disabled = page === 1;
