@@ -166,13 +166,13 @@
     const dots = models.flatMap((model, m) => at.map(([place, name]) => svg("circle", {
       class: `dot m${m}`, cx: x(place), cy: y(model[name]), r: 3.5,
     }, svg("title", {}, `${isPair ? `${model.name}, ` : ""}${name}: ${percent(model[name])} %`))));
-    const ceiling = svg("polyline", {
-      class: "mark", points: at.map(([place, name]) => `${x(place)},${y(models[0].ceiling[name])}`).join(" "),
-    }, svg("title", {}, "a perfect model at this input size and protocol"));
+    const ceilings = models.map((model) => svg("polyline", {
+      class: "mark", points: at.map(([place, name]) => `${x(place)},${y(model.ceiling[name])}`).join(" "),
+    }, svg("title", {}, "a perfect model at this input size and protocol")));
     const labels = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1].map((value) =>
       svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
     return frame("Pr@X", "% of sentences; dashed: perfect model", SHARE_TICKS,
-      "Share of sentences with an IoU above X", "X", labels, ceiling, lines, dots);
+      "Share of sentences with an IoU above X", "X", labels, ceilings, lines, dots);
   }
 
   function groupChart(grouping) {
