@@ -5,7 +5,7 @@
     python test.py --config config/refcoco/cris_r50.yaml --opts TEST.splits "[val, testA, testB]"
 
 Runs on one device. The scores go to <output_folder>/<exp_name>/test_<dataset>_<split>.json, a line
-a sentence to the .jsonl beside it.
+a sentence to the .jsonl beside it, and a page to look at to report/index.html there.
 """
 
 from utils.arguments import parse_config_arguments
@@ -20,7 +20,7 @@ def main() -> None:
 
     from engine.build import restore_model
     from engine.checks import check_checkpoint
-    from engine.tester import print_table, split_files, test_split
+    from engine.tester import print_table, report_page, split_files, test_split
     from utils.checkpoint import BEST
     from utils.config import load_config
     from utils.distributed import start
@@ -39,6 +39,8 @@ def main() -> None:
         results += test_split(cfg, model, ranks, split, lmdb, weights)
     print_table(results)
     logger.info(f"scores and predictions are in {cfg.run_folder}")
+    if page := report_page(cfg):
+        logger.info(f"open {page} in a browser to look at them")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What test.py does with a split: score it, write the scores down, draw some, print the table."""
+"""What test.py does with a split: score it, write the scores down, a report of them and pictures,
+print the table.
+"""
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loguru import logger
@@ -17,14 +20,28 @@ from engine.evaluator import (
 )
 from engine.loaders import build_evaluation_loader
 from engine.pictures import draw_sentence
+from engine.report.pages import (
+    INDEX,
+    PHOTOS,
+    Scored,
+    choose_shown,
+    mask_data,
+    report_data,
+    write_page,
+    write_pictures,
+    write_results,
+)
 from utils.config import Config
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.metrics import METRIC_NAMES
+from utils.records import RecordReader
 from utils.transforms import PROTOCOLS
 from utils.visualize import file_stem, save_picture
+
+REPORT = "report"  # folder in that of the run
 
 
 def split_files(cfg: Config) -> list[tuple[str, str]]:
@@ -45,7 +62,7 @@ def split_files(cfg: Config) -> list[tuple[str, str]]:
 def test_split(
     cfg: Config, model: nn.Module, ranks: Ranks, split: str, lmdb: str, weights: str
 ) -> list[dict]:
-    """Score one split and write `test_<dataset>_<split>.json`, `.jsonl` and, if asked, pictures.
+    """Score one split; write `test_<dataset>_<split>.json`, `.jsonl`, its report and pictures.
 
     Returns:
         One result a protocol: the JSON file's content plus `ceiling`.
@@ -79,9 +96,12 @@ def test_split(
             "seconds": seconds,
             "ceiling": summarize_ceiling(lines),
             "swapped_sentences": cfg.TEST.swap_sentences,
+            "lmdb": lmdb,
         }
         write_scores(result, lines, cfg.run_folder)
         results.append(result)
+    if cfg.TEST.report:
+        write_report(cfg, loader.dataset.reader, results, list(scores.values()))
     if cfg.TEST.visualize:
         protocol, lines = next(iter(scores.items()))
         name = split + (".swapped" if cfg.TEST.swap_sentences else "")
@@ -99,14 +119,54 @@ def result_stem(dataset: str, split: str, protocol: str, threshold: float, swapp
     return stem + (".swapped" if swapped else "")
 
 
+def stem_of(result: Mapping) -> str:
+    """The same, of the content of a result's `.json`."""
+    names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
+    return result_stem(*(result[name] for name in names))
+
+
 def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None:
     """Write the two files of a result, whole or not at all."""
-    names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
-    stem = result_stem(*(result[name] for name in names))
+    stem = stem_of(result)
     with atomic_path(folder / f"{stem}.jsonl") as partial, partial.open("w") as file:
         file.writelines(json.dumps(line.record()) + "\n" for line in lines)
     with atomic_path(folder / f"{stem}.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def write_report(
+    cfg: Config,
+    reader: RecordReader,
+    results: Sequence[Mapping],
+    scores: Sequence[Sequence[SentenceScore]],
+) -> None:
+    """Write a page for each result of a split; they share their photos.
+
+    What cannot be written (a full disk) costs the report and leaves the scores.
+    """
+    folder = cfg.run_folder / REPORT
+    try:
+        models, shown = [], []
+        for result, lines in zip(results, scores, strict=True):
+            model = Scored(result["protocol"], result, [line.record() for line in lines])
+            models.append(model)
+            shown.append(choose_shown(model.lines, cfg.TEST.report_limit))
+        wanted = [m.lines[i] for m, places in zip(models, shown, strict=True) for i in places]
+        pictures = write_pictures(reader, wanted, folder / PHOTOS, cfg.TEST.report_photo_size)
+        for model, places in zip(models, shown, strict=True):
+            page = stem_of(model.result)
+            data = report_data([model], places, pictures)
+            data |= {"page": page, "results": "../results.js"}
+            write_page(folder / page, data, mask_data([model], places, pictures))
+        write_results(folder)
+    except OSError as error:
+        logger.error(f"no report in {folder}: {error.strerror or error}")
+
+
+def report_page(cfg: Config) -> Path | None:
+    """Where to start looking, if a report was asked for and written."""
+    page = cfg.run_folder / REPORT / INDEX
+    return page if cfg.TEST.report and page.exists() else None
 
 
 def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -> None:
@@ -132,13 +192,17 @@ def print_table(results: list[dict]) -> None:
         rows.append(head + [f"{100 * result[name]:.2f}" for name in METRIC_NAMES])
         ceiling = [f"{100 * result['ceiling'][name]:.2f}" for name in METRIC_NAMES]
         rows.append(["", "", "  perfect model", "", *ceiling])
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        left = [cell.ljust(w) for cell, w in zip(row[:3], widths, strict=False)]
-        right = [cell.rjust(w) for cell, w in zip(row[3:], widths[3:], strict=True)]
-        print("  ".join(left + right))
+    print_aligned([heads, *rows], left=3)
     if len(results) > 1 and len({r["split"] for r in results}) > 1:
         print_paper_row(results)
+
+
+def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:
+    """Print rows in columns; the first `left` of them begin under each other, the rest end so."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        print("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)))
 
 
 def print_paper_row(results: list[dict]) -> None:

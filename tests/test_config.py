@@ -169,6 +169,9 @@ ADDED = {
         "protocol": "published",
         "threshold": None,
         "visualize_limit": None,
+        "report": True,
+        "report_limit": None,
+        "report_photo_size": 384,
         "swap_sentences": False,
     },
 }

@@ -191,7 +191,9 @@ def test_a_second_run_reuses_everything_and_reports_the_same(quick, capsys):
 def test_the_picture_of_examples_is_written_where_the_report_says(quick, capsys):
     quick(Runner())
     picture = Path("exp/refshapes/cris_tiny/vis/examples.png")
-    assert str(picture) in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert str(picture) in output
+    assert "exp/refshapes/cris_tiny/report/index.html" in output
     assert cv2.imread(str(picture)).std() > 10
 
 

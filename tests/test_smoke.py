@@ -39,6 +39,9 @@ def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int)
         result = json.loads((folder / f"{stem}.json").read_text())
         assert result["sentences"] == sentences == len(read_jsonl(folder / f"{stem}.jsonl"))
         assert all(0 <= result[name] <= result["ceiling"][name] <= 1 for name in METRIC_NAMES)
+        page = folder / "report" / stem
+        assert {"index.html", "data.js", "masks.js"} <= {path.name for path in page.iterdir()}
+    assert (folder / "report/index.html").is_file()
     paths = list((folder / "vis" / split).iterdir())
     assert len(paths) == pictures
     for path in paths:

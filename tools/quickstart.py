@@ -24,7 +24,8 @@ from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from engine.tester import print_table, result_stem
+from engine.report.pages import INDEX
+from engine.tester import REPORT, print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, KINDS, blind_baselines, is_complete, kind_of
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
@@ -37,6 +38,7 @@ from utils.visualize import PRED_COLOR, TRUTH_COLOR, grid, save_picture
 
 REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
 MASKS, LMDB = Path("datasets/masks/refshapes"), Path("datasets/lmdb/refshapes")
+CODE = (".py", ".html", ".css", ".js")
 PICTURES = 40  # overlays a split
 SUCCESS, FAILURE = 0.8, 0.1  # IoU above and below which a sentence is an example of it
 PANEL, GAP, COLUMNS = (230, 200), 22, 3  # of the picture of examples; (width, height) in pixels
@@ -86,7 +88,8 @@ def steps(config: str, cfg: Config) -> Iterator[Step]:
     yield training_step(config, cfg)
 
     # Evaluation is quick: it is repeated after any change of the code.
-    code = [p for d in (".", "engine", "model", "utils") for p in (ROOT / d).glob("*.py")]
+    folders = (".", "engine", "engine/report", "model", "utils")
+    code = [p for d in folders for p in (ROOT / d).glob("*.*") if p.suffix in CODE]
     inputs = [cfg.run_folder / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
     command = f"test.py --config {shlex.quote(config)} --opts"
     draw = f"{command} TEST.visualize True TEST.visualize_limit {PICTURES}"
@@ -183,6 +186,7 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
         print(f"  {name:<62}{'reused' if value is None else duration(value):>8}")
     print(f"""
 where to look
+  report        {cfg.run_folder / REPORT / INDEX}, to open in a browser
   six examples  {pictures / "examples.png"}
   overlays      {pictures}/<split>/, {PICTURES} sentences each
   scores        {result(cfg, "val")} and so on; a line a sentence in the .jsonl

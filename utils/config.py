@@ -223,6 +223,9 @@ class TestConfig:
     threshold: Annotated[float, _Rule(lambda x: 0 < x < 1, "be in (0, 1)")] | None = None
     visualize: bool = False
     visualize_limit: Count | None = None
+    report: bool = True
+    report_limit: Size | None = None
+    report_photo_size: Size = 384
     swap_sentences: bool = False
 
     def __post_init__(self) -> None:

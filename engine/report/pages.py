@@ -1,0 +1,252 @@
+"""Writes a report: a folder of plain files that a browser opens from the disk, without a network.
+
+    <report>/index.html, results.js    all results of a run, linked
+    <report>/photos/*.jpg              each photo once, whichever results show it
+    <report>/<result>/index.html       one result: page.css and page.js as they lie here,
+        data.js                        numbers and a row a sentence,
+        masks.js                       run lengths of every mask, read after the page is drawn
+
+Pages are fixed files. What a data set says reaches them as JSON and is set as text, never as HTML.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from engine.report import statistics
+from engine.report.statistics import Counts, Grouping
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.logger import progress
+from utils.machine import available_cores
+from utils.metrics import METRIC_NAMES
+from utils.records import RecordReader
+from utils.transforms import decode_image, decode_mask
+from utils.visualize import file_stem, save_picture
+
+TEMPLATES = Path(__file__).parent
+PHOTOS, INDEX, RESULTS = "photos", "index.html", "results.js"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as the report shows it; sizes are (height, width) in pixels."""
+
+    file: str
+    size: tuple[int, int]
+    shown_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is to be seen of some sentences: photos by key, ground truth (RLE counts) by ref."""
+
+    photos: dict[str, Photo]
+    masks: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's result on a split: what is in the `.json`, and its records, those of the `.jsonl`.
+
+    `name`: what the page calls the model.
+    """
+
+    name: str
+    result: Mapping
+    lines: Sequence[Mapping]
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def choose_shown(lines: Sequence[Mapping], limit: int | None) -> list[int]:
+    """Places of the sentences that get a card: all, or `limit` evenly spread from worst to best."""
+    if limit is None or limit >= len(lines):
+        return list(range(len(lines)))
+    ranking = sorted(range(len(lines)), key=lambda place: lines[place]["iou"])
+    picked = np.linspace(0, len(lines) - 1, limit).round().astype(int)
+    return sorted(ranking[place] for place in picked)
+
+
+def write_pictures(
+    reader: RecordReader, lines: Sequence[Mapping], folder: Path, photo_size: int
+) -> Pictures:
+    """Write the photos of these records, unless they are there, and read the refs' masks.
+
+    Args:
+        reader: the LMDB that was scored.
+        folder: where the photos go.
+        photo_size: longest side in pixels; smaller photos stay as large as they are.
+    Raises:
+        UserError: the LMDB lacks a photo or a ref, or holds one that cannot be decoded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {line["image"]: (line["height"], line["width"]) for line in lines}
+    refs = list(dict.fromkeys(line["ref_id"] for line in lines))
+    positions = {ref_id: place for place, ref_id in enumerate(reader.index.ref_ids)}
+    if missing := [ref_id for ref_id in refs if ref_id not in positions]:
+        raise UserError(f"{reader.path} has no ref {missing[0]}: it is not what was scored")
+
+    def photo(item: tuple[str, tuple[int, int]]) -> tuple[str, Photo]:
+        return item[0], _write_photo(reader, *item, folder, photo_size)
+
+    def mask(ref_id: int) -> tuple[int, str]:
+        return ref_id, _encode_mask(reader, positions[ref_id])
+
+    # Decoding, shrinking and compressing let go of the interpreter, so threads use all cores.
+    with ThreadPoolExecutor(available_cores()) as pool:
+        photos = dict(progress(pool.map(photo, sizes.items()), len(sizes), "photos of the report"))
+        return Pictures(photos, dict(pool.map(mask, refs)))
+
+
+def _write_photo(
+    reader: RecordReader, key: str, size: tuple[int, int], folder: Path, photo_size: int
+) -> Photo:
+    """Its content and size are in its name: what is there already is what would be written."""
+    scale = min(1.0, photo_size / max(size))
+    shown = tuple(max(1, round(side * scale)) for side in size)
+    data = reader.image(key)
+    digest = hashlib.blake2b(data, digest_size=6).hexdigest()
+    path = folder / f"{file_stem(Path(key).stem, 60)}-{digest}-{max(shown)}.jpg"
+    if not path.exists():
+        image = decode_image(data, f"{reader.path}, image {key}")
+        small = cv2.resize(image, shown[::-1], interpolation=cv2.INTER_AREA)
+        save_picture(Image.fromarray(small), path)
+    return Photo(path.name, size, shown)
+
+
+def _encode_mask(reader: RecordReader, position: int) -> str:
+    ref = reader.ref(position)
+    mask = decode_mask(ref.mask, f"mask of ref {ref.ref_id}") > 0
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def report_data(
+    models: Sequence[Scored],
+    shown: Sequence[int],
+    pictures: Pictures,
+    photos_folder: str = f"../{PHOTOS}/",
+) -> dict:
+    """What `page.js` draws, but for the masks: numbers of all sentences, rows of those shown.
+
+    Args:
+        models: one, or two with the same sentences in the same order.
+        shown: places of the sentences that have a card.
+        pictures: at least of these.
+        photos_folder: where the photos are, seen from the page.
+    """
+    lines = models[0].lines
+    counts = [statistics.counts(model.lines) for model in models]
+    dataset, split = (models[0].result[name] for name in ("dataset", "split"))
+    groupings = statistics.group_sentences(lines, dataset)
+    return {
+        "title": f"{dataset} {split}",
+        "metrics": list(METRIC_NAMES),
+        "models": [{"name": model.name, **model.result} for model in models],
+        "sentences": len(lines),
+        "histogram": [statistics.histogram(count.ious) for count in counts],
+        "curve": [statistics.precision_curve(count.ious) for count in counts],
+        "groupings": [_group_data(grouping, counts) for grouping in groupings],
+        "photos_folder": photos_folder,
+        **_rows(models, shown, pictures, groupings),
+    }
+
+
+def _group_data(grouping: Grouping, counts: Sequence[Counts]) -> dict:
+    return {
+        "key": grouping.key,
+        "title": grouping.title,
+        "is_scale": grouping.is_scale,
+        "labels": grouping.labels,
+        "rows": statistics.group_scores(grouping, counts),
+    }
+
+
+def _rows(
+    models: Sequence[Scored],
+    shown: Sequence[int],
+    pictures: Pictures,
+    groupings: Sequence[Grouping],
+) -> dict:
+    """The shown sentences as columns, a value a sentence."""
+    lines = [models[0].lines[place] for place in shown]
+    keys = list(dict.fromkeys(line["image"] for line in lines))
+    places = {key: place for place, key in enumerate(keys)}
+    photos = [(key, pictures.photos[key]) for key in keys]
+    columns = {name: [line[name] for line in lines] for name in ("ref_id", "sent_id", "sentence")}
+    columns["photo"] = [places[line["image"]] for line in lines]
+    columns["share"] = [round(statistics.object_share(line), 6) for line in lines]
+    columns["iou"] = [[model.lines[place]["iou"] for place in shown] for model in models]
+    columns["groups"] = {
+        grouping.key: [grouping.members[place] for place in shown] for grouping in groupings
+    }
+    shapes = [[p.file, *p.size, *p.shown_size, key] for key, p in photos]
+    return {"photos": shapes, "rows": columns}
+
+
+def mask_data(models: Sequence[Scored], shown: Sequence[int], pictures: Pictures) -> dict:
+    """Run lengths (COCO's compressed RLE) of the ground truth by ref and of the predictions."""
+    refs = dict.fromkeys(models[0].lines[place]["ref_id"] for place in shown)
+    return {
+        "truth": {ref_id: pictures.masks[ref_id] for ref_id in refs},
+        "predictions": [
+            [model.lines[place]["pred_rle"]["counts"] for place in shown] for model in models
+        ],
+    }
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def write_page(folder: Path, data: Mapping, masks: Mapping) -> None:
+    """Write the page of a result to `folder`, which may hold an older one: whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = INDEX, "data.js", "masks.js", "page.css", "page.js"
+    _remove(folder, names)  # old numbers must not stand beside new masks
+    try:
+        _write_script(folder / "masks.js", "MASKS", masks)
+        _write_script(folder / "data.js", "REPORT", data)
+        for source, name in [("page.html", INDEX), ("page.css",) * 2, ("page.js",) * 2]:
+            shutil.copyfile(TEMPLATES / source, folder / name)
+    except BaseException:
+        _remove(folder, names)
+        raise
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_results(folder: Path) -> None:
+    """Write `index.html` and `results.js`: what there are pages of, by the `.json` files beside."""
+    results = []
+    for path in sorted(folder.parent.glob("test_*.json")):
+        if (folder / path.stem / INDEX).is_file():
+            with suppress(ValueError):  # a foreign file
+                results.append({"page": path.stem, **json.loads(path.read_text())})
+    with atomic_path(folder / RESULTS) as partial:
+        _write_script(partial, "RESULTS", results)
+    for source, name in [("results.html", INDEX), ("page.css",) * 2, ("results_page.js",) * 2]:
+        with atomic_path(folder / name) as partial:
+            shutil.copyfile(TEMPLATES / source, partial)
+
+
+def _write_script(path: Path, name: str, value: object) -> None:
+    """JSON as a script: pages from the disk may load those, and nothing else."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    path.write_text(f"window.{name} = {text};\n", encoding="ascii")

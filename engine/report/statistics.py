@@ -1,0 +1,226 @@
+"""What a report says about scored sentences in numbers: no files and no pages.
+
+All scores lie in [0, 1]. N is the number of sentences, M that of models scored on them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.report.categories import category_name
+from utils.metrics import EPSILON, PRECISION_AT, iou, summarize
+
+HISTOGRAM_BINS = 20
+CURVE_STEPS = 50  # of the Pr@X curve, from X = 0 to 1
+GROUP_METRICS = ("mIoU", "oIoU", "Pr@0.5")  # of a row in a table
+
+# Lower ends of the bins but the first, which begins at 0.
+SIZE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # share of the photo that the object covers
+LENGTH_EDGES = (2, 3, 4, 5, 7, 10, 15)  # words
+
+# Which words make a sentence one of a kind. English, and by the words alone: "orange" is a colour
+# even where the fruit is meant. A sentence may be of several kinds.
+KIND_PATTERNS = {
+    "position": "left|right|leftmost|rightmost|top|topmost|bottom|upper|lower|middle|center|centre|"
+    "central|front|back|background|foreground|corner|edge|side|far|furthest|farthest|highest|"
+    "lowest|nearest|closest|first|second|third|fourth|last|end",
+    "colour": "red|green|blue|yellow|white|black|brown|gray|grey|orange|pink|purple|violet|silver|"
+    "gold|golden|tan|beige|blond|blonde|maroon|navy|teal|turquoise|cyan|magenta",
+    "size": "(?:small|tall|short|long|thick)(?:er|est)?|(?:large|wide|little)(?:r|st)?|"
+    "big|bigger|biggest|thin|thinner|thinnest|fat|fatter|fattest|tiny|tinier|tiniest|huge|skinny",
+    "relation": "next to|in front of|on top of|left of|right of|(?:close|closer|closest) to|near|"
+    "nearest to|behind|beside|besides|between|under|underneath|beneath|above|below|over|inside|"
+    "against|around|with|without|wearing|holding|riding|carrying|touching|facing",
+}
+OTHER_KIND = "other"
+_KINDS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in KIND_PATTERNS.items()}
+
+
+class Counts(NamedTuple):
+    """One model's pixel counts, a number a sentence, and the IoU that follows from them."""
+
+    intersections: np.ndarray
+    unions: np.ndarray
+
+    @property
+    def ious(self) -> np.ndarray:
+        """(N,) float64."""
+        return iou(self.intersections, self.unions)
+
+    def of(self, chosen: np.ndarray) -> "Counts":
+        """Of some of the sentences."""
+        return Counts(self.intersections[chosen], self.unions[chosen])
+
+
+class Grouping(NamedTuple):
+    """A way to divide the sentences; `members` are the groups (places in `labels`) of each.
+
+    Every label has at least one sentence. `is_scale`: the labels have an order.
+    """
+
+    key: str
+    title: str
+    labels: list[str]
+    members: list[tuple[int, ...]]
+    is_scale: bool = False
+
+
+class Interval(NamedTuple):
+    """A difference of two scores, and where it lies when other images are drawn."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def counts(lines: Sequence[Mapping]) -> Counts:
+    """The pixel counts of the records of a `.jsonl`."""
+    columns = [np.array([line[name] for line in lines]) for name in ("intersection", "union")]
+    return Counts(*columns)
+
+
+def histogram(ious: np.ndarray) -> list[int]:
+    """Sentences by IoU in `HISTOGRAM_BINS` bins of one width; the last one includes 1."""
+    return np.histogram(ious, HISTOGRAM_BINS, (0, 1))[0].tolist()
+
+
+def precision_curve(ious: np.ndarray) -> list[float]:
+    """Share of sentences with an IoU strictly above X, for X = 0, 1 / `CURVE_STEPS` ... 1."""
+    return [float((ious > step / CURVE_STEPS).mean()) for step in range(CURVE_STEPS + 1)]
+
+
+def sentence_kinds(sentence: str) -> list[str]:
+    """Those of `KIND_PATTERNS` whose words it has, else `OTHER_KIND`."""
+    text = " ".join(sentence.lower().split())
+    return [kind for kind, pattern in _KINDS.items() if pattern.search(text)] or [OTHER_KIND]
+
+
+def word_count(sentence: str) -> int:
+    """Words between white space."""
+    return len(sentence.split())
+
+
+def object_share(line: Mapping) -> float:
+    """Share of the photo that the object covers."""
+    return line["target_area"] / (line["height"] * line["width"])
+
+
+def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
+    """Divide records of a `.jsonl` by kind, category (if they have any), size and length.
+
+    Args:
+        dataset: gives the categories their names.
+    """
+    kinds = [*_KINDS, OTHER_KIND]
+    of_kinds = [sentence_kinds(line["sentence"]) for line in lines]
+    members = [tuple(kinds.index(kind) for kind in found) for found in of_kinds]
+    found = [_grouping("kind", "kind of sentence", kinds, members)]
+    categories = sorted({line["category"] for line in lines} - {None})
+    if categories:
+        places = {category: (place,) for place, category in enumerate(categories)}
+        names = [category_name(dataset, category) for category in categories]
+        members = [places.get(line["category"], ()) for line in lines]
+        found.append(_grouping("category", "category", names, members))
+    percent = tuple(round(100 * edge) for edge in SIZE_EDGES)
+    sizes = [f"under {percent[0]} %"]
+    sizes += [f"{a}–{b} %" for a, b in pairwise(percent)]
+    sizes.append(f"from {percent[-1]} %")
+    members = _bins([object_share(line) for line in lines], SIZE_EDGES)
+    found.append(_grouping("size", "object size", sizes, members, is_scale=True))
+    ends = pairwise(LENGTH_EDGES)
+    lengths = ["1", *(f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in ends)]
+    lengths.append(f"from {LENGTH_EDGES[-1]}")
+    members = _bins([word_count(line["sentence"]) for line in lines], LENGTH_EDGES)
+    found.append(_grouping("length", "words in the sentence", lengths, members, is_scale=True))
+    return found
+
+
+def _bins(values: Sequence[float], edges: Sequence[float]) -> list[tuple[int, ...]]:
+    return [(int(place),) for place in np.digitize(values, edges)]
+
+
+def _grouping(
+    key: str, title: str, labels: list[str], members: list[tuple[int, ...]], is_scale: bool = False
+) -> Grouping:
+    """Leave out labels without a sentence."""
+    used = sorted({place for places in members for place in places})
+    new = {place: i for i, place in enumerate(used)}
+    moved = [tuple(new[place] for place in places) for places in members]
+    return Grouping(key, title, [labels[place] for place in used], moved, is_scale)
+
+
+def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:
+    """Of each label: {"sentences": its number, "models": its `GROUP_METRICS` by each model}."""
+    rows = []
+    for place in range(len(grouping.labels)):
+        chosen = np.array([place in places for places in grouping.members])
+        scores = [summarize(*model.of(chosen)) for model in models]
+        kept = [{name: score[name] for name in GROUP_METRICS} for score in scores]
+        rows.append({"sentences": int(chosen.sum()), "models": kept})
+    return rows
+
+
+def outcomes(first: Counts, second: Counts, margin: float) -> np.ndarray:
+    """(N,) int: 1 where the second's IoU is higher by more than `margin`, -1 lower, 0 tied."""
+    difference = second.ious - first.ious
+    return (difference > margin).astype(int) - (difference < -margin).astype(int)
+
+
+def paired_bootstrap(
+    first: Counts,
+    second: Counts,
+    clusters: Sequence,
+    draws: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """How the second model's scores differ from the first's, with percentile intervals.
+
+    Sentences of one photo are not independent of each other: they share their objects, and both
+    models see the same picture. So whole photos are drawn, with replacement, and both models are
+    scored on the same draw.
+
+    Args:
+        clusters: (N,) what tells the photo of each sentence.
+        level: share of the draws within an interval.
+    Returns:
+        By metric (`METRIC_NAMES`), second minus first.
+    """
+    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    num_clusters = owner.max() + 1
+    sums = np.zeros((num_clusters, 2, len(_addends(first))))
+    for model, count in enumerate((first, second)):
+        for column, values in enumerate(_addends(count)):
+            sums[:, model, column] = np.bincount(owner, values, num_clusters)
+    generator = np.random.default_rng(seed)
+    shares = np.full(num_clusters, 1 / num_clusters)
+    drawn = []
+    for start in range(0, draws, 500):  # a matrix of all draws at once would take hundreds of MB
+        size = min(500, draws - start)
+        weights = generator.multinomial(num_clusters, shares, size).astype(np.float64)
+        drawn.append(_differences(np.tensordot(weights, sums, 1)))
+    whole = _differences(sums.sum(0)[None])
+    tail = (1 - level) / 2
+    intervals = {}
+    for name, values in whole.items():
+        low, high = np.quantile(np.concatenate([part[name] for part in drawn]), [tail, 1 - tail])
+        intervals[name] = Interval(float(values[0]), float(low), float(high))
+    return intervals
+
+
+def _addends(model: Counts) -> list[np.ndarray]:
+    """What has to be summed over sentences to give every metric."""
+    ious = model.ious
+    above = [ious > x for x in PRECISION_AT]
+    return [np.ones(len(ious)), ious, model.intersections, model.unions, *above]
+
+
+def _differences(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Second minus first by metric, of sums (draws, 2, addends)."""
+    number, ious, intersections, unions, *above = np.moveaxis(sums, 2, 0)
+    scores = {"mIoU": ious / number, "oIoU": intersections / (unions + EPSILON)}
+    scores |= {f"Pr@{x}": a / number for x, a in zip(PRECISION_AT, above, strict=True)}
+    return {name: values[:, 1] - values[:, 0] for name, values in scores.items()}
