@@ -1,6 +1,11 @@
 """Two ranks on the CPU compute what one process computes, and torchrun starts them."""
 
 import itertools
+import math
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +31,7 @@ from engine.build import build_model
 from engine.trainer import Run, forward_backward, train_one_epoch, validate
 from utils import distributed
 from utils.config import Config
-from utils.distributed import GlooBatchNorm, Ranks, synchronize_batchnorm, unwrap, wrap
+from utils.distributed import GlooBatchNorm, Ranks, name_start, synchronize_batchnorm, unwrap, wrap
 from utils.transforms import normalize_images
 
 STEPS = 5
@@ -251,6 +256,41 @@ def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp
     assert 1 <= len(lines) <= 2
     assert "nearest that works: 6 or 8" in lines[0]
     assert not (tmp_path / "exp").exists()
+
+
+class Mortal:
+    """A store as a rank sees it that stops at random moments, and may die at one of them."""
+
+    def __init__(self, store: torch.distributed.Store, rng: random.Random, lifetime: float) -> None:
+        self.store, self.rng, self.lifetime = store, rng, lifetime
+
+    def __getattr__(self, name: str):
+        self.lifetime -= 1
+        if self.lifetime < 0:
+            raise InterruptedError
+        time.sleep(self.rng.choice((0, 0, 0.0005, 0.002)))
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_start_has_one_new_name_whatever_dead_ranks_left_in_the_store(num_ranks):
+    # Ranks that wait for one that died are ended by torchrun, here by the store's timeout.
+    store, rng, names = torch.distributed.HashStore(), random.Random(num_ranks), set()
+    with ThreadPoolExecutor(num_ranks) as pool:
+        for start in range(40):
+            is_last = start % 4 == 3  # nobody dies
+            store.set_timeout(timedelta(seconds=30 if is_last else 0.05))
+            futures = []
+            for rank in rng.sample(range(num_ranks), num_ranks):
+                seen = Mortal(
+                    store, random.Random(rng.random()), math.inf if is_last else rng.randint(1, 9)
+                )
+                futures.append(pool.submit(name_start, seen, rank, num_ranks))
+            wait(futures)
+            if is_last:
+                (name,) = {future.result() for future in futures}
+                assert name not in names
+            names |= {future.result() for future in futures if future.exception() is None}
 
 
 @pytest.mark.slow
