@@ -133,6 +133,24 @@ def synchronised_only_when_complete(ranks: Ranks, config: Path) -> list[bool]:
     return agree
 
 
+def statistics_after_bad_images(ranks: Ranks, config: Path) -> tuple[dict, dict]:
+    """BatchNorm's running statistics before and after a pass with images that one rank spoils."""
+
+    def spoil(images: torch.Tensor) -> torch.Tensor:
+        return normalize_images(images) * (math.nan if ranks.rank == 1 else 1.0)
+
+    run = build_run(config, ranks=ranks)
+    batch = next(iter(run.train_loader))
+    states = []
+    with on_cpu():
+        for normalize in (normalize_images, spoil):
+            with mock.patch("engine.trainer.normalize_images", normalize):
+                forward_backward(run, batch, True)
+            state = unwrap(run.model).state_dict()
+            states.append({k: v.clone() for k, v in state.items() if ".running_" in k})
+    return tuple(states)
+
+
 def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     """Everything that is compared below, computed by one of two ranks."""
     assert distributed.gather_objects(ranks.rank) == [0, 1]
@@ -146,6 +164,7 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
         losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
     results["adam"], _ = descend(ranks, config, **ADAM)
+    results["spoilt"] = statistics_after_bad_images(ranks, config)
     results["agree"] = synchronised_only_when_complete(ranks, config)
     torch.save(results, out / f"{ranks.rank}.pt")
 
@@ -208,6 +227,14 @@ def test_ranks_stay_alike(two_ranks, name):
 def test_ranks_that_accumulate_exchange_gradients_once_a_step(two_ranks):
     for results in two_ranks:
         assert results["agree"] == [False, True]
+
+
+def test_bad_images_on_one_rank_leave_the_running_statistics_of_all_as_they_were(two_ranks):
+    for results in two_ranks:
+        before, after = results["spoilt"]
+        assert all(values.isfinite().all() for values in before.values())
+        assert_same(after, before)
+    assert_same(two_ranks[0]["spoilt"][1], two_ranks[1]["spoilt"][1])
 
 
 def test_every_trained_parameter_is_used(config):
