@@ -1,9 +1,13 @@
 """Numbers that go wrong: a step whose gradients are not finite is left out, in any precision.
 
+So is what a batch tells BatchNorm's running statistics, if they would not be finite after it.
+
 Nothing waits for the device on ordinary steps: what happened stays there until the next line in
 the log. One such step is told, with its refs; many in a row end the run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from itertools import islice
 
@@ -39,6 +43,23 @@ def apply_step(run: Run) -> None:
         run.scaler.update()
     else:
         _step_unless(run.optimizer, is_bad)
+
+
+@contextmanager
+def finite_statistics(model: nn.Module) -> Iterator[None]:
+    """A pass after which BatchNorm's running statistics would not be finite leaves them all alone.
+
+    They would stay so, since each pass changes them by a part. Backward belongs inside:
+    recomputed passes write them too.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
+    before = torch.cat(statistics)
+    yield
+    after = torch.cat(statistics)
+    kept = torch.where(after.isfinite().all(), after, before)
+    for values, part in zip(statistics, kept.split([len(s) for s in statistics]), strict=True):
+        values.copy_(part)
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:

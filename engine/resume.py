@@ -134,7 +134,8 @@ def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
             "name, or add TRAIN.force True"
         )
 
-    if is_restart() and (folder / PREEMPTED).exists():
+    # Launchers of several nodes may count restarts differently.
+    if any_rank(is_restart())[0] and (folder / PREEMPTED).exists():
         raise SystemExit(EXIT_CODE)
     with ExitStack() as stack:
         if ranks.is_main:

@@ -8,7 +8,7 @@ from loguru import logger
 from torch import Tensor
 
 from engine.evaluator import describe_scores, evaluate, summarize_scores
-from engine.guard import apply_step, look
+from engine.guard import apply_step, finite_statistics, look
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
 from engine.resume import save, save_if_due, stoppable
@@ -142,7 +142,7 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
     image_index = batch["image_index"]
     if image_index is not None:
         image_index = image_index.to(device, non_blocking=True)
-    with nullcontext() if synchronize else no_sync(run.model):
+    with finite_statistics(run.model), nullcontext() if synchronize else no_sync(run.model):
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
             logits = run.model(images, tokens, image_index)
         loss = text_to_pixel_loss(logits, masks, train.target)

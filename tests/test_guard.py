@@ -1,6 +1,10 @@
-"""Gradients that are not finite: they never reach the weights, are told of, and may end a run."""
+"""Gradients that are not finite: they never reach the weights, are told of, and may end a run.
+
+Nor do BatchNorm's running statistics keep what is not finite.
+"""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,9 +145,109 @@ def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     with on_cpu():
         for batch in list(run.train_loader)[:2]:
+            before = statistics(run)
             forward_backward(run, batch, True)
             optimizer_step(run)
+            # The pass itself was sound: it counts, as published.
+            assert all(not torch.equal(v, before[name]) for name, v in statistics(run).items())
             run.step, run.position = run.step + 1, run.position + 1
         assert guard.look(run) == 2
         assert guard.look(run) == 0
     assert run.scaler.get_scale() == 2.0**58
+
+
+# ------------------------------------------------------------------- BatchNorm's running statistics
+
+
+def poison(monkeypatch, is_bad: Callable[[int, dict], bool], fault: float = math.nan) -> None:
+    """The first pixel of some batches is not finite: of those for which `is_bad(call, batch)`."""
+    forward_backward, normalize, calls = trainer.forward_backward, trainer.normalize_images, []
+
+    def noted(run: Run, batch: dict, synchronize: bool) -> torch.Tensor:
+        calls.append(is_bad(len(calls) + 1, batch))
+        return forward_backward(run, batch, synchronize)
+
+    def poisoned(images: torch.Tensor) -> torch.Tensor:
+        images = normalize(images)
+        if calls[-1]:
+            images[0, 0, 0, 0] = fault
+        return images
+
+    monkeypatch.setattr(trainer, "forward_backward", noted)
+    monkeypatch.setattr(trainer, "normalize_images", poisoned)
+
+
+def statistics(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of BatchNorm's running means and variances."""
+    buffers = run.model.named_buffers()
+    return {name: b.clone() for name, b in buffers if name.rsplit(".")[-1].startswith("running_")}
+
+
+def step(run: Run, *batches: dict) -> None:
+    """A training step over so many micro-batches."""
+    with on_cpu():
+        for number, batch in enumerate(batches, start=1):
+            trainer.forward_backward(run, batch, number == len(batches))
+        optimizer_step(run)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_were(
+    config, monkeypatch, precision, fault
+):
+    poison(monkeypatch, lambda call, _: call == 2, fault)
+    run = build_run(config, "TRAIN.precision", precision)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+    batch = next(iter(run.train_loader))
+    step(run, batch)
+    before = learnt(run) | {"statistics": statistics(run)}
+    step(run, batch)
+    assert_same(learnt(run) | {"statistics": statistics(run)}, before)
+    assert run.faults[0] == 1
+    step(run, batch)
+    after = statistics(run)
+    assert after
+    for name, values in after.items():
+        assert values.isfinite().all()
+        assert not torch.equal(values, before["statistics"][name]), name
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_bad_micro_batch_leaves_the_statistics_to_the_others_of_its_step(
+    config, monkeypatch, bad
+):
+    poison(monkeypatch, lambda call, _: call == bad)
+    opts = ("TRAIN.accumulation_steps", 2, "TRAIN.dropout", 0.0)
+    run, expected = build_run(config, *opts), build_run(config, *opts)
+    before = learnt(run)["weights"]
+    first, second = list(run.train_loader)[:2]
+    step(run, first, second)
+    monkeypatch.undo()
+    with on_cpu():
+        forward_backward(expected, second if bad == 1 else first, True)
+    assert_same(statistics(run), statistics(expected))
+    assert_same(learnt(run)["weights"], before)
+
+
+def test_a_run_with_a_bad_batch_has_finite_statistics_and_resumes_exactly(
+    config, tmp_path, monkeypatch
+):
+    keys = ("TRAIN.save_every", 1, "TRAIN.keep_checkpoints", 99, "TRAIN.dropout", 0.2)
+    batch = list(build_run(config).train_loader)[1]
+    bad = batch["masks"][0]
+    poison(monkeypatch, lambda _, batch: any(torch.equal(mask, bad) for mask in batch["masks"]))
+    run_program("train.py", config, *keys)
+    folder = tmp_path / "exp/tiny"
+    straight, records = load(folder / "last_model.pth"), read_jsonl(folder / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [bool(record["skipped_steps"]) for record in steps[:2]] == [False, True]
+    assert not all(record["skipped_steps"] for record in steps)
+    assert all(values.isfinite().all() for values in straight["state_dict"].values())
+    assert all(math.isfinite(r["mIoU"]) for r in records if r["kind"] == "epoch")
+    run_program("train.py", config, *keys, "TRAIN.resume", folder / "step_00000002.pth")
+    resumed = load(folder / "last_model.pth")
+    for state in (straight, resumed):
+        del state["config"]
+        state["sums"] = [sums.nan_to_num(-1.0) for sums in state["sums"]]  # NaN equals no NaN
+    assert_same(resumed, straight)

@@ -1,4 +1,4 @@
-"""Ranks under torchrun that are asked to stop or fail, and two launchers: all real."""
+"""Ranks under torchrun that are killed, asked to stop or fail, and two launchers: all real."""
 
 import os
 import signal
@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_helpers import assert_same, drop_measured, load, make_shapes, read_jsonl, write_config
+from engine_helpers import (
+    assert_same,
+    drop_measured,
+    load,
+    make_shapes,
+    read_jsonl,
+    torchrun,
+    write_config,
+)
 from samples import ROOT, encoded, sample_ref, smooth_photo
 
 from utils.records import RecordWriter
@@ -20,6 +28,8 @@ from utils.tokenizer import token_lengths
 
 pytestmark = pytest.mark.slow
 LIMIT = 120  # seconds
+EPOCHS = 4
+ONE = ("--standalone", "--nproc_per_node=2")  # launcher, with both ranks
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +42,21 @@ def recipe(folder: Path, data: Path, **train_keys) -> Path:
     return write_config(folder, data, **(keys | train_keys))
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The config of two ranks' run that nothing happened to."""
+    config = recipe(tmp_path_factory.mktemp("whole"), data, epochs=EPOCHS)
+    ending = torchrun(2, "train.py", "--config", config)
+    assert ending.returncode == 0, ending.stderr
+    return config
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
     """Start `torchrun <options> train.py --config <config>`; none outlives the test."""
     started = []
 
-    def torchrun(config: Path, *options: object) -> subprocess.Popen:
+    def launch(config: Path, *options: object) -> subprocess.Popen:
         launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
         started.append(
             subprocess.Popen(
@@ -51,7 +70,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         )
         return started[-1]
 
-    yield torchrun
+    yield launch
     for process in started:
         ranks = children_of(process)
         if process.poll() is None:
@@ -62,11 +81,27 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
-def wait_for_step(process: subprocess.Popen, config: Path) -> None:
-    """Until the first step is in the records."""
-    metrics = config.parent / "exp/tiny/metrics.jsonl"
+def start_two(start: Callable, config: Path, *options: object) -> list[subprocess.Popen]:
+    """Two launchers with a rank each, which meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = (
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=test",
+        *options,
+    )
+    options = (*options, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
+    return [start(config, *options) for _ in range(2)]
+
+
+def wait_for(process: subprocess.Popen, config: Path, name: str = "metrics.jsonl") -> None:
+    """Until the run has written something: by default the record of the first step."""
+    path = config.parent / "exp/tiny" / name
     deadline = time.monotonic() + LIMIT
-    while not (metrics.exists() and metrics.stat().st_size):
+    while not (path.exists() and path.stat().st_size):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -76,6 +111,16 @@ def children_of(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun has started, while it lives."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def pid_of_rank(rank: int, *processes: subprocess.Popen) -> int:
+    """Of the process that one of the launchers has started for a rank."""
+    wanted = f"RANK={rank}".encode()
+    children = [pid for process in processes for pid in children_of(process)]
+    (found,) = [
+        pid for pid in children if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return found
 
 
 def end(process: subprocess.Popen) -> str:
@@ -95,10 +140,49 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
     assert records[0] == records[1]
 
 
+def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start, whole):
+    config = recipe(tmp_path, data, epochs=EPOCHS)
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, "last_model.pth")
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert err.count("resumed ") == 1
+    assert_equal_runs(config, whole)
+
+
+def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):
+    config = recipe(tmp_path, data, epochs=EPOCHS)
+    agents = start_two(start, config, "--max-restarts=1")
+    wait_for(agents[0], config, "last_model.pth")
+    os.kill(pid_of_rank(1, *agents), signal.SIGKILL)
+    errors = [end(agent) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 2
+    assert sum(error.count("resumed ") for error in errors) == 1
+    assert_equal_runs(config, whole)
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_path, start):
+    config = recipe(tmp_path, data, epochs=1000)
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config)
+    os.kill(pid_of_rank(1, process), signal.SIGUSR1)
+    err = end(process)
+    assert process.returncode == 1
+    assert "exitcode  : 75" in err
+    assert err.count("TRAIN.resume auto goes on from there") == 1
+    folder = tmp_path / "exp/tiny"
+    assert (folder / "PREEMPTED").read_text().startswith("a signal to another rank")
+    state = load(folder / "last_model.pth")
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] <= state["step"]
+    assert len(state["rng"]) == 2
+
+
 def test_a_signal_to_the_launcher_stops_all_ranks_after_they_have_saved(data, tmp_path, start):
     config = recipe(tmp_path, data, epochs=1000)
-    process = start(config, "--standalone", "--nproc_per_node=2")
-    wait_for_step(process, config)
+    process = start(config, *ONE)
+    wait_for(process, config)
     process.terminate()
     err = end(process)
     assert process.returncode != 0
@@ -117,8 +201,8 @@ def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path,
     config = recipe(tmp_path, data)
     text = config.read_text().replace(str(data / "lmdb/shapes/val.lmdb"), str(val))
     config.write_text(text)
-    process = start(config, "--standalone", "--nproc_per_node=2")
-    wait_for_step(process, config)
+    process = start(config, *ONE)
+    wait_for(process, config)
     since = time.monotonic()
     err = end(process)
     assert time.monotonic() - since < 60
@@ -127,20 +211,3 @@ def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path,
     first = next(line for line in err.splitlines() if line.startswith(faults))
     assert first.startswith("error: "), err
     assert "image_1.jpg" in first
-
-
-def test_two_launchers_train_as_one_with_two_ranks(data, tmp_path, start):
-    one, two = (recipe(tmp_path / name, data, epochs=2) for name in ("one", "two"))
-    process = start(one, "--standalone", "--nproc_per_node=2")
-    err = end(process)
-    assert process.returncode == 0, err
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test")
-    options = (*options, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
-    agents = [start(two, *options) for _ in range(2)]
-    errors = [end(agent) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], errors
-    assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 1
-    assert_equal_runs(two, one)

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,57 @@ def start(alone: bool = False) -> Ranks:
         return Ranks(0, 1, 0, 1, device)
     # What lies on the CPU goes by gloo everywhere, so that no device waits for it.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, device_id=device if cuda else None)
+    _join(backend, device if cuda else None)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def _join(backend: str, device_id: torch.device | None) -> None:
+    """Join the process group, in a corner of torchrun's store that no earlier start has used.
+
+    torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there, after
+    a restart, under which address a dead rank listened; ranks then wait for each other until
+    the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, device_id=device_id)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, timeout=dist.default_pg_timeout)
+    corner = dist.PrefixStore(name_start(store, rank, world_size), store)
+    dist.init_process_group(
+        backend, store=corner, rank=rank, world_size=world_size, device_id=device_id
+    )
+
+
+def name_start(store: dist.Store, rank: int, world_size: int) -> str:
+    """What this start of the ranks is called: the same on all of them, and new.
+
+    What dead ranks wrote is still in the store. So rank 0's name is believed only by who got it
+    in answer to a word of its own. Rank 0 writes its name before it looks who called, the others
+    call before they look for the name: so one of each two finds the other's word. All ranks of
+    an earlier start are dead, which torchrun sees to.
+
+    Args:
+        store: that all ranks share. Its timeout limits the wait for ranks that do not come.
+    """
+    word = uuid4().hex
+    if rank == 0:
+        store.set("start/name", word)
+        for other in range(1, world_size):
+            if store.check([f"start/call/{other}"]):  # perhaps a dead rank's
+                store.set(f"start/answer/{store.get(f'start/call/{other}').decode()}", word)
+        for other in range(1, world_size):
+            call = store.get(f"start/{word}/{other}").decode()
+            store.set(f"start/answer/{call}", word)
+        return word
+    store.set(f"start/call/{rank}", word)
+    if store.check(["start/name"]):  # perhaps a dead rank's
+        store.set(f"start/{store.get('start/name').decode()}/{rank}", word)
+    name = store.get(f"start/answer/{word}").decode()
+    store.set(f"start/{name}/{rank}", word)
+    return name
 
 
 def stop() -> None:
