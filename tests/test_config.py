@@ -154,6 +154,8 @@ ADDED = {
         "batch_by": "refs",
         "val_freq": 1,
         "warmup_steps": 0,
+        "recompute_backbone": False,
+        "recompute_decoder": False,
         "precision": "auto",
         "target": "nearest",
         "val_sentences": "all",

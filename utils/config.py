@@ -155,6 +155,8 @@ class TrainConfig:
     warmup_steps: Count = 0
     weight_decay: Amount = 0.0
     max_norm: Amount = 0.0
+    recompute_backbone: bool = False
+    recompute_decoder: bool = False
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     target: Literal["nearest", "area"] = "nearest"
     val_freq: Size = 1
