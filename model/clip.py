@@ -70,9 +70,20 @@ class DenseAttentionPool(nn.Module):
 
     def positions(self, height: int, width: int) -> Tensor:
         """The positional table resized to a map: (1, H·W, C)."""
-        table = self.positional_embedding[1:].T.reshape(1, -1, self.grid, self.grid)
+        table = self.positional_embedding[1:]
+        if torch.are_deterministic_algorithms_enabled():  # CUDA's bicubic backward pass is not
+            return (self._resizing(height, width) @ table)[None]
+        table = table.T.reshape(1, -1, self.grid, self.grid)
         table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
         return table.flatten(2).transpose(1, 2)
+
+    def _resizing(self, height: int, width: int) -> Tensor:
+        """What resizing the table multiplies it with: (H·W, grid²)."""
+        cells = self.grid**2
+        identity = torch.eye(cells, device=self.positional_embedding.device)
+        identity = identity.reshape(1, cells, self.grid, self.grid)
+        resized = F.interpolate(identity, (height, width), mode="bicubic", align_corners=False)
+        return resized.reshape(cells, -1).T.to(self.positional_embedding.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""

@@ -26,9 +26,6 @@ def run(function: Callable, *inputs: Tensor, recompute: bool) -> Any:
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _statistics_kept(owner)
 
-    # A compiled backward pass repeats no changes of buffers, and admits no context.
-    if torch.compiler.is_compiling():
-        return checkpoint(function, *inputs, use_reentrant=False)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 

@@ -156,6 +156,8 @@ ADDED = {
         "warmup_steps": 0,
         "recompute_backbone": False,
         "recompute_decoder": False,
+        "compile": False,
+        "deterministic": False,
         "precision": "auto",
         "target": "nearest",
         "val_sentences": "all",

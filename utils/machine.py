@@ -1,6 +1,8 @@
-"""What this machine lets a process use."""
+"""What this machine lets a process use, and what the process uses."""
 
 import os
+import sys
+from pathlib import Path
 
 
 def available_cores() -> int:
@@ -8,3 +10,15 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at a time."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's own account: getrusage's starts from the parent's
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
