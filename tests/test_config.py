@@ -299,6 +299,16 @@ class TestValuesThatMayBeMistakes:
     def test_shipped_configs_raise_no_doubt(self, path):
         assert load_config(path).notices == ()
 
+    def test_the_small_gpu_config_is_the_published_recipe_but_for_what_saves_memory(self):
+        small = load_config(R50.with_name("cris_r50_small_gpu.yaml"))
+        ours, published = (to_dict(config)["TRAIN"] for config in (small, load_config(R50)))
+        assert {key for key, value in ours.items() if value != published[key]} == {
+            *("accumulation_steps", "precision", "recompute_backbone", "recompute_decoder"),
+            *("batch_size_val", "exp_name"),
+        }
+        assert small.TRAIN.batch_size == 64
+        assert check_batch(small.TRAIN, world_size=1) >= 8
+
     def test_milestones_that_are_never_reached_are_named(self):
         (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices
         assert line == "TRAIN.milestones [20, 35] are never reached in TRAIN.epochs 20"
