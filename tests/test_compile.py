@@ -21,14 +21,14 @@ from torch import nn
 from engine.build import compile_model
 from model.loss import text_to_pixel_loss
 from model.segmenter import Segmenter
-from utils.config import load_config
 from utils.distributed import Ranks, unwrap, wrap
 from utils.errors import UserError
 from utils.transforms import normalize_images
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread", "compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+compiles = pytest.mark.usefixtures("compiler")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def two_passes(model: Segmenter) -> tuple[list[float], Segmenter]:
     return losses, model
 
 
-@pytest.mark.slow
+@compiles
 def test_a_compiled_model_computes_what_the_plain_one_does():
     losses, plain = two_passes(small_segmenter().double().train())
     model = small_segmenter().double().train()
@@ -75,7 +75,7 @@ def test_a_compiled_model_computes_what_the_plain_one_does():
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.slow
+@compiles
 def test_a_compiled_training_resumes_to_the_bit_and_its_checkpoint_is_an_ordinary_one(
     data, tmp_path
 ):
@@ -125,7 +125,7 @@ def on_rank(ranks: Ranks, out: Path) -> None:
     torch.save(results, out / f"{ranks.rank}.pt")
 
 
-@pytest.mark.slow
+@compiles
 def test_two_compiled_ranks_with_synchronised_statistics_train_like_two_plain_ones(tmp_path):
     spawn(2, on_rank, tmp_path)
     first, second = (load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -137,7 +137,6 @@ def test_two_compiled_ranks_with_synchronised_statistics_train_like_two_plain_on
         torch.testing.assert_close(first["compiled"][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.slow
 def test_without_a_compiler_one_line_says_so_and_nothing_is_written(data, tmp_path):
     config = write_config(tmp_path, data)
     command = (sys.executable, "train.py", "--config", config, "--opts", "TRAIN.compile", True)
@@ -148,16 +147,3 @@ def test_without_a_compiler_one_line_says_so_and_nothing_is_written(data, tmp_pa
     assert "install a C++ compiler" in line
     assert "Traceback" not in ending.stderr
     assert not (tmp_path / "exp").exists()
-
-
-@pytest.mark.parametrize(
-    ("opts", "remedy"),
-    [
-        (("TRAIN.recompute_backbone", "true"), "choose one"),
-        (("TRAIN.recompute_decoder", "true"), "choose one"),
-        (("TRAIN.batch_by", "images"), "set batch_by to refs"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused(data, tmp_path, opts, remedy):
-    with pytest.raises(UserError, match=remedy):
-        load_config(write_config(tmp_path, data), ["TRAIN.compile", "true", *opts])

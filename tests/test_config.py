@@ -309,6 +309,18 @@ class TestValuesThatMayBeMistakes:
         assert small.TRAIN.batch_size == 64
         assert check_batch(small.TRAIN, world_size=1) >= 8
 
+    @pytest.mark.parametrize(
+        ("opts", "remedy"),
+        [
+            (["TRAIN.recompute_backbone", "true"], "choose one"),
+            (["TRAIN.recompute_decoder", "true"], "choose one"),
+            (["TRAIN.batch_by", "images"], "set batch_by to refs"),
+        ],
+    )
+    def test_what_does_not_go_with_compilation_is_refused(self, opts, remedy):
+        with pytest.raises(UserError, match=remedy):
+            load_config(R50, ["TRAIN.compile", "true", *opts])
+
     def test_milestones_that_are_never_reached_are_named(self):
         (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices
         assert line == "TRAIN.milestones [20, 35] are never reached in TRAIN.epochs 20"
