@@ -3,6 +3,7 @@
     python train.py --config config/refcoco/cris_r50.yaml
     python train.py --config config/refshapes/cris_tiny.yaml --opts TRAIN.epochs 5
     torchrun --nproc_per_node=8 train.py --config config/refcoco/cris_r50.yaml
+    python train.py --dry-run --config config/refcoco/cris_r50.yaml
 
 One process trains on the GPU, or on the CPU where there is none; with several visible GPUs the
 first form starts one rank on each. Everything is written to <output_folder>/<exp_name>.
@@ -16,7 +17,11 @@ from utils.errors import run as run_main
 
 def main() -> None:
     """Parse, start the ranks, train, stop."""
-    args = parse_config_arguments(__doc__)
+    args = parse_config_arguments(
+        __doc__,
+        dry_run="build everything, take one step, score one validation batch, say what memory that "
+        "took, and write nothing",
+    )
     # After parsing, so that --help and a mistyped option answer at once.
     from utils import distributed
     from utils.config import load_config
@@ -27,27 +32,29 @@ def main() -> None:
         return
     ranks = distributed.start()
     try:
-        train(cfg, ranks)
+        train(cfg, ranks, args.dry_run)
     finally:
         # After a failure the others may wait for this rank: it leaves at once, torchrun ends them.
         if not isinstance(sys.exception(), Exception):
             distributed.stop()
 
 
-def train(cfg, ranks) -> float:
+def train(cfg, ranks, is_dry: bool = False) -> None:
     """Build everything that the config names, and fit, alone in the run's folder.
 
-    Returns:
-        The best validation mIoU, in [0, 1].
+    Args:
+        is_dry: take one step and score one batch instead, and write nothing.
     """
+    from contextlib import nullcontext
     from functools import partial
 
     from loguru import logger
 
     from engine import resume
     from engine.banner import announce
-    from engine.build import build_model, restore_model
+    from engine.build import build_model, compile_model, restore_model
     from engine.checks import check_checkpoint, check_records
+    from engine.dry_run import dry_run, without_writing
     from engine.evaluator import validation_protocol
     from engine.loaders import build_evaluation_loader, build_train_loader, report_records
     from engine.optim import build_optimizer, build_schedule, parameter_groups
@@ -56,8 +63,11 @@ def train(cfg, ranks) -> float:
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
-    from utils.seed import seed_everything
+    from utils.seed import deterministic, seed_everything
 
+    if is_dry:
+        cfg = without_writing(cfg)
+    writes = ranks.is_main and not is_dry
     options, device = cfg.TRAIN, ranks.device
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
@@ -79,6 +89,9 @@ def train(cfg, ranks) -> float:
         cfg, cfg.DATA.val_lmdb, ranks, sentences=options.val_sentences
     )
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    if options.compile:
+        # Within DistributedDataParallel, which then hooks onto the parameters as ever.
+        compile_model(model, device)
     if state is not None:
         resume.restore_optimizer(optimizer, state, source)
     dtype = resolve_precision(options.precision, device)
@@ -86,17 +99,19 @@ def train(cfg, ranks) -> float:
     seed_everything(options.manual_seed + ranks.rank)
 
     steps = len(train_loader) // options.accumulation_steps
-    tracker = partial(Tracker, folder if ranks.is_main else None, options.wandb, options.exp_name)
+    tracker = partial(Tracker, folder if writes else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
     with (
-        resume.alone(cfg, ranks),
+        nullcontext() if is_dry else resume.alone(cfg, ranks),
         tracker(to_dict(cfg), state and resume.records_until(state)) as tracker,
+        deterministic(options.deterministic),
     ):
-        setup_logging(folder, ranks.is_main)
+        setup_logging(None if is_dry else folder, ranks.is_main)
         for notice in cfg.notices:
             logger.info(notice)
         if ranks.is_main:
             report_records(cfg, train_loader.dataset.reader)
+        if writes:
             if state is None:
                 resume.clear(folder)
             save_config(cfg, folder / "config.yaml")
@@ -118,7 +133,7 @@ def train(cfg, ranks) -> float:
         if state is not None:
             resume.resume(run, state, source)
         announce(run, source)
-        return fit(run)
+        (dry_run if is_dry else fit)(run)
 
 
 if __name__ == "__main__":

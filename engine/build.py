@@ -59,6 +59,30 @@ def restore_model(
     return _place(model, cfg, device), state
 
 
+def compile_model(model: Segmenter, device: torch.device) -> None:
+    """Let `model(...)` be compiled when it is first called, for one shape of batch.
+
+    In place, so that names of weights stay. `encode_image` and `segment`, which evaluation calls
+    with as many sentences as a photo has, stay as they are: a score does not depend on it.
+
+    Raises:
+        UserError: there is no compiler here; found by compiling a line.
+    """
+    try:
+        torch.compile(_double, dynamic=False)(torch.ones(1, device=device))
+    except Exception as error:  # compilers fail in many ways
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"TRAIN.compile: torch.compile does not work here ({reason}); install a C++ compiler "
+            "(g++, or name one in CXX), or set TRAIN.compile to false"
+        ) from None
+    model.compile(dynamic=False)
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
 def _place(model: Segmenter, cfg: Config, device: torch.device) -> Segmenter:
     check_clip_dims(cfg.TRAIN, model.sizes)
     if model.sizes.vocab_size <= END_ID:

@@ -8,6 +8,7 @@ and compared in threads while the model computes the next batch.
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -114,6 +115,7 @@ def evaluate(
     rle: bool | Container[tuple[int, int]] = False,
     threads: int = 2,
     progress: Iterable | None = None,
+    batches: int | None = None,
 ) -> Scores:
     """Score every sentence of a split exactly once, in float32, on all ranks together.
 
@@ -127,6 +129,7 @@ def evaluate(
         rle: fill this field of all scores, or of those with these keys.
         threads: that restore and compare masks.
         progress: wraps the loader, to show how far it is.
+        batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
         By protocol, the scores of all ranks' sentences in the order of the LMDB, on every rank.
     Raises:
@@ -136,7 +139,7 @@ def evaluate(
     model.eval()
     pending: list[Future] = []
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        for batch in loader if progress is None else progress:
+        for batch in islice(loader if progress is None else progress, batches):
             for tasks, squares in _predict(model, batch, device, protocols, sentences_per_batch):
                 for row, task in enumerate(tasks):
                     maps = {name: square[row] for name, square in squares.items()}
@@ -145,7 +148,8 @@ def evaluate(
         rows = [future.result() for future in pending]
     model.train(was_training)
     scores = {name: [row[name] for row in rows] for name in protocols}
-    return {name: _gather(scores[name], loader.dataset.keys()) for name in protocols}
+    expected = loader.dataset.keys() if batches is None else None
+    return {name: _gather(scores[name], expected) for name in protocols}
 
 
 def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float]:
@@ -264,11 +268,13 @@ def _bound(pending: list[Future], limit: int = 512) -> None:
         pending[-limit].result()
 
 
-def _gather(scores: list[SentenceScore], expected: set[tuple[int, int]]) -> list[SentenceScore]:
-    """Join the ranks' scores and assert that each sentence is there exactly once."""
+def _gather(
+    scores: list[SentenceScore], expected: set[tuple[int, int]] | None
+) -> list[SentenceScore]:
+    """Join the ranks' scores and assert that each sentence expected is there exactly once."""
     joined = [score for part in gather_objects(scores) for score in part]
     keys = [score.key for score in joined]
-    if len(keys) != len(expected) or set(keys) != expected:
+    if expected is not None and (len(keys) != len(expected) or set(keys) != expected):
         missing, twice = len(expected - set(keys)), len(keys) - len(set(keys))
         raise RuntimeError(f"sentences not scored: {missing}, scored twice: {twice}")
     return sorted(joined, key=lambda score: score.key)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.recompute import run
+
 HEAD_WIDTH = 64  # channels per attention head, in CLIP's attention pool and text transformer
 
 
@@ -68,9 +70,20 @@ class DenseAttentionPool(nn.Module):
 
     def positions(self, height: int, width: int) -> Tensor:
         """The positional table resized to a map: (1, H·W, C)."""
-        table = self.positional_embedding[1:].T.reshape(1, -1, self.grid, self.grid)
+        table = self.positional_embedding[1:]
+        if torch.are_deterministic_algorithms_enabled():  # CUDA's bicubic backward pass is not
+            return (self._resizing(height, width) @ table)[None]
+        table = table.T.reshape(1, -1, self.grid, self.grid)
         table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
         return table.flatten(2).transpose(1, 2)
+
+    def _resizing(self, height: int, width: int) -> Tensor:
+        """What resizing the table multiplies it with: (H·W, grid²)."""
+        cells = self.grid**2
+        identity = torch.eye(cells, device=self.positional_embedding.device)
+        identity = identity.reshape(1, cells, self.grid, self.grid)
+        resized = F.interpolate(identity, (height, width), mode="bicubic", align_corners=False)
+        return resized.reshape(cells, -1).T.to(self.positional_embedding.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
@@ -90,15 +103,24 @@ class DenseAttentionPool(nn.Module):
 class DenseResNet(nn.Module):
     """CLIP's image encoder, returning three maps instead of one vector."""
 
-    def __init__(self, layers: Sequence[int], width: int, embed_dim: int, resolution: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        width: int,
+        embed_dim: int,
+        resolution: int,
+        recompute: bool = False,
+    ) -> None:
         """
         Args:
             layers: bottlenecks of the four stages.
             width: channels after the stem.
             embed_dim: channels of the last map, CLIP's joint embedding width.
             resolution: image side that CLIP was trained at, in pixels; sets the positional table.
+            recompute: keep what enters stem, bottlenecks and attention pool alone, see `run`.
         """
         super().__init__()
+        self.recompute = recompute
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -113,6 +135,13 @@ class DenseResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
         self.attnpool = DenseAttentionPool(resolution // 32, channels[-1], embed_dim)
 
+    def stem(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, width, S/4, S/4)."""
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        return self.avgpool(x)
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode normalised images.
 
@@ -121,13 +150,14 @@ class DenseResNet(nn.Module):
         Returns:
             C3 (B, 8·width, S/8, S/8), C4 (B, 16·width, S/16, S/16), C5 (B, embed_dim, S/32, S/32).
         """
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        x = self.layer1(self.avgpool(x))
-        c3 = self.layer2(x)
-        c4 = self.layer3(c3)
-        return c3, c4, self.attnpool(self.layer4(c4))
+        x = run(self.stem, image, recompute=self.recompute)
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = run(block, x, recompute=self.recompute)
+            maps.append(x)
+        _, c3, c4, c5 = maps
+        return c3, c4, run(self.attnpool, c5, recompute=self.recompute)
 
 
 class QuickGELU(nn.Module):
@@ -161,8 +191,9 @@ class TextBlock(nn.Module):
 class TextTransformer(nn.Module):
     """The stack of text layers; a module of its own only for CLIP's parameter names."""
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.resblocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +201,7 @@ class TextTransformer(nn.Module):
         length = x.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         for block in self.resblocks:
-            x = block(x, hidden)
+            x = run(block, x, hidden, recompute=self.recompute)
         return x
 
 
@@ -184,6 +215,7 @@ class DenseCLIP(nn.Module):
         context_length: rows of the text's positional table.
         vocab_size: tokens.
         transformer_width, transformer_heads, transformer_layers: the text encoder.
+        recompute: of both encoders, keep what enters each block alone, see `model.recompute.run`.
     """
 
     def __init__(
@@ -197,10 +229,15 @@ class DenseCLIP(nn.Module):
         transformer_width: int,
         transformer_heads: int,
         transformer_layers: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.visual = DenseResNet(vision_layers, vision_width, embed_dim, image_resolution)
-        self.transformer = TextTransformer(transformer_width, transformer_layers, transformer_heads)
+        self.visual = DenseResNet(
+            vision_layers, vision_width, embed_dim, image_resolution, recompute
+        )
+        self.transformer = TextTransformer(
+            transformer_width, transformer_layers, transformer_heads, recompute
+        )
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model.recompute import run
+
 
 class DecoderLayer(nn.Module):
     """Pre-norm self-attention over pixels, cross-attention to words, feed-forward.
@@ -58,12 +60,20 @@ class Decoder(nn.Module):
         num_heads: attention heads.
         dim_ffn: hidden width of the feed-forward part.
         dropout: probability, attention weights included.
+        recompute: keep what enters each layer alone, see `model.recompute.run`.
     """
 
     def __init__(
-        self, num_layers: int, channels: int, num_heads: int, dim_ffn: int, dropout: float
+        self,
+        num_layers: int,
+        channels: int,
+        num_heads: int,
+        dim_ffn: int,
+        dropout: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             DecoderLayer(channels, num_heads, dim_ffn, dropout) for _ in range(num_layers)
         )
@@ -84,7 +94,7 @@ class Decoder(nn.Module):
         word_pos = sequence_positions(words.shape[1], channels, vis.device).to(words.dtype)
         x = vis.flatten(2).transpose(1, 2)
         for layer in self.layers:
-            x = layer(x, words, vis_pos, word_pos, pad_mask)
+            x = run(layer, x, words, vis_pos, word_pos, pad_mask, recompute=self.recompute)
         return self.norm(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
 

@@ -110,6 +110,8 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
         num_heads=train.num_head,
         dim_ffn=train.dim_ffn,
         dropout=train.dropout,
+        recompute_backbone=train.recompute_backbone,
+        recompute_decoder=train.recompute_decoder,
     )
     if weights is not None:
         load_backbone(model.backbone, weights)
@@ -124,14 +126,16 @@ def assemble(
     num_heads: int,
     dim_ffn: int,
     dropout: float,
+    recompute_backbone: bool = False,
+    recompute_decoder: bool = False,
 ) -> Segmenter:
     """Build the four parts so that their widths fit."""
     width = sizes.vision_width
     return Segmenter(
         sizes,
-        DenseCLIP(**asdict(sizes)),
+        DenseCLIP(**asdict(sizes), recompute=recompute_backbone),
         Neck((8 * width, 16 * width, sizes.embed_dim), fpn_out, sizes.embed_dim),
-        Decoder(num_layers, channels, num_heads, dim_ffn, dropout),
+        Decoder(num_layers, channels, num_heads, dim_ffn, dropout, recompute_decoder),
         Projector(sizes.embed_dim, channels),
     )
 

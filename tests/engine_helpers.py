@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -128,18 +128,18 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def run_program(name: str, config: Path, *opts: object) -> None:
-    """`python <name> --config <config> --opts <opts>` in this process."""
-    argv = [name, "--config", str(config), "--opts", *map(str, opts)]
+def run_program(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> None:
+    """`python <name> <switches> --config <config> --opts <opts>` in this process."""
+    argv = [name, *switches, "--config", str(config), "--opts", *map(str, opts)]
     with on_cpu(), mock.patch.object(sys, "argv", argv):
         runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
-def error_of(name: str, config: Path, *opts: object) -> str:
+def error_of(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> str:
     """The one line with which the program ends, without its `error: `; exit code 1 goes with it."""
     line = None
     try:
-        run_program(name, config, *opts)
+        run_program(name, config, *opts, switches=switches)
     except SystemExit as ending:
         line = ending.code
         # What lives on in the frames of an error goes in the garbage collector's own order, and

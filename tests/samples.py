@@ -40,10 +40,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def small_segmenter(sizes: ClipSizes = SIZES, dropout: float = 0.0) -> Segmenter:
+def small_segmenter(sizes: ClipSizes = SIZES, dropout: float = 0.0, **recompute: bool) -> Segmenter:
     """The golden case "tiny", or another CLIP under the same head, with the golden weights."""
     width = sizes.transformer_width
-    model = assemble(sizes, (32, width, 96), width, 2, 4, 128, dropout)
+    model = assemble(sizes, (32, width, 96), width, 2, 4, 128, dropout, **recompute)
     model.load_state_dict(filled(model.state_dict()))
     return model
 

@@ -154,6 +154,10 @@ ADDED = {
         "batch_by": "refs",
         "val_freq": 1,
         "warmup_steps": 0,
+        "recompute_backbone": False,
+        "recompute_decoder": False,
+        "compile": False,
+        "deterministic": False,
         "precision": "auto",
         "target": "nearest",
         "val_sentences": "all",
@@ -298,6 +302,28 @@ class TestValuesThatMayBeMistakes:
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
     def test_shipped_configs_raise_no_doubt(self, path):
         assert load_config(path).notices == ()
+
+    def test_the_small_gpu_config_is_the_published_recipe_but_for_what_saves_memory(self):
+        small = load_config(R50.with_name("cris_r50_small_gpu.yaml"))
+        ours, published = (to_dict(config)["TRAIN"] for config in (small, load_config(R50)))
+        assert {key for key, value in ours.items() if value != published[key]} == {
+            *("accumulation_steps", "precision", "recompute_backbone", "recompute_decoder"),
+            *("batch_size_val", "exp_name"),
+        }
+        assert small.TRAIN.batch_size == 64
+        assert check_batch(small.TRAIN, world_size=1) >= 8
+
+    @pytest.mark.parametrize(
+        ("opts", "remedy"),
+        [
+            (["TRAIN.recompute_backbone", "true"], "choose one"),
+            (["TRAIN.recompute_decoder", "true"], "choose one"),
+            (["TRAIN.batch_by", "images"], "set batch_by to refs"),
+        ],
+    )
+    def test_what_does_not_go_with_compilation_is_refused(self, opts, remedy):
+        with pytest.raises(UserError, match=remedy):
+            load_config(R50, ["TRAIN.compile", "true", *opts])
 
     def test_milestones_that_are_never_reached_are_named(self):
         (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices

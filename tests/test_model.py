@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from samples import ROOT, SIZES, random_batch, small_segmenter
 from torch import Tensor, nn
 
+from model.clip import DenseAttentionPool
 from model.clip_archive import ClipSizes, derive_sizes
 from model.decoder import sequence_positions
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
 from utils.config import load_config
+from utils.seed import deterministic
 from utils.transforms import normalize_images
 
 SIDE = 128
@@ -349,3 +351,20 @@ def test_fresh_model_is_finite_and_the_same_for_the_same_seed():
         outputs.append(predict(build_segmenter(cfg).eval(), photos, tokens))
     assert outputs[0].isfinite().all()
     assert torch.equal(*outputs)
+
+
+def test_positions_resized_by_a_matrix_are_those_that_are_interpolated():
+    pool = small_segmenter().backbone.visual.attnpool
+    plain, gradient = (t.detach() for t in _positions(pool))
+    with deterministic(True):
+        got, got_gradient = _positions(pool)
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got_gradient, gradient, rtol=0, atol=1e-5)
+
+
+def _positions(pool: DenseAttentionPool) -> tuple[Tensor, Tensor]:
+    """Of a map that is not square, with the gradient of a weighted sum of them."""
+    positions = pool.positions(5, 9)
+    weights = torch.linspace(-1, 1, positions.numel()).view_as(positions)
+    (gradient,) = torch.autograd.grad((positions * weights).sum(), pool.positional_embedding)
+    return positions, gradient

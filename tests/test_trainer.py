@@ -92,6 +92,28 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp
     assert metrics(tmp_path) == metrics(straight)
 
 
+def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, data, monkeypatch):
+    seen, step = [], trainer.optimizer_step
+
+    def watched(run: Run) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        step(run)
+
+    monkeypatch.setattr(trainer, "optimizer_step", watched)
+    states = []
+    for name, parts in {"straight": (2,), "again": (2,), "resumed": (1, 2)}.items():
+        config = write_config(tmp_path / name, data, dropout=0.2)
+        opts = ("TRAIN.deterministic", True, "TRAIN.resume", "auto")
+        for epochs in parts:
+            run_program("train.py", config, *opts, "TRAIN.epochs", epochs)
+        states.append(load(tmp_path / name / "exp/tiny/last_model.pth"))
+        del states[-1]["config"]
+    assert_same(states[1], states[0])
+    assert_same(states[2], states[0])
+    assert seen == [True] * (6 * num_steps(data))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_another_seed_gives_another_run(straight, tmp_path, data):
     config = write_config(tmp_path, data, dropout=0.2, lr_multi=0.1, manual_seed=1)
     run_program("train.py", config)

@@ -155,6 +155,10 @@ class TrainConfig:
     warmup_steps: Count = 0
     weight_decay: Amount = 0.0
     max_norm: Amount = 0.0
+    recompute_backbone: bool = False
+    recompute_decoder: bool = False
+    compile: bool = False
+    deterministic: bool = False
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     target: Literal["nearest", "area"] = "nearest"
     val_freq: Size = 1
@@ -200,6 +204,7 @@ class TrainConfig:
             raise UserError(
                 f"TRAIN.start_epoch {self.start_epoch} must be below TRAIN.epochs {self.epochs}"
             )
+        self._check_compile()
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
                 raise UserError(
@@ -207,6 +212,20 @@ class TrainConfig:
                     "make clip_pretrain null to train from scratch, or clip_arch null"
                 )
             check_clip_dims(self, self.clip_arch)
+
+    def _check_compile(self) -> None:
+        if not self.compile:
+            return
+        if self.recompute_backbone or self.recompute_decoder:
+            raise UserError(
+                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
+                "compiling the two together takes minutes even for a tiny model; choose one"
+            )
+        if self.batch_by == "images":
+            raise UserError(
+                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
+                "its own number of photos; set batch_by to refs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

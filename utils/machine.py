@@ -1,6 +1,7 @@
 """What this machine lets a process use, and what the process uses."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -17,6 +18,16 @@ def resident_memory() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
+        return peak_memory()
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at a time."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's own account: getrusage's starts from the parent's
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

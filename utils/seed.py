@@ -1,6 +1,9 @@
 """Every random choice comes from a named seed; this is where they are named and restored."""
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,6 +14,35 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Let torch use only algorithms that give the same bits every time, and restore it after.
+
+    cuBLAS reads its variable when it is first used, so nothing may have run on the GPU before; one
+    that the environment has already is left as it is.
+
+    Args:
+        enabled: False does nothing.
+    """
+    if not enabled:
+        yield
+        return
+    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    before = cudnn.deterministic, cudnn.benchmark, os.environ.get(variable)
+    is_on = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault(variable, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
+        cudnn.deterministic, cudnn.benchmark, workspace = before
+        if workspace is None:
+            del os.environ[variable]
 
 
 def draw(high: int, *names: int) -> int:

@@ -1,0 +1,83 @@
+"""`train.py --dry-run`: one optimiser step and one validation batch, and nothing is written."""
+
+import time
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from loguru import logger
+
+from engine.evaluator import evaluate, summarize_scores
+from engine.run import Run
+from engine.trainer import forward_backward, means, optimizer_step
+from utils.config import Config
+from utils.distributed import gather_objects, share_buffers, unwrap
+from utils.machine import peak_memory
+
+GIB = 2**30  # bytes
+
+
+def without_writing(cfg: Config) -> Config:
+    """The config that a dry run builds from.
+
+    Photos are decoded, not put into `DATA.cache`, and a run that is in the folder already stays.
+    """
+    return replace(cfg, DATA=replace(cfg.DATA, cache=None), TRAIN=replace(cfg.TRAIN, force=True))
+
+
+def dry_run(run: Run) -> None:
+    """Take the next step of `run`, with all its micro-batches, score one batch, and tell of both.
+
+    All ranks call it. The memory is that of the rank that took most.
+    """
+    score, seconds = _one_step(run)
+    trained = _memory(run)
+    skipped = "; the step was left out: its gradients are not finite" if run.faults[0] else ""
+    logger.info(
+        f"one step of {run.cfg.TRAIN.batch_size} refs in {seconds:.1f} s: "
+        f"loss {score['loss']:.4f}{skipped}; {trained}"
+    )
+    start = time.monotonic()
+    scores = _one_batch(run)
+    logger.info(
+        f"one validation batch, {scores['sentences']} sentences, in "
+        f"{time.monotonic() - start:.1f} s: mIoU {100 * scores['mIoU']:.2f}; {_memory(run)}"
+    )
+    logger.info(f"dry run: nothing was written to {run.folder}")
+
+
+def _one_step(run: Run) -> tuple[dict[str, float], float]:
+    """Means over the step by name, and the seconds it took, loading included."""
+    start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
+    run.model.train()
+    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
+    run.schedule.set(run.epoch, run.step)
+    total = torch.zeros_like(run.sums[0])
+    for count, batch in enumerate(islice(run.train_loader, passes), start=1):
+        total += forward_backward(run, batch, synchronize=count == passes)
+    optimizer_step(run)
+    return means(total, passes), time.monotonic() - start
+
+
+def _one_batch(run: Run) -> dict[str, float]:
+    """Scores of each rank's first batch of the validation split."""
+    share_buffers(run.model)
+    scores = evaluate(
+        unwrap(run.model),
+        run.val_loader,
+        run.ranks.device,
+        run.protocols,
+        sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
+        batches=1,
+    )
+    lines = next(iter(scores.values()))
+    return summarize_scores(lines) | {"sentences": len(lines)}
+
+
+def _memory(run: Run) -> str:
+    device = run.ranks.device
+    if device.type != "cuda":
+        return f"peak memory of the process {max(gather_objects(peak_memory())) / GIB:.2f} GiB"
+    taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    tensors, reserved = map(max, zip(*gather_objects(taken), strict=True))
+    return f"peak memory of the GPU {tensors / GIB:.2f} GiB, {reserved / GIB:.2f} GiB reserved"
