@@ -123,7 +123,16 @@ def test_an_epoch_of_a_config_is_timed_with_its_memory(tmp_path, workers):
         (["train", "--batch", "1"], 2, "--batch 1: give a number from 2"),
         ([], 2, "the following arguments are required: command"),
     ],
-    ids=["no file", "no rounds", "no argument", "no config", "no command"],
+    ids=[
+        "no file",
+        "no rounds",
+        "no argument",
+        "both",
+        "no config",
+        "no photos",
+        "one",
+        "no command",
+    ],
 )
 def test_mistakes_end_with_one_line(words, code, message):
     ending = run_command(sys.executable, "tools/benchmark.py", *words)
