@@ -429,8 +429,9 @@ def measure_memory(args: argparse.Namespace, lmdb: Path) -> int:
         steps = published_steps(setting, batches)
     else:
         steps = our_steps(setting, batches, by_images=False)
-    for _ in range(2):
-        next(steps)
+    next(steps)
+    setting.weights.clear()  # the model has its own now
+    next(steps)
     if setting.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return peak_memory()
