@@ -82,6 +82,7 @@ def find_config(args: argparse.Namespace) -> "Config":
     from utils.config import load_config
 
     opts = [*args.opts, "TRAIN.precision", "fp32", "TRAIN.accumulation_steps", "1"]
+    opts += ["TRAIN.workers_val", "0"]
     cfg = load_config(args.config, opts)
     if cfg.TRAIN.clip_arch is None and not Path(cfg.TRAIN.clip_pretrain or "").is_file():
         opts += ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", RN50]
