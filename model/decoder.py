@@ -4,8 +4,10 @@ B batch, C channels, H W map size, L tokens. Pixels are a sequence of H·W posit
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.recompute import run
@@ -41,14 +43,104 @@ class DecoderLayer(nn.Module):
         """vis (B, H·W, C), words (B, L, C), positions of each, pad_mask (B, L) -> (B, H·W, C)."""
         x = self.norm1(vis)
         q = x + vis_pos
-        x = self.self_attn(q, q, x, need_weights=False)[0]
+        x = attend(self.self_attn, q, q, x)
         vis = vis + self.dropout(self.self_attn_norm(x))
         x = self.norm2(vis) + vis_pos
-        x = self.multihead_attn(
-            x, words + word_pos, words, key_padding_mask=pad_mask, need_weights=False
-        )[0]
+        x = attend(self.multihead_attn, x, words + word_pos, words, pad_mask)
         vis = vis + self.dropout(self.cross_attn_norm(x))
         return vis + self.dropout(self.ffn(self.norm3(vis)))
+
+
+def attend(
+    layer: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad_mask: Tensor | None = None,
+) -> Tensor:
+    """What the layer computes, without its weights, and without large maps in a CPU's memory.
+
+    Args:
+        layer: batch first; its dropout acts in training mode.
+        query, key, value: (B, N, C), (B, L, C), (B, L, C).
+        pad_mask: (B, L) bool, True where the key is hidden.
+    Returns:
+        (B, N, C).
+    """
+    inputs = zip(
+        (query, key, value),
+        layer.in_proj_weight.chunk(3),
+        layer.in_proj_bias.chunk(3),
+        strict=True,
+    )
+    q, k, v = (
+        F.linear(x, weight, bias).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+        for x, weight, bias in inputs
+    )
+    shown = None if pad_mask is None else ~pad_mask[:, None, None]
+    dropout = layer.dropout if layer.training else 0.0
+    if dropout and q.device.type == "cpu":
+        attended = DroppedAttention.apply(q, k, v, shown, dropout)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, shown, dropout)
+    return layer.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class DroppedAttention(torch.autograd.Function):
+    """`F.scaled_dot_product_attention` with dropout on a CPU, a head at a time.
+
+    torch has no fused kernel for it there, and holds five maps of queries by keys for the backward
+    pass. One head's map stays in the cache, and all that is kept is what was dropped.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None, dropout: float
+    ) -> Tensor:
+        """q (B, heads, N, D), k and v (B, heads, L, D), shown (B, 1, 1, L) bool -> as q."""
+        kept = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+        draws = torch.empty(q.shape[2], k.shape[2])
+        out = torch.empty_like(q)
+        for b, h in head_indices(q):
+            torch.lt(draws.uniform_(), 1 - dropout, out=kept[b, h])  # bernoulli_ takes longer
+            weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
+            torch.mm(weights.mul_(kept[b, h]), v[b, h], out=out[b, h])
+        ctx.save_for_backward(q, k, v, shown, kept)
+        ctx.dropout = dropout
+        return out.div_(1 - dropout)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The weights of each head are computed once more."""
+        q, k, v, shown, kept = ctx.saved_tensors
+        grad = grad / (1 - ctx.dropout)
+        to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5
+        for b, h in head_indices(q):
+            weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
+            to_weights = torch.mm(grad[b, h], v[b, h].T).mul_(kept[b, h])
+            torch.mm((weights * kept[b, h]).T, grad[b, h], out=to_v[b, h])
+            # Through the softmax: what each row's weights pull on together cancels.
+            to_scores = to_weights.mul_(weights)
+            to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1).mul_(scale)
+            torch.mm(to_scores, k[b, h], out=to_q[b, h])
+            torch.mm(to_scores.T, q[b, h], out=to_k[b, h])
+        return to_q, to_k, to_v, None, None
+
+
+def head_indices(q: Tensor) -> list[tuple[int, int]]:
+    """All (sample, head) of a (B, heads, N, D) tensor."""
+    return [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+
+
+def attention_weights(q: Tensor, k: Tensor, shown: Tensor | None) -> Tensor:
+    """q (N, D), k (L, D), shown (1, L) bool -> softmax over keys (N, L)."""
+    scores = torch.mm(q, k.T).mul_(q.shape[-1] ** -0.5)
+    if shown is not None:
+        scores.masked_fill_(~shown, -math.inf)
+    return scores.softmax(-1)
 
 
 class Decoder(nn.Module):

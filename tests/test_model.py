@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.clip import DenseAttentionPool
 from model.clip_archive import ClipSizes, derive_sizes
-from model.decoder import sequence_positions
+from model.decoder import DroppedAttention, attend, sequence_positions
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
 from utils.config import load_config
@@ -272,13 +272,66 @@ def test_projector_equals_its_plain_form_forward_and_backward(size):
 @pytest.mark.parametrize("size", [(7, 5), (1, 1), (2, 9)])
 def test_upsample_conv_equals_a_convolution_of_the_upsampled_map(size):
     draw = torch.Generator().manual_seed(0)
-    shapes = (2, 5, *size), (3, 5, 3, 3)
+    shapes = (2, 5, *size), (3, 5, 3, 3), (3,)
     ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
     theirs = [t.detach().clone().requires_grad_() for t in ours]
-    x, weight = theirs
+    x, weight, bias = theirs
     upsampled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    expected = F.conv2d(upsampled, weight, padding=1)
+    expected = F.conv2d(upsampled, weight, bias, padding=1)
     assert_same_values_and_gradients(upsample_conv(*ours), expected, ours, theirs)
+
+
+ATTENTION = {"self": (7, None), "padded": (5, 3)}  # keys, of which so many are shown
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_with_dropout_equals_the_plain_formula_on_what_it_kept(name):
+    keys, count = ATTENTION[name]
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 7, 4), (2, 3, keys, 4), (2, 3, keys, 4)
+    ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    shown = None if count is None else (torch.arange(keys) < count).expand(2, 1, 1, keys)
+    torch.manual_seed(3)
+    found = DroppedAttention.apply(*ours, shown, 0.4)
+    torch.manual_seed(3)
+    kept = torch.stack([torch.rand(7, keys) < 0.6 for _ in range(6)]).unflatten(0, (2, 3))
+    q, k, v = theirs
+    scores = q @ k.transpose(-1, -2) / 2
+    if shown is not None:
+        scores = scores.masked_fill(~shown, -torch.inf)
+    expected = (scores.softmax(-1) * kept / 0.6) @ v
+    assert 0.3 < kept.double().mean() < 0.8
+    assert_same_values_and_gradients(found, expected, ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_attention_is_that_of_the_layer(dropout, is_training):
+    layer = nn.MultiheadAttention(8, 2, dropout, batch_first=True).train(is_training)
+    query, words = torch.randn(3, 9, 8), torch.randn(3, 5, 8)
+    pad_mask = torch.arange(5).expand(3, 5) >= torch.tensor([[2], [5], [4]])
+    outputs = torch.stack([attend(layer, query, words, words, pad_mask) for _ in range(400)])
+    expected = layer.eval()(query, words, words, key_padding_mask=pad_mask)[0]
+    if dropout and is_training:
+        assert outputs.std(0).max() > 0.01
+        assert (outputs.mean(0) - expected).abs().max() < 0.1
+    else:
+        torch.testing.assert_close(outputs[0], expected)
+        assert torch.equal(outputs[0], outputs[1])
+
+
+def test_attention_with_dropout_keeps_its_precision_under_autocast():
+    layer = nn.MultiheadAttention(8, 2, 0.5, batch_first=True).train()
+    query = torch.randn(2, 6, 8, requires_grad=True)
+    outputs = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs.append(attend(layer, query, query, query))
+    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=0.05, atol=0.05)
+    outputs[0].float().sum().backward()
+    assert query.grad.isfinite().all()
 
 
 def test_text_tokens_see_only_those_before_them():
