@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from model.loss import resize_target
+from model.neck import ImageFeatures
 from utils.config import Config
 from utils.dataset import EvaluationBatch, SentenceTask, load_mask
 from utils.distributed import gather_objects
@@ -168,10 +169,36 @@ def _predict(
 ) -> Iterator[tuple[list[SentenceTask], dict[str, np.ndarray]]]:
     """Tasks with their (S, S) probability maps by protocol, some sentences at a time."""
     images = batch["images"].to(device, non_blocking=True)
-    side = images.shape[1]
     features = model.encode_image(normalize_images(images))
     tokens = batch["tokens"].to(device, non_blocking=True)
     image_index = batch["image_index"].to(device)
+    side = images.shape[1]
+    for part, squares in probability_maps(
+        model, features, image_index, tokens, side, protocols, sentences_per_batch
+    ):
+        yield batch["tasks"][part], squares
+
+
+@torch.inference_mode()
+def probability_maps(
+    model: nn.Module,
+    features: ImageFeatures,
+    image_index: Tensor,
+    tokens: Tensor,
+    side: int,
+    protocols: Mapping[str, Protocol],
+    sentences_per_batch: int,
+) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+    """Sentences on encoded images, some at a time.
+
+    Args:
+        features: of N images, on the model's device like the next two.
+        image_index: (B,) int64, which image each sentence is about.
+        tokens: (B, L) int64.
+        side: S, of the maps.
+    Yields:
+        Which sentences, and by protocol their probabilities: (sentences, S, S) float32.
+    """
     for start in range(0, len(tokens), sentences_per_batch):
         part = slice(start, start + sentences_per_batch)
         logits = model.segment(features.repeat(image_index[part]), tokens[part])
@@ -180,7 +207,7 @@ def _predict(
             name: upsample_probability(probability, side, protocol).cpu().numpy()
             for name, protocol in protocols.items()
         }
-        yield batch["tasks"][part], squares
+        yield part, squares
 
 
 def _score(
