@@ -224,7 +224,8 @@ def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, co
     source = data / "lmdb/shapes/val.lmdb"
     bad = with_bad_image(source, tmp_path / "bad.lmdb", content)
     key = RecordReader(source).index.image_keys[-1]
-    message = f"{bad}, image {key} cannot be decoded ({len(content)} bytes"
+    fault = f"cannot be decoded ({len(content)} bytes" if content else "is an empty file"
+    message = f"{bad}, image {key} {fault}"
 
     for opt in ("DATA.train_lmdb", "DATA.val_lmdb"):
         assert error_of("train.py", config, opt, bad, *ANY_SPLIT).startswith(message)
