@@ -72,9 +72,9 @@ def upsample_conv(x: Tensor, weight: Tensor) -> Tensor:
     # (3, C, 3·O): row tap; channel; column tap and output channel
     taps = weight.permute(2, 1, 3, 0).flatten(2)
     responses = torch.stack([pixels @ tap for tap in taps], dim=1)  # (B, 3, H·W, 3·O)
-    tall = rows @ responses.reshape(len(x), KERNEL * height, -1)  # (B, 2H, W·3·O)
+    tall = rows @ responses.reshape(x.shape[0], KERNEL * height, -1)  # (B, 2H, W·3·O)
     wide = columns @ tall.reshape(-1, width * KERNEL, out_channels)  # (B·2H, 2W, O)
-    return wide.unflatten(0, (len(x), 2 * height)).permute(0, 3, 1, 2)
+    return wide.unflatten(0, (x.shape[0], 2 * height)).permute(0, 3, 1, 2)
 
 
 def resampling_matrix(size: int, like: Tensor) -> Tensor:
