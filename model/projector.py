@@ -42,7 +42,7 @@ class Projector(nn.Module):
         _, first, _, second, pointwise = self.vis
         x = vis
         for conv, *norm_relu in (first, second):
-            x = upsample_conv(x, conv.weight)
+            x = upsample_conv(x, conv.weight, conv.bias)
             for layer in norm_relu:
                 x = layer(x)
         kernel, bias = self.txt(sent_feat).split([self.channels * KERNEL**2, 1], dim=1)
@@ -51,8 +51,8 @@ class Projector(nn.Module):
         return dynamic_conv(x, weight, kernel @ pointwise.bias[:, None], bias)
 
 
-def upsample_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """A 3×3 convolution (zero padding, no bias) of the map upsampled ×2 bilinearly.
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 3×3 convolution (zero padding) of the map upsampled ×2 bilinearly.
 
     Both are linear, so the nine taps are applied first, at low resolution, as one matrix product
     with a quarter of the multiplications; then each tap's response is upsampled, shifted by its
@@ -61,6 +61,7 @@ def upsample_conv(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: (B, C, H, W).
         weight: (O, C, 3, 3).
+        bias: (O,).
     Returns:
         (B, O, 2H, 2W), channels-last in memory.
     """
@@ -70,11 +71,20 @@ def upsample_conv(x: Tensor, weight: Tensor) -> Tensor:
     columns = resampling_matrix(width, x).transpose(1, 2).flatten(1)  # (2W, W·3): source, tap
     pixels = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
     # (3, C, 3·O): row tap; channel; column tap and output channel
-    taps = weight.permute(2, 1, 3, 0).flatten(2)
-    responses = torch.stack([pixels @ tap for tap in taps], dim=1)  # (B, 3, H·W, 3·O)
-    tall = rows @ responses.reshape(x.shape[0], KERNEL * height, -1)  # (B, 2H, W·3·O)
-    wide = columns @ tall.reshape(-1, width * KERNEL, out_channels)  # (B·2H, 2W, O)
-    return wide.unflatten(0, (x.shape[0], 2 * height)).permute(0, 3, 1, 2)
+    taps = weight.permute(2, 1, 3, 0).flatten(2).contiguous()
+    outputs = []
+    # The responses are large: a CPU takes one sample's after the other's, while they are in its
+    # cache and in memory that it has just used. An exported graph has batches of any size.
+    one_by_one = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    for part in pixels.split(1) if one_by_one else [pixels]:
+        responses = part[:, None] @ taps  # (b, 3, H·W, 3·O)
+        tall = rows @ responses.view(part.shape[0], KERNEL * height, -1)  # (b, 2H, W·3·O)
+        tall = tall.view(-1, width * KERNEL, out_channels)  # (b·2H, W·3, O)
+        if bias is None:
+            outputs.append(columns @ tall)  # (b·2H, 2W, O)
+        else:
+            outputs.append(torch.baddbmm(bias, columns.expand(tall.shape[0], -1, -1), tall))
+    return torch.cat(outputs).unflatten(0, (x.shape[0], 2 * height)).permute(0, 3, 1, 2)
 
 
 def resampling_matrix(size: int, like: Tensor) -> Tensor:

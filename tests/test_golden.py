@@ -16,8 +16,10 @@ from samples import ROOT, SIZES, small_segmenter, threads
 from torch import Tensor, nn
 
 from engine.optim import build_optimizer, build_schedule, parameter_groups
+from model.fold import fold_batch_norm
 from model.loss import resize_target, text_to_pixel_loss
 from model.segmenter import Segmenter, build_segmenter
+from tools.published import Published
 from utils.config import Config, load_config
 from utils.metrics import intersection_and_union, iou, training_scores
 from utils.transforms import (
@@ -80,7 +82,7 @@ CASES = {
 
 
 class Form(NamedTuple):
-    """How the tiny model computes.
+    """How the tiny model computes: in which type and layout, and in whose formulation.
 
     An activation of the tiny case lies so close to the kink of a ReLU that float64 finds it on
     the other side; the tolerances allow for it. Channels-last in float32 is what trains on a CPU.
@@ -89,12 +91,14 @@ class Form(NamedTuple):
     device: str
     layout: torch.memory_format
     dtype: torch.dtype
+    formulation: Callable[[Segmenter], nn.Module] = lambda model: model
 
 
 FORMS = {
     "float32": Form("cpu", torch.contiguous_format, torch.float32),
     "channels_last-float64": Form("cpu", torch.channels_last, torch.float64),
     "channels_last-float32": Form("cpu", torch.channels_last, torch.float32),
+    "published": Form("cpu", torch.contiguous_format, torch.float32, Published),
     "cuda-float32": Form("cuda", torch.channels_last, torch.float32),
 }
 GPU = {"cuda-float32": [pytest.mark.gpu]}
@@ -141,8 +145,10 @@ def golden_arrays(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def stages(model: Segmenter, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def stages(model: nn.Module, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """What the golden files hold statistics of, and the logits."""
+    if isinstance(model, Published):
+        return model.stages(image, tokens)
     c3, c4, c5 = model.backbone.encode_image(image)
     words, state = model.backbone.encode_text(tokens)
     fused = model.neck(model.neck.project(c3, c4, c5), state)
@@ -185,15 +191,15 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield request.param
 
 
-def tiny_in(form: Form) -> tuple[Segmenter, Tensor, Tensor, Tensor]:
+def tiny_in(form: Form) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """The tiny model and its inputs, computing in that form."""
     image, tokens, mask = (t.to(form.device) for t in case_inputs("tiny"))
     model = case_model("tiny").to(form.device, form.dtype).to(memory_format=form.layout)
     image = image.to(dtype=form.dtype, memory_format=form.layout)
-    return model, image, tokens, mask
+    return form.formulation(model), image, tokens, mask
 
 
-def check_stages(model: Segmenter, name: str, inputs: tuple, measure: Measure) -> None:
+def check_stages(model: nn.Module, name: str, inputs: tuple, measure: Measure) -> None:
     golden = golden_arrays(name)
     with torch.inference_mode():
         outputs = stages(model.eval(), *inputs)
@@ -204,7 +210,7 @@ def check_stages(model: Segmenter, name: str, inputs: tuple, measure: Measure) -
     measure("logits", relative(outputs["logits"], golden["logits"]), 1e-4)
 
 
-def check_gradients(model: Segmenter, name: str, measure: Measure, limit: float) -> None:
+def check_gradients(model: nn.Module, name: str, measure: Measure, limit: float) -> None:
     """Compare the norm of every gradient; `logit_scale`, and nothing else, has none."""
     norms = json.loads((GOLDEN / f"gradnorms_{name}.json").read_text())
     parameters = dict(model.named_parameters())
@@ -288,12 +294,22 @@ def test_tiny_trains_three_steps_as_the_official_code_does(form, measure):
     measure("logits after 3 steps", after, 1e-2)
 
 
+def test_tiny_with_folded_batch_norm_computes_the_official_stages_and_logits(measure):
+    model = fold_batch_norm(case_model("tiny"))
+    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) == 1
+    check_stages(model, "tiny", case_inputs("tiny")[:2], measure)
+
+
+RN50_FORMS = [FORMS["channels_last-float32"], FORMS["published"]]
+
+
 @pytest.mark.slow
-def test_rn50_computes_the_official_numbers_and_gradients(measure):
+@pytest.mark.parametrize("form", RN50_FORMS, ids=["rn50", "rn50-published"])
+def test_rn50_computes_the_official_numbers_and_gradients(form, measure):
     golden = golden_arrays("rn50")
     image, tokens, mask = case_inputs("rn50")
-    image = image.contiguous(memory_format=torch.channels_last)
-    model = case_model("rn50").to(memory_format=torch.channels_last)
+    image = image.contiguous(memory_format=form.layout)
+    model = form.formulation(case_model("rn50").to(memory_format=form.layout))
     check_stages(model, "rn50", (image, tokens), measure)
     model.train()
     for module in model.modules():
@@ -312,9 +328,19 @@ def test_rn50_computes_the_official_numbers_and_gradients(measure):
 
 
 @pytest.mark.slow
-def test_rn101_computes_the_official_stages_and_logits(measure):
+@pytest.mark.parametrize("name", ["rn50", "rn101"])
+def test_large_models_with_folded_batch_norm_compute_the_official_stages_and_logits(name, measure):
+    image, tokens, _ = case_inputs(name)
+    image = image.contiguous(memory_format=torch.channels_last)
+    model = case_model(name).to(memory_format=torch.channels_last)
+    check_stages(fold_batch_norm(model), name, (image, tokens), measure)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formulation", [Segmenter.eval, Published], ids=["rn101", "published"])
+def test_rn101_computes_the_official_stages_and_logits(formulation, measure):
     image, tokens, _ = case_inputs("rn101")
-    check_stages(case_model("rn101"), "rn101", (image, tokens), measure)
+    check_stages(formulation(case_model("rn101")), "rn101", (image, tokens), measure)
 
 
 # ----------------------------------------------------------------------------------------- schedule

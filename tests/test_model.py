@@ -270,12 +270,12 @@ def test_projector_equals_its_plain_form_forward_and_backward(size):
 @pytest.mark.parametrize("size", [(7, 5), (1, 1), (2, 9)])
 def test_upsample_conv_equals_a_convolution_of_the_upsampled_map(size):
     draw = torch.Generator().manual_seed(0)
-    shapes = (2, 5, *size), (3, 5, 3, 3)
+    shapes = (2, 5, *size), (3, 5, 3, 3), (3,)
     ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
     theirs = [t.detach().clone().requires_grad_() for t in ours]
-    x, weight = theirs
+    x, weight, bias = theirs
     upsampled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    expected = F.conv2d(upsampled, weight, padding=1)
+    expected = F.conv2d(upsampled, weight, bias, padding=1)
     assert_same_values_and_gradients(upsample_conv(*ours), expected, ours, theirs)
 
 

@@ -1,0 +1,289 @@
+"""CRIS as the paper's release formulates it, in plain code: what speed is compared with.
+
+Nothing trains or predicts with this. It has the modules, and so the names and weights, of
+`model.segmenter.Segmenter`, and computes the same numbers (tests/test_golden.py) the long way:
+every sentence encodes its image anew, alone in its batch, in NCHW; the projector upsamples before
+it convolves; each sentence's kernel is a group of a convolution; attention returns its weights;
+post-processing waits for the network and the network for it.
+
+B batch, C channels, H W map size, L tokens, D embedding width, S side of the network's input.
+"""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from model.segmenter import Segmenter
+from utils.records import RecordReader, RefRecord
+from utils.tokenizer import tokenize
+from utils.transforms import BORDER, CLIP_MEAN, CLIP_STD, letterbox_matrices
+
+THRESHOLD = 0.35
+
+
+class Published(nn.Module):
+    """The network. `model(image, tokens)` -> logits (B, 1, S/4, S/4)."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        """
+        Args:
+            segmenter: whose modules this takes, weights included.
+        """
+        super().__init__()
+        self.backbone = segmenter.backbone
+        self.neck = segmenter.neck
+        self.decoder = segmenter.decoder
+        self.proj = segmenter.proj
+        self.to(memory_format=torch.contiguous_format)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """image (B, 3, S, S), tokens (B, L)."""
+        return self.stages(image, tokens)["logits"]
+
+    def stages(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """What the golden files describe: the maps, the text, neck, decoder, logits."""
+        c3, c4, c5 = encode_image(self.backbone.visual, image)
+        words, state = encode_text(self.backbone, tokens)
+        fused = fuse(self.neck, c3, c4, c5, state)
+        pixels = decode(self.decoder, fused, words, tokens == 0)
+        logits = project(self.proj, pixels, state)
+        maps = {"c3": c3, "c4": c4, "c5": c5, "words": words, "state": state}
+        return maps | {"neck": fused, "decoder": pixels, "logits": logits}
+
+
+# ------------------------------------------------------------------------------------------ network
+
+
+def encode_image(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's ResNet: (B, 3, S, S) -> maps at stride 8, 16, 32."""
+    for i in (1, 2, 3):
+        conv, norm = getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}")
+        x = F.relu(norm(conv(x)))
+    x = F.avg_pool2d(x, 2)
+    maps = []
+    for i in (1, 2, 3, 4):
+        for block in getattr(visual, f"layer{i}"):
+            x = bottleneck(block, x)
+        maps.append(x)
+    return maps[1], maps[2], pool_densely(visual.attnpool, maps[3])
+
+
+def bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+    """1×1, 3×3, average pool where it strides, 1×1, shortcut."""
+    y = F.relu(block.bn1(block.conv1(x)))
+    y = F.relu(block.bn2(block.conv2(y)))
+    y = block.bn3(block.conv3(block.pool(y)))
+    if block.downsample is not None:
+        x = block.downsample(block.pool(x))
+    return F.relu(y + x)
+
+
+def pool_densely(pool: nn.Module, x: Tensor) -> Tensor:
+    """CLIP's attention pool with all positions as queries, plus the shortcut `connect`."""
+    _, channels, height, width = x.shape
+    grid = pool.positional_embedding[1:].reshape(1, pool.grid, pool.grid, channels)
+    grid = F.interpolate(
+        grid.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False
+    )
+    tokens = (x + grid).flatten(2).permute(2, 0, 1)  # (H·W, B, C)
+    attended, _ = F.multi_head_attention_forward(
+        tokens,
+        tokens,
+        tokens,
+        embed_dim_to_check=channels,
+        num_heads=pool.num_heads,
+        in_proj_weight=None,
+        in_proj_bias=torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=pool.c_proj.weight,
+        out_proj_bias=pool.c_proj.bias,
+        need_weights=False,
+        use_separate_proj_weight=True,
+        q_proj_weight=pool.q_proj.weight,
+        k_proj_weight=pool.k_proj.weight,
+        v_proj_weight=pool.v_proj.weight,
+    )
+    attended = attended.permute(1, 2, 0).reshape(len(x), -1, height, width)
+    return F.relu(attended + pool.connect(x))
+
+
+def encode_text(clip: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) -> word features (B, L, D) and the state at the end token, projected."""
+    length = tokens.shape[1]
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu(1)
+    for block in clip.transformer.resblocks:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, attn_mask=causal, need_weights=False)[0]
+        hidden = block.mlp.c_fc(block.ln_2(x))
+        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    words = clip.ln_final(x)
+    state = words[torch.arange(len(tokens), device=x.device), tokens.argmax(dim=1)]
+    return words, state @ clip.text_projection
+
+
+def fuse(neck: nn.Module, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
+    """The pyramid: three maps and the state -> one map at stride 16."""
+    gate = neck.txt_proj(state)[:, :, None, None]
+    f5 = neck.norm_layer(neck.f1_v_proj(c5) * gate)
+    f4 = neck.f2_v_proj(c4)
+    f4 = neck.f2_cat(torch.cat([f4, twice(f5)], dim=1))
+    f3 = F.avg_pool2d(neck.f3_v_proj(c3), 2)
+    f3 = neck.f3_cat(torch.cat([f3, f4], dim=1))
+    f5 = twice(neck.f4_proj5(f5))
+    x = torch.cat([neck.f4_proj3(f3), neck.f4_proj4(f4), f5], dim=1)
+    x = neck.aggr(x)
+    batch, _, height, width = x.shape
+    xs = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
+    ys = torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)
+    ys, xs = torch.meshgrid(ys, xs, indexing="ij")
+    coordinates = torch.stack([xs, ys]).expand(batch, -1, -1, -1)
+    first, second = neck.coordconv
+    return second(first.conv1(torch.cat([x, coordinates], dim=1)))
+
+
+def twice(x: Tensor) -> Tensor:
+    """Bilinear, twice the size."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def waves(length: int, channels: int, like: Tensor) -> Tensor:
+    """(length, channels): sine and cosine of falling rates, interleaved."""
+    rates = torch.exp(torch.arange(0, channels, 2).float() * (-math.log(10000.0) / channels))
+    angles = torch.arange(length).float()[:, None] * rates
+    table = torch.zeros(length, channels)
+    table[:, 0::2], table[:, 1::2] = angles.sin(), angles.cos()
+    return table.to(like)
+
+
+def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Tensor:
+    """Pixels attend to pixels and to the words; every attention hands out its weights."""
+    batch, channels, height, width = x.shape
+    word_pos = waves(words.shape[1], channels, words)
+    map_pos = torch.zeros(height, width, channels, dtype=x.dtype, device=x.device)
+    map_pos[..., : channels // 2] = waves(width, channels // 2, x)
+    map_pos[..., channels // 2 :] = waves(height, channels // 2, x)[:, None]
+    map_pos = map_pos.flatten(0, 1)
+    x = x.flatten(2).permute(0, 2, 1)
+    for layer in decoder.layers:
+        y = layer.norm1(x)
+        y, _weights = layer.self_attn(y + map_pos, y + map_pos, y)
+        x = x + layer.dropout(layer.self_attn_norm(y))
+        y = layer.norm2(x)
+        y, _weights = layer.multihead_attn(
+            y + map_pos, words + word_pos, words, key_padding_mask=pad_mask
+        )
+        x = x + layer.dropout(layer.cross_attn_norm(y))
+        x = x + layer.dropout(layer.ffn(layer.norm3(x)))
+    return decoder.norm(x).permute(0, 2, 1).reshape(batch, channels, height, width)
+
+
+def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:
+    """Upsample, convolve, twice; then a convolution with a group, and so a kernel, a sample."""
+    x = proj.vis(x)
+    batch, channels, height, width = x.shape
+    numbers = proj.txt(state)
+    kernel = numbers[:, :-1].reshape(batch, channels, 3, 3)
+    x = x.reshape(1, batch * channels, height, width)
+    logits = F.conv2d(x, kernel, numbers[:, -1], padding=1, groups=batch)
+    return logits.transpose(0, 1)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def build_optimizer(groups: list[dict], rate: float) -> optim.Optimizer:
+    """Adam over lists of parameters, an elementary operation at a time."""
+    return optim.Adam(groups, lr=rate, foreach=True)
+
+
+def train_step(
+    model: nn.Module, optimizer: optim.Optimizer, image: Tensor, mask: Tensor, tokens: Tensor
+) -> tuple[float, float, float]:
+    """One step on (B, 3, S, S) normalised images and (B, 1, S, S) masks in [0, 1].
+
+    Returns:
+        Loss, IoU and Pr@0.5 of the small maps, fetched at once.
+    """
+    model.train()
+    logits = model(image, tokens)
+    target = F.interpolate(mask, logits.shape[-2:], mode="nearest")
+    loss = F.binary_cross_entropy_with_logits(logits, target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        pred = torch.sigmoid(logits).flatten(1) >= THRESHOLD
+        truth = target.flatten(1) > 0
+        ious = (pred & truth).sum(1) / ((pred | truth).sum(1) + 1e-6)
+    return loss.item(), ious.mean().item(), (ious > 0.5).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def read_image(data: bytes, side: int) -> Tensor:
+    """A photo's bytes -> (3, S, S) float32, normalised."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    forward, _ = letterbox_matrices(image.shape[:2], side)
+    size = (side, side)
+    image = cv2.warpAffine(image, forward, size, flags=cv2.INTER_CUBIC, borderValue=BORDER)
+    pixels = torch.from_numpy(image.transpose(2, 0, 1)).float()
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def read_mask(data: bytes, side: int) -> Tensor:
+    """A mask's bytes -> (1, S, S) float32 in [0, 1]."""
+    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    forward, _ = letterbox_matrices(mask.shape, side)
+    mask = cv2.warpAffine(mask, forward, (side, side), flags=cv2.INTER_LINEAR, borderValue=0)
+    return torch.from_numpy(mask / 255.0).float()[None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    reader: RecordReader,
+    positions: Sequence[int],
+    side: int,
+    word_len: int,
+    device: torch.device,
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Score every sentence of some refs, one after the other.
+
+    Returns:
+        Intersection and union in pixels by (position, sentence).
+    """
+    model.eval()
+    counts = {}
+    for position in positions:
+        ref = reader.ref(position)
+        image = read_image(reader.image(ref.image_key), side)[None].to(device)
+        for place, sentence in enumerate(ref.sentences):
+            tokens = tokenize(sentence, word_len).to(device)
+            counts[position, place] = score(model(image, tokens), ref, side)
+    return counts
+
+
+def score(logits: Tensor, ref: RefRecord, side: int) -> tuple[int, int]:
+    """Logits (1, 1, S/4, S/4) -> intersection and union at the photo's size."""
+    square = F.interpolate(torch.sigmoid(logits), (side, side), mode="bicubic", align_corners=True)
+    mask = cv2.imdecode(np.frombuffer(ref.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
+    _, inverse = letterbox_matrices(mask.shape, side)
+    height, width = mask.shape
+    restored = cv2.warpAffine(
+        square.squeeze().cpu().numpy(), inverse, (width, height), flags=cv2.INTER_CUBIC
+    )
+    pred, truth = restored > THRESHOLD, mask > 0
+    intersection, union = np.logical_and(pred, truth), np.logical_or(pred, truth)
+    return int(intersection.sum()), int(union.sum())
