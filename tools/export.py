@@ -1,6 +1,7 @@
 """A trained model for other programs: safetensors with its config, or two ONNX graphs."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -143,8 +144,8 @@ def check(differences: Sequence["Difference"], tolerance: float) -> None:
             f"{d.case:<{width}}  {d.output:<11}  {d.largest:>12.2e}  {d.magnitude:>9.3g}"
             f"  {d.relative:>9.1e}"
         )
-    worst = max(differences, key=lambda d: d.relative)
-    if not worst.relative <= tolerance:
+    worst = max(differences, key=lambda d: math.inf if math.isnan(d.relative) else d.relative)
+    if not worst.relative <= tolerance:  # so that what is no number fails too
         raise UserError(
             f"{worst.output} differs from PyTorch's by {worst.relative:.1e} of its largest value "
             f"({worst.case}), more than --tolerance {tolerance:g}: nothing was written"
