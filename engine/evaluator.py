@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from model.fold import fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
 from utils.config import Config
@@ -30,6 +31,9 @@ from utils.transforms import (
     restore_size,
     upsample_probability,
 )
+
+# More at a time leave the CPU's caches, and gain nothing.
+CPU_SENTENCES = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def evaluate(
     """Score every sentence of a split exactly once, in float32, on all ranks together.
 
     Args:
-        model: the unwrapped segmenter; left in the mode that it was in.
+        model: the unwrapped segmenter; left as it is, since a twin with folded BatchNorm predicts.
         loader: from `engine.loaders.build_evaluation_loader`, this rank's share.
         device: where the model is.
         protocols: by name; the model runs once for all of them.
@@ -132,8 +136,9 @@ def evaluate(
     Raises:
         RuntimeError: a sentence was scored twice or not at all.
     """
-    was_training = model.training
-    model.eval()
+    model = fold_batch_norm(model)
+    if device.type == "cpu":
+        sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
     pending: list[Future] = []
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for batch in loader if progress is None else progress:
@@ -143,7 +148,6 @@ def evaluate(
                     pending.append(pool.submit(_score, task, maps, protocols, ceiling, rle))
             _bound(pending)
         rows = [future.result() for future in pending]
-    model.train(was_training)
     scores = {name: [row[name] for row in rows] for name in protocols}
     return {name: _gather(scores[name], loader.dataset.keys()) for name in protocols}
 

@@ -30,6 +30,9 @@ from utils.records import ImageSet, JoinedReader, RecordReader, Records
 from utils.signals import leave_stopping_to_the_parent
 from utils.transforms import letterbox_mask
 
+# Images that a CPU encodes at a time when it evaluates: more leave its caches, and gain nothing.
+CPU_IMAGES = 4
+
 
 class VisitSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (position, epoch) for one rank.
@@ -222,10 +225,11 @@ def build_evaluation_loader(
         RecordReader(lmdb), train.input_size, train.word_len, sentences, swap
     )
     workers = usable_workers(train.workers_val, ranks, "TRAIN.workers_val")
+    # An image brings several sentences; they are what fills the model's batch.
+    images = max(1, train.batch_size_val // (4 * ranks.world_size))
     return DataLoader(
         dataset,
-        # An image brings several sentences; they are what fills the model's batch.
-        batch_size=max(1, train.batch_size_val // (4 * ranks.world_size)),
+        batch_size=min(images, CPU_IMAGES) if ranks.device.type == "cpu" else images,
         sampler=ShardSampler(len(dataset), ranks.rank, ranks.world_size),
         collate_fn=collate_images,
         **_worker_options(workers, ranks),

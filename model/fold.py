@@ -27,7 +27,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for name, child in model._modules.items():
         if isinstance(child, _BatchNorm) and child.track_running_stats and before is not None:
             twin._modules[before[0]] = _fused(before[1], child)
-            twin._modules[name] = nn.Identity()
+            twin._modules[name] = nn.Identity().eval()
         else:
             twin._modules[name] = None if child is None else fold_batch_norm(child)
         before = (name, child) if isinstance(child, nn.Conv2d | nn.Linear) else None

@@ -10,7 +10,7 @@ import torch
 from engine_helpers import make_shapes, pack, run_command, write_config
 from samples import write_records
 
-from tools import benchmark
+from tools import reading
 from utils.errors import UserError
 
 
@@ -21,12 +21,12 @@ def lmdb(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def ways(lmdb, tmp_path) -> dict:
-    return benchmark.ways_of_reading([lmdb, lmdb], tmp_path / "cache", side=64, word_len=9)
+    return reading.ways_of_reading([lmdb, lmdb], tmp_path / "cache", side=64, word_len=9)
 
 
 def test_every_way_visits_every_ref_once(ways):
     for name, loader in ways.items():
-        key = "position" if name == benchmark.BASELINE else "positions"
+        key = "position" if name == reading.BASELINE else "positions"
         positions = [p for batch in loader for p in batch[key].tolist()]
         assert sorted(positions) == list(range(36)), name
 
@@ -35,7 +35,7 @@ def test_sameness_states_what_it_compared(ways):
     assert re.fullmatch(
         r"uint8 images and masks: identical in all ways; normalised: at most [01] unit\(s\) in the "
         "last place from the straightforward ones",
-        benchmark.sameness(ways),
+        reading.sameness(ways),
     )
 
 
@@ -45,7 +45,7 @@ def test_one_other_pixel_in_one_way_is_an_error(ways, name, key):
     batches = list(ways[name])
     batches[1][key][0, 5, 5] ^= 1
     with pytest.raises(UserError, match=f"{name}: pixels of the ref at"):
-        benchmark.sameness({**ways, name: batches})
+        reading.sameness({**ways, name: batches})
 
 
 def test_other_normalised_values_are_an_error(ways, monkeypatch):
@@ -54,25 +54,25 @@ def test_other_normalised_values_are_an_error(ways, monkeypatch):
         lambda images: images.permute(0, 3, 1, 2).float() / 255,
     )
     with pytest.raises(UserError, match="units in the last place"):
-        benchmark.sameness(ways)
+        reading.sameness(ways)
 
 
 def test_units_in_the_last_place():
     a = np.array([1.0, -2.5, 0.0], np.float32)
-    assert benchmark.units_in_the_last_place(a, a) == 0
-    assert benchmark.units_in_the_last_place(a, np.nextafter(a, np.float32(9))) == 1
-    assert benchmark.units_in_the_last_place(a[:1], a[:1] + np.float32(2**-20)) == 8
+    assert reading.units_in_the_last_place(a, a) == 0
+    assert reading.units_in_the_last_place(a, np.nextafter(a, np.float32(9))) == 1
+    assert reading.units_in_the_last_place(a[:1], a[:1] + np.float32(2**-20)) == 8
 
 
 def test_the_straightforward_way_hands_over_what_the_network_takes(ways):
-    batch = next(iter(ways[benchmark.BASELINE]))
+    batch = next(iter(ways[reading.BASELINE]))
     assert batch["image"].shape == (16, 3, 64, 64)
     assert batch["image"].dtype == batch["mask"].dtype == torch.float32
     assert 0 <= batch["mask"].min() < batch["mask"].max() <= 1
 
 
 def test_rates_are_measured_in_turn(ways):
-    rates = benchmark.measure({name: ways[name] for name in list(ways)[:2]}, rounds=3)
+    rates = reading.measure({name: ways[name] for name in list(ways)[:2]}, rounds=3)
     assert [len(values) for values in rates.values()] == [3, 3]
     assert all(value > 0 for values in rates.values() for value in values)
 
@@ -92,7 +92,7 @@ def test_reading_real_photos_from_the_cache_is_at_least_five_times_as_fast(
         for line in ending.stdout.splitlines()
         if re.search(r"\([\d.]+-[\d.]+\)$", line)
     }
-    assert ratios[benchmark.BASELINE] == 1
+    assert ratios[reading.BASELINE] == 1
     assert ratios["this, DATA.cache, batch_by refs"] >= 5
     assert ratios["this, DATA.cache, batch_by images"] >= 5
 
@@ -100,7 +100,7 @@ def test_reading_real_photos_from_the_cache_is_at_least_five_times_as_fast(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_of_a_config_is_timed_with_its_memory(tmp_path, workers):
     config = write_config(tmp_path, make_shapes(tmp_path), workers=workers)
-    ending = run_command(sys.executable, "tools/benchmark.py", "pass", "--config", config)
+    ending = run_command(sys.executable, "tools/benchmark.py", "data", "--config", config)
     assert ending.returncode == 0, ending.stderr
     assert re.search(
         rf"40 refs with 40 images in [\d.]+ s: [\d.]+ refs/s; {workers} workers; [\d.]+ s to beg",
@@ -116,8 +116,11 @@ def test_an_epoch_of_a_config_is_timed_with_its_memory(tmp_path, workers):
     [
         (["data", "no.lmdb"], 1, "error: no.lmdb does not exist: make it with"),
         (["data", "x", "--rounds", "0"], 2, "--rounds 0: give a number from 1"),
-        (["data"], 2, "the following arguments are required: lmdb"),
-        (["pass", "--config", "no.yaml"], 1, "error: config file no.yaml"),
+        (["data"], 2, "give LMDB files, or --config with one"),
+        (["data", "x", "--config", "y"], 2, "give LMDB files, or --config with one"),
+        (["data", "--config", "no.yaml"], 1, "error: config file no.yaml"),
+        (["eval", "no.lmdb"], 1, "error: no.lmdb does not exist: give an LMDB or a folder"),
+        (["train", "--batch", "1"], 2, "--batch 1: give a number from 2"),
         ([], 2, "the following arguments are required: command"),
     ],
     ids=["no file", "no rounds", "no argument", "no config", "no command"],

@@ -137,7 +137,8 @@ class Oracle(nn.Module):
         return self
 
     def segment(self, features: "Oracle", tokens: torch.Tensor) -> torch.Tensor:
-        asked, self.tasks = self.tasks[: len(tokens)], self.tasks[len(tokens) :]
+        asked = self.tasks[: len(tokens)]
+        del self.tasks[: len(tokens)]  # in place: it is a twin that is asked
         masks = [load_mask(self.reader.ref(task.key[0])) for task in asked]
         squares = np.stack([letterbox_mask(mask, self.side) for mask in masks])
         size = (self.side // 4, self.side // 4)
@@ -258,13 +259,16 @@ def test_a_sentence_scored_twice_or_never_is_an_error(trained, cfg, data, images
         evaluate(trained, loader, ALONE.device, resolve_protocols("aligned"), 16)
 
 
-def test_the_mode_of_the_model_is_left_as_it_was(trained, cfg, data):
+def test_the_model_is_left_as_it_was(trained, cfg, data):
     for mode in (True, False):
         trained.train(mode)
-        statistics = trained.neck.norm_layer[0].running_mean.clone()
+        before = {key: value.clone() for key, value in trained.state_dict().items()}
         scores_of(trained, cfg, val_lmdb(data))
-        assert trained.training is mode
-        assert torch.equal(trained.neck.norm_layer[0].running_mean, statistics)
+        assert all(module.training is mode for module in trained.modules())
+        after = trained.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert all(p.requires_grad for name, p in trained.named_parameters() if "scale" not in name)
 
 
 def test_protocols_are_chosen_by_name_and_may_have_another_threshold():

@@ -1,258 +1,71 @@
-"""How fast samples are read: `data` compares ways of reading on one core, `pass` times an epoch."""
+"""How fast this is, in ratios: reading samples, evaluation, a training step, and its memory.
+
+`eval`, `train` and `memory` compare with the published formulation (tools/published.py) on the same
+weights, photos and sentences; `data` compares ways of reading, or times an epoch of a config.
+"""
 
 import argparse
-import resource
+import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
-import cv2
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.errors import UserError, run
+from utils.errors import run
+from utils.files import atomic_path
 
 EPILOG = """examples:
-  python tools/benchmark.py data datasets/lmdb/refcoco/val.lmdb
+  python tools/benchmark.py eval DATA_ROOT
+  python tools/benchmark.py train datasets/lmdb/refcoco/val.lmdb --by-images
+  python tools/benchmark.py memory
   python tools/benchmark.py data datasets/lmdb/*/val.lmdb --rounds 9 --cache /fast/disk
-  python tools/benchmark.py pass --config config/refcoco/cris_r50.yaml --opts TRAIN.workers 2"""
+  python tools/benchmark.py data --config config/refcoco/cris_r50.yaml --opts TRAIN.workers 2"""
 
-BATCH = 16
-BASELINE = "straightforward"
+DEFAULT_CONFIG = "config/refcoco/cris_r50.yaml"
+ROUNDS = {"data": 7, "eval": 3, "train": 5, "memory": 1}
+LOWEST = {"rounds": 1, "input_size": 1, "word_len": 2, "sentences": 1, "batch": 2, "threads": 0}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
-    if args.command == "pass":
-        time_epoch(args.config, args.opts)
-    elif args.cache is None:
-        with TemporaryDirectory() as folder:
-            compare_readers(args, Path(folder))
-    else:
-        compare_readers(args, args.cache)
+    with TemporaryDirectory() as folder:
+        result = (
+            measure_data(args, Path(folder))
+            if args.command == "data"
+            else compare(args, Path(folder))
+        )
+    if args.json:
+        with atomic_path(args.json) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare_readers(args: argparse.Namespace, cache: Path) -> None:
-    """Check that all ways of reading give the same, time them in turn, print a table."""
-    import torch
+def measure_data(args: argparse.Namespace, folder: Path) -> dict:
+    """One epoch of a config's training loader, or ways of reading LMDB files."""
+    from tools.reading import compare_readers, time_epoch
 
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    ways = ways_of_reading(args.lmdb, cache, args.input_size, args.word_len)
-    print(f"{sameness(ways)}\n")
-    rates = measure(ways, args.rounds)
-    print(f"{'':<44}{'samples/s':>10}{'times the first':>17}{'(range)':>15}")
-    for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, rates[BASELINE], strict=True)]
-        spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"{name:<44}{median(values):>10.1f}{median(ratios):>17.2f}{spread:>15}")
-    print(f"\none core, medians of {args.rounds} rounds in turn, {args.input_size} pixels")
+    if args.config:
+        return time_epoch(args.config, args.opts)
+    return compare_readers(args, args.cache or folder)
 
 
-def ways_of_reading(lmdbs: Sequence[Path], cache: Path, side: int, word_len: int) -> dict:
-    """By name, loaders over the same refs, every one of them once: batches of `BATCH`."""
-    from torch.utils.data import DataLoader
+def compare(args: argparse.Namespace, folder: Path) -> dict:
+    """This repository against the published formulation."""
+    from tools import formulations
 
-    from engine.loaders import make_caches
-    from utils.dataset import (
-        TrainingDataset,
-        collate_refs,
-        collate_refs_by_image,
-        group_by_image,
-    )
-    from utils.records import JoinedReader, RecordReader
-
-    readers = [RecordReader(path) for path in lmdbs]
-    records = JoinedReader([(reader, range(len(reader))) for reader in readers])
-    caches = make_caches(cache, readers, side, print)
-    plain = TrainingDataset(records, side, word_len, seed=0)
-    cached = TrainingDataset(records, side, word_len, seed=0, caches=caches)
-    by_refs = _batches([[position] for position in range(len(records))])
-    by_images = _batches(group_by_image(records))
-    print(f"{len(records)} refs on {sum(r.meta['images'] for r in readers)} images")
-    return {
-        BASELINE: DataLoader(Straightforward(records, side, word_len), batch_sampler=by_refs),
-        "this, batch_by refs": DataLoader(plain, batch_sampler=by_refs, collate_fn=collate_refs),
-        "this, batch_by refs, normalised on the CPU": _Normalized(
-            DataLoader(plain, batch_sampler=by_refs, collate_fn=collate_refs)
-        ),
-        "this, batch_by images": DataLoader(
-            plain, batch_sampler=by_images, collate_fn=collate_refs_by_image
-        ),
-        "this, DATA.cache, batch_by refs": DataLoader(
-            cached, batch_sampler=by_refs, collate_fn=collate_refs
-        ),
-        "this, DATA.cache, batch_by images": DataLoader(
-            cached, batch_sampler=by_images, collate_fn=collate_refs_by_image
-        ),
+    ways = {
+        "eval": formulations.compare_evaluation,
+        "train": formulations.compare_training,
+        "memory": formulations.compare_memory,
     }
-
-
-def _batches(groups: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
-    """Visits of epoch 0 in a random order of groups."""
-    import torch
-
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
-    visits = [(position, 0) for i in order for position in groups[i]]
-    return [visits[i : i + BATCH] for i in range(0, len(visits), BATCH)]
-
-
-class Straightforward:
-    """What a loader for CRIS does if nobody thinks about it: all the way to floats, a ref a time.
-
-    The measure of the others: decode to BGR, swap, warp, float, normalise.
-    """
-
-    def __init__(self, records, side: int, word_len: int) -> None:
-        import torch
-
-        from utils.transforms import CLIP_MEAN, CLIP_STD
-
-        self.records, self.side, self.word_len = records, side, word_len
-        self.mean = torch.tensor(CLIP_MEAN).reshape(3, 1, 1)
-        self.std = torch.tensor(CLIP_STD).reshape(3, 1, 1)
-
-    def __getitem__(self, visit: tuple[int, int]) -> dict:
-        """{image (3, S, S) float32 normalised, mask (S, S) float32 in [0, 1], tokens (L,), …}."""
-        import cv2
-        import numpy as np
-        import torch
-
-        from utils.seed import draw
-        from utils.tokenizer import tokenize
-        from utils.transforms import BORDER, letterbox_matrices
-
-        position, epoch = visit
-        reader, place = self.records.locate(position)
-        ref = reader.ref(place)
-        image = cv2.imdecode(np.frombuffer(reader.image(ref.image_key), np.uint8), cv2.IMREAD_COLOR)
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        forward, _ = letterbox_matrices(image.shape[:2], self.side)
-        size = (self.side, self.side)
-        image = cv2.warpAffine(image, forward, size, flags=cv2.INTER_CUBIC, borderValue=BORDER)
-        mask = cv2.imdecode(np.frombuffer(ref.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
-        mask = cv2.warpAffine(mask, forward, size, flags=cv2.INTER_LINEAR, borderValue=0) / 255.0
-        pixels = torch.from_numpy(image.transpose(2, 0, 1)).float()
-        sentence = ref.sentences[draw(len(ref.sentences), 0, epoch, position)]
-        return {
-            "image": pixels.div_(255).sub_(self.mean).div_(self.std),
-            "mask": torch.from_numpy(mask).float(),
-            "tokens": tokenize(sentence, self.word_len)[0],
-            "position": position,
-        }
-
-
-class _Normalized:
-    """A loader whose batches are normalised where they are."""
-
-    def __init__(self, loader) -> None:
-        self.loader = loader
-
-    def __iter__(self):
-        from utils.transforms import normalize_images, normalize_masks
-
-        for batch in self.loader:
-            images, masks = normalize_images(batch["images"]), normalize_masks(batch["masks"])
-            yield {**batch, "images": images, "masks": masks}
-
-
-def sameness(ways: Mapping) -> str:
-    """Compare what the ways give for every ref.
-
-    Raises:
-        UserError: images or masks differ, or normalised ones by more than one unit in the last
-            place.
-    """
-    from utils.transforms import normalize_images, normalize_masks
-
-    expected, units = {}, 0.0
-    for batch in ways[BASELINE]:
-        rows = zip(batch["position"].tolist(), batch["image"], batch["mask"], strict=True)
-        expected |= {position: (image, mask) for position, image, mask in rows}
-    first: dict = {}
-    for name, loader in ways.items():
-        if name == BASELINE or isinstance(loader, _Normalized):
-            continue
-        for batch in loader:
-            index = batch["image_index"]
-            images = batch["images"] if index is None else batch["images"][index]
-            floats = normalize_images(images), normalize_masks(batch["masks"])[:, 0]
-            for row, position in enumerate(batch["positions"].tolist()):
-                pair = images[row].numpy(), batch["masks"][row].numpy()
-                if not all(map(np.array_equal, first.setdefault(position, pair), pair)):
-                    raise UserError(f"{name}: pixels of the ref at {position} differ")
-                for made, wanted in zip(floats, expected[position], strict=True):
-                    units = max(units, units_in_the_last_place(made[row].numpy(), wanted.numpy()))
-    if units > 1 or first.keys() != expected.keys():
-        raise UserError(f"normalised images or masks differ by {units} units in the last place")
-    return (
-        "uint8 images and masks: identical in all ways; normalised: at most "
-        f"{units:g} unit(s) in the last place from the straightforward ones"
-    )
-
-
-def units_in_the_last_place(a, b) -> float:
-    """The largest difference of two float32 arrays, in units of the spacing at their values."""
-    spacing = np.spacing(np.maximum(np.abs(a), np.abs(b)))
-    return float((np.abs(a.astype(np.float64) - b) / spacing).max())
-
-
-def measure(ways: Mapping, rounds: int) -> dict[str, list[float]]:
-    """Samples a second of each way in each round; the ways take turns, after one turn unmeasured.
-
-    A machine is faster in one minute than in another: ratios within a round hold.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, loader in ways.items():
-            count, start = 0, time.perf_counter()
-            for batch in loader:
-                count += len(batch["tokens"])
-            if number:
-                rates[name].append(count / (time.perf_counter() - start))
-    return rates
-
-
-def time_epoch(config: str, opts: Sequence[str], show: Callable[[str], object] = print) -> None:
-    """Go once through the training loader of a config; print time, rate and peak memory."""
-    import torch
-
-    from engine.loaders import build_train_loader, report_records
-    from utils.config import check_batch, load_config
-    from utils.distributed import Ranks
-    from utils.logger import progress, setup_logging
-
-    cfg = load_config(config, opts)
-    setup_logging(None, is_main=True)
-    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
-    start = time.perf_counter()
-    loader = build_train_loader(cfg, check_batch(cfg.TRAIN, 1), ranks)
-    built = time.perf_counter()
-    report_records(cfg, loader.dataset.reader)
-    refs = images = 0
-    for batch in progress(loader, len(loader), "epoch"):
-        refs += len(batch["tokens"])
-        images += len(batch["images"])
-    seconds = time.perf_counter() - built
-    workers = loader.num_workers
-    del loader  # its processes end, and so their memory is known
-    show(
-        f"{refs:,} refs with {images:,} images in {seconds:.1f} s: {refs / seconds:.1f} refs/s; "
-        f"{workers} workers; {built - start:.1f} s to begin with"
-    )
-    show(
-        f"peak memory: {_peak(resource.RUSAGE_SELF)}, the largest worker "
-        f"{_peak(resource.RUSAGE_CHILDREN) if workers else 'none'}"
-    )
-
-
-def _peak(who: int) -> str:
-    """The largest resident size so far; Linux counts it in KiB, macOS in bytes."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(who).ru_maxrss * scale / 1e6:,.0f} MB"
+    lmdb = formulations.find_records(args.records, folder)
+    if getattr(args, "way", None):
+        result = {"peak_memory": formulations.measure_memory(args, lmdb)}
+        print(json.dumps(result))
+        return result
+    result = {"command": args.command, **ways[args.command](args, lmdb)}
+    formulations.show(result)
+    return result
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -261,20 +74,53 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="ways of reading, one core, compared and timed")
-    data.add_argument("lmdb", type=Path, nargs="+", help="records with real photos")
+    data.add_argument("lmdb", type=Path, nargs="*", help="records with real photos")
     data.add_argument("--input-size", type=int, default=416, help="default 416")
     data.add_argument("--word-len", type=int, default=17, help="default 17")
-    data.add_argument("--rounds", type=int, default=7, help="default 7")
     data.add_argument("--cache", type=Path, help="folder for the caches (a temporary one)")
-    epoch = commands.add_parser("pass", help="one epoch of a config's training loader")
-    epoch.add_argument("--config", required=True, metavar="FILE")
-    epoch.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
+    data.add_argument("--config", metavar="FILE", help="time one epoch of its loader instead")
+    both = {
+        "eval": commands.add_parser("eval", help="sentences a second, all included"),
+        "train": commands.add_parser("train", help="images a second of a training step"),
+        "memory": commands.add_parser("memory", help="peak memory of a training step"),
+    }
+    for command in both.values():
+        command.add_argument(
+            "records",
+            type=Path,
+            nargs="?",
+            help="an LMDB, or a folder in REFER's layout; without it RefShapes are drawn",
+        )
+        command.add_argument("--config", default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}")
+        command.add_argument("--threads", type=int, default=0, help="of torch; default: its own")
+        command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    both["eval"].add_argument(
+        "--sentences", type=int, default=24, help="so many or a few more (default 24)"
+    )
+    for name in ("train", "memory"):
+        both[name].add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
+    both["train"].add_argument(
+        "--by-images", action="store_true", help="measure TRAIN.batch_by images as well"
+    )
+    both["memory"].add_argument("--way", help=argparse.SUPPRESS)
+    for name, command in (both | {"data": data}).items():
+        rounds = ROUNDS[name]
+        command.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+        command.add_argument(
+            "--opts",
+            nargs=argparse.REMAINDER,
+            default=[],
+            metavar="KEY VALUE",
+            help="of the config",
+        )
     args = parser.parse_args(argv)
-    if args.command == "data":
-        for name, low in (("rounds", 1), ("input_size", 1), ("word_len", 2)):
-            value = getattr(args, name)
-            if value < low:
-                data.error(f"--{name.replace('_', '-')} {value}: give a number from {low}")
+    for name, low in LOWEST.items():
+        if getattr(args, name, low) < low:
+            value, flag = getattr(args, name), name.replace("_", "-")
+            commands.choices[args.command].error(f"--{flag} {value}: give a number from {low}")
+    if args.command == "data" and bool(args.lmdb) == bool(args.config):
+        data.error("give LMDB files, or --config with one")
     return args
 
 
