@@ -137,8 +137,6 @@ def evaluate(
         RuntimeError: a sentence was scored twice or not at all.
     """
     model = fold_batch_norm(model)
-    if device.type == "cpu":
-        sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
     pending: list[Future] = []
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for batch in loader if progress is None else progress:
@@ -200,9 +198,12 @@ def probability_maps(
         image_index: (B,) int64, which image each sentence is about.
         tokens: (B, L) int64.
         side: S, of the maps.
+        sentences_per_batch: at most so many at a time, and on a CPU `CPU_SENTENCES`.
     Yields:
         Which sentences, and by protocol their probabilities: (sentences, S, S) float32.
     """
+    if tokens.device.type == "cpu":
+        sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
     for start in range(0, len(tokens), sentences_per_batch):
         part = slice(start, start + sentences_per_batch)
         logits = model.segment(features.repeat(image_index[part]), tokens[part])

@@ -17,6 +17,8 @@ import torch
 
 from engine.build import restore_trained
 from engine.evaluator import probability_maps, validation_protocol
+from engine.loaders import images_at_a_time
+from model.fold import fold_batch_norm
 from model.neck import ImageFeatures
 from utils.config import Config, load_config
 from utils.distributed import start
@@ -94,8 +96,8 @@ class Predictor:
         self.config = config if isinstance(config, Config) else load_config(config)
         self.device = start(alone=True).device if device is None else torch.device(device)
         weights = None if weights is None else str(weights)
-        self.model, self.weights = restore_trained(self.config, self.device, weights, "weights")
-        self.model.eval()
+        model, self.weights = restore_trained(self.config, self.device, weights, "weights")
+        self.model = fold_batch_norm(model)
         self.max_pixels = max_pixels
         self.protocols = validation_protocol(self.config)
         ((self.protocol, protocol),) = self.protocols.items()
@@ -153,9 +155,14 @@ class Predictor:
         """
         return self.encode_batch([image])[0]
 
-    @torch.inference_mode()
     def encode_batch(self, images: Sequence[Photo]) -> list[EncodedImage]:
-        """`encode` for several photos in one pass."""
+        """`encode` for several photos, as many of them at a time as in evaluation."""
+        count = images_at_a_time(self.config.TRAIN.batch_size_val, self.device)
+        starts = range(0, len(images), count)
+        return [row for start in starts for row in self._encode(images[start : start + count])]
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[Photo]) -> list[EncodedImage]:
         side = self.config.TRAIN.input_size
         squares, sizes = [], []
         for image in images:

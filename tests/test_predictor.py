@@ -153,6 +153,7 @@ def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo, one_t
     predictor(photo, SENTENCES * 4)
     assert calls == [1]
     handle.remove()
+    assert not predictor.model.training
 
 
 def test_photos_in_a_batch_give_what_each_gives_alone(predictor, one_thread):
