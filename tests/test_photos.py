@@ -1,5 +1,6 @@
 """Photos as people have them: formats, depths, transparency, orientation, size, damage."""
 
+import io
 import struct
 import sys
 import zlib
@@ -159,6 +160,14 @@ def test_other_things_are_refused():
         read_photo([[1, 2], [3, 4]])
     with pytest.raises(UserError, match="mode F"):
         read_photo(picture("F"))
+    with pytest.raises(UserError, match="cannot be decoded as RGB"):
+        read_photo(Image.open(io.BytesIO(encoded(PIXELS, ".jpg")[:700])))
+
+
+def test_a_camera_that_puts_two_pictures_into_a_file_is_understood(tmp_path):
+    path = tmp_path / "stereo.jpg"
+    picture().save(path, "MPO", save_all=True, append_images=[picture().rotate(180)])
+    assert np.abs(read_photo(path).astype(int) - PIXELS).mean() < 4
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,12 @@ def read_photo(photo: Photo, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return _read_file(Path(photo), max_pixels)
     if isinstance(photo, Image.Image):
         _check_size(photo.size, "the picture", max_pixels)
-        return _from_pillow(photo, "the picture")
+        try:
+            return _from_pillow(photo, "the picture")
+        except (OSError, SyntaxError, ValueError) as error:  # opened, but not read to its end yet
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the picture cannot be decoded as RGB ({error})") from None
     if isinstance(photo, np.ndarray):
         return _from_array(photo, max_pixels)
     raise UserError(f"a photo is a path, a numpy array or a Pillow image, not {type(photo)}")
