@@ -18,10 +18,8 @@ def main() -> None:
     # After parsing, so that --help and a mistyped option answer at once.
     from loguru import logger
 
-    from engine.build import restore_model
-    from engine.checks import check_checkpoint
+    from engine.build import restore_trained
     from engine.tester import print_table, report_page, split_files, test_split
-    from utils.checkpoint import BEST
     from utils.config import load_config
     from utils.distributed import start
     from utils.logger import setup_logging
@@ -30,10 +28,8 @@ def main() -> None:
     setup_logging(None, is_main=True)
     for notice in cfg.notices:
         logger.info(notice)
-    weights = cfg.TEST.weights or str(cfg.run_folder / BEST)
     ranks = start(alone=True)
-    model, state = restore_model(cfg, ranks.device, weights, "TEST.weights")
-    check_checkpoint(cfg, state, weights)
+    model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
     results = []
     for split, lmdb in split_files(cfg):
         results += test_split(cfg, model, ranks, split, lmdb, weights)

@@ -5,8 +5,9 @@ import warnings
 import torch
 from loguru import logger
 
+from engine.checks import check_checkpoint
 from model.segmenter import Segmenter, build_segmenter
-from utils.checkpoint import load_weights, read_checkpoint
+from utils.checkpoint import BEST, load_weights, read_checkpoint
 from utils.config import Config, check_clip_dims
 from utils.errors import UserError
 from utils.tokenizer import END_ID
@@ -57,6 +58,23 @@ def restore_model(
         raise UserError(f"{purpose}: {path}: {error}") from error
     load_weights(model, weights, path)
     return _place(model, cfg, device), state
+
+
+def restore_trained(
+    cfg: Config, device: torch.device, weights: str | None, purpose: str
+) -> tuple[Segmenter, str]:
+    """The config's trained model, and the path of its checkpoint.
+
+    Args:
+        weights: of the checkpoint; None: `TEST.weights`, or else the best one of the run.
+        purpose: what names it, for errors.
+    Raises:
+        UserError: the checkpoint cannot be read, or does not belong to the config.
+    """
+    path = str(weights or cfg.TEST.weights or cfg.run_folder / BEST)
+    model, state = restore_model(cfg, device, path, purpose)
+    check_checkpoint(cfg, state, path)
+    return model, path
 
 
 def compile_model(model: Segmenter, device: torch.device) -> None:

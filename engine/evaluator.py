@@ -13,11 +13,12 @@ from itertools import islice
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from model.fold import fold_batch_norm
 from model.loss import resize_target
+from model.neck import ImageFeatures
 from utils.config import Config
 from utils.dataset import EvaluationBatch, EvaluationDataset, SentenceTask, load_mask
 from utils.distributed import gather_objects
@@ -140,8 +141,6 @@ def evaluate(
         RuntimeError: a sentence was scored twice or not at all.
     """
     model = fold_batch_norm(model)
-    if device.type == "cpu":
-        sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
     pending: list[Future] = []
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for batch in islice(loader if progress is None else progress, batches):
@@ -193,10 +192,39 @@ def _predict(
 ) -> Iterator[tuple[list[SentenceTask], dict[str, np.ndarray]]]:
     """Tasks with their (S, S) probability maps by protocol, some sentences at a time."""
     images = batch["images"].to(device, non_blocking=True)
-    side = images.shape[1]
     features = model.encode_image(normalize_images(images))
     tokens = batch["tokens"].to(device, non_blocking=True)
     image_index = batch["image_index"].to(device)
+    side = images.shape[1]
+    for part, squares in probability_maps(
+        model, features, image_index, tokens, side, protocols, sentences_per_batch
+    ):
+        yield batch["tasks"][part], squares
+
+
+@torch.inference_mode()
+def probability_maps(
+    model: nn.Module,
+    features: ImageFeatures,
+    image_index: Tensor,
+    tokens: Tensor,
+    side: int,
+    protocols: Mapping[str, Protocol],
+    sentences_per_batch: int,
+) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+    """Sentences on encoded images, some at a time.
+
+    Args:
+        features: of N images, on the model's device like the next two.
+        image_index: (B,) int64, which image each sentence is about.
+        tokens: (B, L) int64.
+        side: S, of the maps.
+        sentences_per_batch: at most so many at a time, and on a CPU `CPU_SENTENCES`.
+    Yields:
+        Which sentences, and by protocol their probabilities: (sentences, S, S) float32.
+    """
+    if tokens.device.type == "cpu":
+        sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
     for start in range(0, len(tokens), sentences_per_batch):
         part = slice(start, start + sentences_per_batch)
         logits = model.segment(features.repeat(image_index[part]), tokens[part])
@@ -205,7 +233,7 @@ def _predict(
             name: upsample_probability(probability, side, protocol).cpu().numpy()
             for name, protocol in protocols.items()
         }
-        yield batch["tasks"][part], squares
+        yield part, squares
 
 
 def _score(

@@ -225,15 +225,22 @@ def build_evaluation_loader(
         RecordReader(lmdb), train.input_size, train.word_len, sentences, swap
     )
     workers = usable_workers(train.workers_val, ranks, "TRAIN.workers_val")
-    # An image brings several sentences; they are what fills the model's batch.
-    images = max(1, train.batch_size_val // (4 * ranks.world_size))
     return DataLoader(
         dataset,
-        batch_size=min(images, CPU_IMAGES) if ranks.device.type == "cpu" else images,
+        batch_size=images_at_a_time(train.batch_size_val // ranks.world_size, ranks.device),
         sampler=ShardSampler(len(dataset), ranks.rank, ranks.world_size),
         collate_fn=collate_images,
         **_worker_options(workers, ranks),
     )
+
+
+def images_at_a_time(sentences: int, device: torch.device) -> int:
+    """How many images are encoded together where so many sentences are.
+
+    An image brings several sentences; they are what fills the model's batch.
+    """
+    images = max(1, sentences // 4)
+    return min(images, CPU_IMAGES) if device.type == "cpu" else images
 
 
 def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:

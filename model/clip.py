@@ -284,5 +284,5 @@ class DenseCLIP(nn.Module):
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         word_feats = self.ln_final(self.transformer(x))
-        end = word_feats[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+        end = word_feats[torch.arange(tokens.shape[0], device=tokens.device), tokens.argmax(dim=-1)]
         return word_feats, end @ self.text_projection

@@ -74,16 +74,17 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     taps = weight.permute(2, 1, 3, 0).flatten(2).contiguous()
     outputs = []
     # The responses are large: a CPU takes one sample's after the other's, while they are in its
-    # cache and in memory that it has just used.
-    for part in pixels.split(1 if x.device.type == "cpu" else len(x)):
+    # cache and in memory that it has just used. An exported graph has batches of any size.
+    one_by_one = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    for part in pixels.split(1) if one_by_one else [pixels]:
         responses = part[:, None] @ taps  # (b, 3, H·W, 3·O)
-        tall = rows @ responses.view(len(part), KERNEL * height, -1)  # (b, 2H, W·3·O)
+        tall = rows @ responses.view(part.shape[0], KERNEL * height, -1)  # (b, 2H, W·3·O)
         tall = tall.view(-1, width * KERNEL, out_channels)  # (b·2H, W·3, O)
         if bias is None:
             outputs.append(columns @ tall)  # (b·2H, 2W, O)
         else:
-            outputs.append(torch.baddbmm(bias, columns.expand(len(tall), -1, -1), tall))
-    return torch.cat(outputs).unflatten(0, (len(x), 2 * height)).permute(0, 3, 1, 2)
+            outputs.append(torch.baddbmm(bias, columns.expand(tall.shape[0], -1, -1), tall))
+    return torch.cat(outputs).unflatten(0, (x.shape[0], 2 * height)).permute(0, 3, 1, 2)
 
 
 def resampling_matrix(size: int, like: Tensor) -> Tensor:

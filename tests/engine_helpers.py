@@ -24,7 +24,7 @@ from samples import ROOT, threads
 
 import train
 from engine.pace import MEASURED
-from engine.trainer import Run
+from engine.trainer import Run, save, train_one_epoch
 from tools import data_process, folder2lmdb, refshapes
 from utils import distributed
 from utils.config import Config, load_config
@@ -115,6 +115,31 @@ def write_config(
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def train_a_little(folder: Path, data: Path, threshold: float) -> Path:
+    """A config and its run in `folder`, that learnt val enough to predict something.
+
+    Args:
+        threshold: goes into the config; probabilities lie on both sides of 0.15.
+    """
+    recipe = {"target": "area", "base_lr": 2e-3, "batch_size": 6}
+    config = write_config(folder, data, threshold=threshold, **recipe)
+    val = str(data / "lmdb/shapes/val.lmdb")
+    run = build_run(config, "DATA.train_lmdb", val, "DATA.train_split", "val")
+    with on_cpu():
+        for epoch in range(40):
+            train_one_epoch(run, epoch)
+    save(run, {}, is_best=True)
+    return config
+
+
+def make_trained(base: Path) -> Path:
+    """The config of a run that learnt a little, once below `base`; nothing is written to it."""
+    folder = base / "trained"
+    if folder.exists():
+        return folder / "tiny.yaml"
+    return train_a_little(folder, make_shapes(base), threshold=0.15)
 
 
 @contextmanager

@@ -341,7 +341,7 @@ def test_a_disk_without_room_is_told_before_anything_is_made(
 
 def test_a_photo_that_cannot_be_decoded_is_named_and_nothing_is_left(lmdb, tmp_path, folder):
     bad = with_bad_image(lmdb, tmp_path / "bad.lmdb", b"no photo")
-    with pytest.raises(UserError, match=r"bad\.lmdb, image image_3\.jpg: cannot be decoded"):
+    with pytest.raises(UserError, match=r"bad\.lmdb, image image_3\.jpg cannot be decoded"):
         open_one(bad, folder)
     assert contents(folder) == {}
 

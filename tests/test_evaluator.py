@@ -11,14 +11,13 @@ import pytest
 import torch
 from engine_helpers import (
     ALONE,
-    build_run,
     error_of,
     make_shapes,
     on_cpu,
     read_jsonl,
     run_program,
     spawn,
-    write_config,
+    train_a_little,
 )
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -35,7 +34,6 @@ from engine.evaluator import (
     validation_protocol,
 )
 from engine.loaders import build_evaluation_loader
-from engine.trainer import save, train_one_epoch
 from model.loss import resize_target
 from utils.config import Config, load_config
 from utils.dataset import SentenceTask, collate_images, load_mask
@@ -66,14 +64,7 @@ def data(tmp_path_factory) -> Path:
 def run_folder(tmp_path_factory, data) -> Path:
     """Of a run that learnt val a little, and predicts something at the threshold in its config."""
     folder = tmp_path_factory.mktemp("evaluated")
-    config = write_config(
-        folder, data, threshold=THRESHOLD, target="area", base_lr=2e-3, batch_size=6
-    )
-    run = build_run(config, "DATA.train_lmdb", val_lmdb(data), "DATA.train_split", "val")
-    with on_cpu():
-        for epoch in range(40):
-            train_one_epoch(run, epoch)
-    save(run, {}, is_best=True)
+    train_a_little(folder, data, THRESHOLD)
     return folder
 
 

@@ -193,8 +193,8 @@ def test_a_part_of_a_known_data_set_is_a_fault_unless_it_is_said(path, capsys):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"mask": b""}, "mask: cannot be decoded as an image (0 bytes); replace it"),
-        ({"mask": b"PNG"}, "mask: cannot be decoded as an image (3 bytes); replace it"),
+        ({"mask": b""}, "mask is an empty file: replace it"),
+        ({"mask": b"PNG"}, "mask cannot be decoded (3 bytes; cut off or no image): replace it"),
         ({"mask": encoded(np.zeros((72, 110), np.uint8))}, "its mask is empty"),
         ({"mask": encoded(blob(50, 60))}, "its mask is 50 x 60, not 72 x 110"),
         ({"height": 71}, "says 71 x 110 pixels, its image has 72 x 110"),

@@ -22,6 +22,7 @@ LEAVES = {
     "utils.lock",
     "utils.machine",
     "utils.metrics",
+    "utils.photos",
     "utils.records",
     "utils.seed",
     "utils.signals",

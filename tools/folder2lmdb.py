@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
 from tools.refer import check_fields, load_plain
 from utils.errors import UserError, run
+from utils.photos import decode
 from utils.records import (
     LARGEST,
     LONGEST_KEY,
@@ -340,22 +341,6 @@ def read_file(path: Path, remedy: str) -> bytes:
 def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
     """(height, width) of an image file, all of which is decoded, to be sure that it can be."""
     return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
-
-
-def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
-    """The pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
-
-    Raises:
-        UserError: it is empty, cut off or no image.
-    """
-    if not data:
-        raise UserError(f"{name} is an empty file: {remedy}")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None:
-        raise UserError(
-            f"{name} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}"
-        )
-    return pixels
 
 
 # ------------------------------------------------------------------- from the release's own pickles

@@ -22,10 +22,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
 from tools.download import check_space
-from tools.folder2lmdb import decode, packed_summary, read_file
+from tools.folder2lmdb import packed_summary, read_file
 from tools.refer import draw_segmentation
 from utils.errors import UserError, run
 from utils.files import is_plain_name
+from utils.photos import decode
 from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
 from utils.tokenizer import has_words, token_lengths
 

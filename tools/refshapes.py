@@ -512,6 +512,12 @@ def _make_image(
     return _render(rng, scene, outlines), image, annotations, refs
 
 
+def draw_example(seed: int) -> tuple[np.ndarray, list[str]]:
+    """A picture that is in no split, (H, W, 3) uint8 RGB, with sentences that are true of it."""
+    pixels, _, _, refs = _make_image(seed, "val", IDS_PER_SPLIT, Plan(IDS_PER_SPLIT))
+    return pixels, [sentence["sent"] for ref in refs for sentence in ref["sentences"]]
+
+
 def _annotation(image_id: int, index: int, thing: Thing, outline: np.ndarray) -> dict[str, Any]:
     x0, y0 = outline.min(0).tolist()
     x1, y1 = outline.max(0).tolist()

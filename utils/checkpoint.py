@@ -1,13 +1,15 @@
 """Checkpoints: written whole or not at all, read without running anything that is in them."""
 
+import json
 import os
 import re
 import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,7 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     weights is removed.
 
     Args:
-        path: a checkpoint of ours, or an official one.
+        path: a checkpoint of ours, or an official one; or weights that `save_weights` wrote.
         purpose: the config key that asked for it, for the error.
     Raises:
         UserError: missing, torn, asking for code, or without a `state_dict`.
@@ -114,7 +116,7 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
         raise UserError(f"{purpose}: there is no checkpoint {path}; train first, or name another")
     try:
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         raise UserError(f"{purpose}: {path} {_fault(error, path)}") from None
     weights = state.get("state_dict") if isinstance(state, dict) else None
@@ -123,6 +125,31 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     ):
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
     return state | {"state_dict": {k.removeprefix("module."): v for k, v in weights.items()}}
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        state = {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        config = (file.metadata() or {}).get("config")
+        return state if config is None else state | {"config": json.loads(config)}
+
+
+def save_weights(weights: Mapping[str, Tensor], config: Mapping, path: str | Path) -> None:
+    """Write weights, and the config that they belong to, as safetensors; whole or not at all.
+
+    `read_checkpoint` gives them back to the bit, under `state_dict` and `config`.
+    """
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    with atomic_path(path) as partial:
+        partial.write_bytes(save(plain, metadata={"config": json.dumps(config)}))
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

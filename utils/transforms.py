@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.photos import decode
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,20 +42,12 @@ PROTOCOLS = {
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode a JPEG or PNG to (H, W, 3) uint8 RGB; `name` is for the error."""
-    return _decode(data, cv2.IMREAD_COLOR_RGB, name)
+    return decode(data, cv2.IMREAD_COLOR_RGB, name, "replace it")
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
     """Decode a mask's PNG to (H, W) uint8; `name` is for the error."""
-    return _decode(data, cv2.IMREAD_GRAYSCALE, name)
-
-
-def _decode(data: bytes, mode: int, name: str) -> np.ndarray:
-    buffer = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(buffer, mode) if buffer.size else None
-    if image is None:
-        raise UserError(f"{name}: cannot be decoded as an image ({len(data)} bytes); replace it")
-    return image
+    return decode(data, cv2.IMREAD_GRAYSCALE, name, "replace it")
 
 
 def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:

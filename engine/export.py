@@ -1,0 +1,231 @@
+"""The model as two ONNX graphs, and the proof that they compute what PyTorch does.
+
+`image_encoder.onnx`: images (N, S, S, 3) uint8, letterboxed RGB -> v3, v4, v5, all that is needed
+of an image. `text_head.onnx`: those, image_index (B,) int64 and tokens (B, L) int64, a row a
+sentence -> logits (B, 1, S/4, S/4) and probability (B, S, S). N and B may be any number, so a
+server encodes an image once and asks as many sentences of it as come.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.evaluator import validation_protocol
+from model.neck import ImageFeatures
+from model.segmenter import Segmenter
+from utils.config import Config
+from utils.errors import UserError
+from utils.tokenizer import END_ID, START_ID
+from utils.transforms import Protocol, normalize_images, upsample_probability
+
+IMAGE_ENCODER, TEXT_HEAD = "image_encoder.onnx", "text_head.onnx"
+OPSET = 20
+NAMES = {  # inputs, outputs
+    IMAGE_ENCODER: (("images",), ("v3", "v4", "v5")),
+    TEXT_HEAD: (("v3", "v4", "v5", "image_index", "tokens"), ("logits", "probability")),
+}
+
+
+class ImageEncoder(nn.Module):
+    """What depends on the image alone."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, S, S, 3) uint8 -> v3, v4, v5."""
+        return tuple(self.model.encode_image(normalize_images(images)))
+
+
+class TextHead(nn.Module):
+    """What depends on the sentence: from an image's features to its probabilities."""
+
+    def __init__(self, model: Segmenter, side: int, protocol: Protocol) -> None:
+        super().__init__()
+        self.model = model
+        self.side = side
+        self.protocol = protocol
+
+    def forward(
+        self, v3: Tensor, v4: Tensor, v5: Tensor, image_index: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features of N images, (B,), (B, L) -> logits (B, 1, S/4, S/4), probability (B, S, S)."""
+        features = ImageFeatures(v3, v4, v5).repeat(image_index)
+        logits = self.model.segment(features, tokens)
+        return logits, upsample_probability(logits.sigmoid(), self.side, self.protocol)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs on which graphs and PyTorch are compared: N images with B sentences."""
+
+    name: str
+    images: np.ndarray  # (N, S, S, 3) uint8
+    image_index: np.ndarray  # (B,) int64
+    tokens: np.ndarray  # (B, L) int64
+
+
+class Difference(NamedTuple):
+    """How far an output of a graph is from PyTorch's in one case."""
+
+    case: str
+    output: str
+    largest: float  # |difference|
+    magnitude: float  # the largest |value|
+
+    @property
+    def relative(self) -> float:
+        """What is held against the tolerance."""
+        return self.largest / max(self.magnitude, 1e-12)
+
+
+def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
+    """Noise and random words, in batches of other sizes than the graphs were traced with."""
+    rng = np.random.default_rng(seed)
+    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
+    cases = []
+    for num_images, num_sentences in ((1, 1), (1, 4), (3, 5)):
+        tokens = np.zeros((num_sentences, length), np.int64)
+        for row in tokens:
+            words = int(rng.integers(0, length - 1))
+            row[: words + 2] = [START_ID, *rng.integers(1, START_ID, words), END_ID]
+        case = Case(
+            f"random, images {num_images}, sentences {num_sentences}",
+            rng.integers(0, 256, (num_images, side, side, 3), np.uint8),
+            rng.integers(0, num_images, num_sentences),
+            tokens,
+        )
+        cases.append(case)
+    return cases
+
+
+def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> None:
+    """Write both graphs.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        paths: by `IMAGE_ENCODER` and `TEXT_HEAD`.
+    Raises:
+        UserError: a package is missing.
+    """
+    check_packages()
+    ((protocol_name, protocol),) = validation_protocol(cfg).items()
+    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
+    about = {
+        "input_size": side,
+        "word_len": length,
+        "protocol": protocol_name,
+        "threshold": protocol.threshold,
+    }
+    # Two images and three sentences: a batch of one would be taken for a constant.
+    images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        features = ImageEncoder(model)(images)
+    tokens = torch.zeros(3, length, dtype=torch.int64)
+    tokens[:, 0], tokens[:, 1] = START_ID, END_ID
+    index = torch.tensor([0, 1, 1])
+    _export(ImageEncoder(model), (images,), (("images",),), IMAGE_ENCODER, paths, about)
+    rows = (("images",),) * 3 + (("sentences",),) * 2
+    head = TextHead(model, side, protocol)
+    _export(head, (*features, index, tokens), rows, TEXT_HEAD, paths, about)
+
+
+def _export(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    rows: Sequence[tuple[str]],
+    kind: str,
+    paths: Mapping[str, Path],
+    about: Mapping[str, Any],
+) -> None:
+    """Trace a module and write the graph; the first axis of each input may have any size."""
+    names, outputs = NAMES[kind]
+    sizes = {name: torch.export.Dim(name, min=1, max=1 << 16) for (name,) in rows}
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=[{0: sizes[name]} for (name,) in rows],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    program.model.metadata_props.update({key: str(value) for key, value in about.items()})
+    program.save(paths[kind], external_data=False)
+
+
+def compare(
+    model: Segmenter, cfg: Config, paths: Mapping[str, Path], cases: Sequence[Case]
+) -> Iterator[Difference]:
+    """Run the graphs by ONNX Runtime, one after the other as a server does, beside PyTorch."""
+    ((_, protocol),) = validation_protocol(cfg).items()
+    encode, segment = (session(paths[kind]) for kind in (IMAGE_ENCODER, TEXT_HEAD))
+    head = TextHead(model, cfg.TRAIN.input_size, protocol)
+    for case in cases:
+        found = _run(encode, {"images": case.images})
+        asked = {"image_index": case.image_index, "tokens": case.tokens}
+        found |= _run(segment, found | asked)
+        with torch.inference_mode():
+            features = ImageEncoder(model)(torch.from_numpy(case.images))
+            rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
+        for name, expected in zip(found, (*features, *rest), strict=True):
+            yield _difference(case.name, name, found[name], expected.numpy())
+
+
+def _run(graph: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A graph's outputs by name."""
+    names = [output.name for output in graph.get_outputs()]
+    return dict(zip(names, graph.run(names, inputs), strict=True))
+
+
+def _difference(case: str, output: str, found: np.ndarray, expected: np.ndarray) -> Difference:
+    if found.shape != expected.shape:
+        raise UserError(f"{case}: {output} is {found.shape}, PyTorch's {expected.shape}")
+    largest = np.abs(found - expected).max()
+    # What is no number equals nothing.
+    largest = float(largest) if np.isfinite(largest) else float("inf")
+    return Difference(case, output, largest, float(np.abs(expected).max()))
+
+
+def session(path: Path):
+    """A graph by ONNX Runtime on the CPU, in as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def check_packages() -> None:
+    """Raise a UserError if what the export to ONNX needs is not installed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"--format onnx needs the package {package}: pip install -r requirements.txt"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own insides; what is wrong with a graph is measured."""
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        log.setLevel(level)
