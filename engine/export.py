@@ -85,8 +85,13 @@ class Difference(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """What is held against the tolerance."""
-        return self.largest / max(self.magnitude, 1e-12)
+        """What is held against the tolerance.
+
+        Of the largest value, but for a probability: one that is small everywhere must not be more
+        exact than its threshold needs.
+        """
+        scale = 1.0 if self.output == "probability" else self.magnitude
+        return self.largest / max(scale, 1e-12)
 
 
 def random_cases(cfg: Config, seed: int = 0) -> list[Case]:

@@ -200,7 +200,7 @@ def test_the_example_of_the_documentation_gives_the_predictors_masks(
         mask = np.asarray(Image.open(f"{found.sentence}.png"))
         assert mask.shape == found.mask.shape
         assert (mask != found.mask).sum() <= 2
-    assert all(found.area for found in expected)
+    assert any(found.area for found in expected)
 
 
 def test_what_differs_too_much_is_named_with_its_case(capsys):

@@ -29,6 +29,7 @@ from utils.tokenizer import token_lengths
 pytestmark = pytest.mark.slow
 LIMIT = 120  # seconds
 EPOCHS = 4
+RESUMED = "resumed from "  # once a start, in the banner
 ONE = ("--standalone", "--nproc_per_node=2")  # launcher, with both ranks
 
 
@@ -147,7 +148,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_pat
     os.kill(pid_of_rank(0, process), signal.SIGKILL)
     err = end(process)
     assert process.returncode == 0, err
-    assert err.count("resumed ") == 1
+    assert err.count(RESUMED) == 1
     assert_equal_runs(config, whole)
 
 
@@ -159,7 +160,7 @@ def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_pa
     errors = [end(agent) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 2
-    assert sum(error.count("resumed ") for error in errors) == 1
+    assert sum(error.count(RESUMED) for error in errors) == 1
     assert_equal_runs(config, whole)
 
 

@@ -135,7 +135,7 @@ def check(differences: Sequence["Difference"], tolerance: float) -> None:
     """Print how far the graphs are from PyTorch.
 
     Raises:
-        UserError: further than the tolerance, relative to the output's largest value.
+        UserError: further than the tolerance (see `Difference.relative`).
     """
     width = max(len(d.case) for d in differences)
     print(f"{'':<{width}}  {'output':<11}  {'|difference|':>12}  {'|value|':>9}  {'relative':>9}")
@@ -147,7 +147,7 @@ def check(differences: Sequence["Difference"], tolerance: float) -> None:
     worst = max(differences, key=lambda d: math.inf if math.isnan(d.relative) else d.relative)
     if not worst.relative <= tolerance:  # so that what is no number fails too
         raise UserError(
-            f"{worst.output} differs from PyTorch's by {worst.relative:.1e} of its largest value "
+            f"{worst.output} differs from PyTorch's by {worst.relative:.1e} "
             f"({worst.case}), more than --tolerance {tolerance:g}: nothing was written"
         )
 
@@ -168,7 +168,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", action="append", default=[], help="a sentence for it; repeatable")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE,
-        help=f"largest difference over the output's largest value (default: {TOLERANCE:g})",
+        help=f"largest difference: of a probability as it is, of other outputs over their largest "
+        f"value (default: {TOLERANCE:g})",
     )  # fmt: skip
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
     args = parser.parse_args(argv)
