@@ -6,9 +6,10 @@ PYTHON ?= python3
 CONFIG ?= config/refshapes/cris_tiny.yaml
 BIN := .venv/bin
 INSTALLED := .venv/installed-requirements.txt
+DEMO_INSTALLED := .venv/installed-requirements-demo.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full lint format clean
+.PHONY: help install quickstart demo test test-full test-demo lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -18,11 +19,19 @@ install: $(INSTALLED) ## Make .venv with all that requirements.txt names
 quickstart: install ## Draw RefShapes, train on it, evaluate, and show the result: minutes on a CPU
 	@$(BIN)/python tools/quickstart.py --config $(CONFIG)
 
+demo: $(DEMO_INSTALLED) ## Try the model of the quickstart on a page in the browser
+	@$(BIN)/python tools/demo.py --config $(CONFIG)
+
 test: install ## Run the tests, without the slow ones
 	@$(BIN)/python -m pytest -m "not slow"
 
 test-full: install ## Run all the tests
 	@$(BIN)/python -m pytest
+
+# gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
+test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
+	@$(BIN)/python -m pytest tests/test_demo.py tests/test_demo_browser.py tests/test_photos.py \
+	    tests/test_predict.py tests/test_predictor.py tests/test_visualize.py
 
 lint: install ## Check style, and that the files are formatted
 	@$(BIN)/ruff check .
@@ -40,6 +49,10 @@ clean: ## Remove caches; data, runs and .venv stay
 # a checkout gives an unchanged requirements.txt a new date.
 $(INSTALLED): requirements.txt
 	@if cmp -s requirements.txt $@; then touch $@; else $(MAKE) --no-print-directory .install; fi
+
+$(DEMO_INSTALLED): $(INSTALLED) requirements-demo.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -r requirements-demo.txt
+	@cp requirements-demo.txt $@
 
 .PHONY: .install .venv
 .install: .venv

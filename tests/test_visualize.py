@@ -14,6 +14,7 @@ from utils.visualize import (
     comparison,
     file_stem,
     grid,
+    heat_map,
     overlay,
     save_picture,
 )
@@ -31,6 +32,19 @@ def picture(
 def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Columns in which two pictures differ."""
     return np.flatnonzero((a != b).any(axis=(0, 2)))
+
+
+def test_heat_map_brightens_with_the_probability():
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+    heat = heat_map(ramp)
+    assert heat.shape == (1, 256, 3)
+    assert heat.dtype == np.uint8
+    light = heat @ np.array([0.299, 0.587, 0.114])
+    assert (np.diff(light) > -1).all()
+    assert light[0, 0] < 40
+    assert light[0, -1] > 200
+    assert heat[0, 0, 2] > heat[0, 0, 1]  # dark blue, in the order RGB
+    assert heat[0, -1, 0] > 2 * heat[0, -1, 2]  # yellow
 
 
 def test_overlay_tints_the_mask_and_leaves_the_rest_and_the_source_alone():

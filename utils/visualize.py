@@ -36,6 +36,18 @@ def overlay(
     return tinted
 
 
+def heat_map(probability: np.ndarray) -> np.ndarray:
+    """Probabilities as colours, from 0 in dark blue over green to 1 in yellow.
+
+    Args:
+        probability: (H, W) float in [0, 1].
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    levels = (255 * probability).round().astype(np.uint8)
+    return cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+
 def comparison(
     image: np.ndarray, mask: np.ndarray, pred_mask: np.ndarray, sentence: str, iou: float
 ) -> Image.Image:
