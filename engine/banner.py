@@ -31,6 +31,7 @@ SAID = {
     *("TRAIN.word_dim", "TRAIN.vis_dim", "TRAIN.fpn_in", "TRAIN.fpn_out", "TRAIN.num_layers"),
     *("TRAIN.batch_size", "TRAIN.accumulation_steps", "TRAIN.epochs", "TRAIN.precision"),
     *("TRAIN.exp_name", "TRAIN.output_folder", "TRAIN.weight", "TRAIN.resume"),
+    "TRAIN.force",  # no setting of the training; a warning says what it removes
 }
 
 

@@ -188,6 +188,15 @@ def test_check_writes_nothing(data, capsys):
     assert "1 refs, no problem; nothing written" in capsys.readouterr().out
 
 
+def test_only_packing_needs_a_folder(data, capsys):
+    path = write(data, line())
+    own_data.main([str(path), "--check"])
+    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        own_data.main([str(path)])
+    assert "-o names the folder" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------- what is not
 
 

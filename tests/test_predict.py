@@ -115,6 +115,24 @@ def test_json_lines_name_photos_beside_them_and_answers_do_not_overwrite_each_ot
     assert len(names(tmp_path / "out")) == 9
 
 
+def test_a_photo_is_encoded_once_wherever_its_lines_stand(tmp_path, config, photo, monkeypatch):
+    save_photo(tmp_path / "park.png", seed=2)
+    encoded = []
+    original = Predictor.encode
+
+    def counted(self, image):
+        encoded.append(image)
+        return original(self, image)
+
+    monkeypatch.setattr(Predictor, "encode", counted)
+    lines = [("photos/street.png", "a"), ("park.png", "b"), ("photos/street.png", "c")]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join(json.dumps({"image": i, "sentence": s}) for i, s in lines))
+    ask(config, "--jsonl", asked, "-o", tmp_path / "out")
+    assert len(encoded) == 2
+    assert len(names(tmp_path / "out")) == 9
+
+
 def test_a_large_photo_has_few_maps_in_memory_at_a_time(tmp_path, config, photo, monkeypatch):
     monkeypatch.setattr(predict, "PIXELS_AT_ONCE", 7_000)
     counts = []
@@ -154,6 +172,13 @@ def test_sentences_of_any_kind_are_answered_and_cut_ones_told(tmp_path, config, 
     assert {r["sentence"]: r["is_cut"] for r in records} == {
         "🐕": False, "日本語": False, "a/b\\c": False, long: True,
     }  # fmt: skip
+
+
+def test_a_cut_sentence_is_told_once_for_a_folder(tmp_path, config, photo, capsys):
+    save_photo(photo.with_name("park.png"), seed=2)
+    ask(config, "--image", photo.parent, *texts("word " * 30), "-o", tmp_path / "out")
+    assert capsys.readouterr().err.count("its end was not read") == 1
+    assert len(names(tmp_path / "out")) == 6
 
 
 def fault(config: Path, out: Path, *args: object) -> str:

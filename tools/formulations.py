@@ -14,16 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.measure import (
-    count_flops,
-    gemm_peak,
-    machine,
-    peak_memory,
-    ratios,
-    spread,
-    take_turns,
-)
+from tools.measure import count_flops, gemm_peak, machine, ratios, spread, take_turns
 from utils.errors import UserError
+from utils.machine import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,12 +1,10 @@
-"""Rulers for what measures speed: time in turns, floating-point operations, peak memory.
+"""Rulers for what measures speed: time in turns, floating-point operations.
 
 A machine is faster in one minute than in another, so rates are compared within a round, in which
 the ways take turns. Operations are counted as executed, a multiplication and an addition as two.
 """
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -160,25 +158,6 @@ def gemm_peak(side: int = 2048, seconds: float = 1.0, device: str = "cpu") -> fl
         wait()
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
-
-
-# ------------------------------------------------------------------------------------------- memory
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return peak_usage(resource.RUSAGE_SELF)
-    # Not getrusage's: on Linux a program begins with the peak of the process that started it.
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def peak_usage(who: int) -> int:
-    """The same as the system accounts for it, such as of the ended children (RUSAGE_CHILDREN)."""
-    scale = 1 if sys.platform == "darwin" else 1024  # Linux counts it in KiB
-    return resource.getrusage(who).ru_maxrss * scale
 
 
 # ------------------------------------------------------------------------------------------ machine

@@ -382,10 +382,13 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("jsonl", type=Path, help="the JSON Lines file, UTF-8")
-    add("-o", "--output", type=Path, required=True, help="folder for <split>.lmdb; names the data")
+    add("-o", "--output", type=Path, help="folder for <split>.lmdb; names the data")
     add("--images", type=Path, help="folder that image paths start at (that of the file)")
     add("--check", action="store_true", help="only look for problems")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output is None and not args.check:
+        parser.error("-o names the folder for <split>.lmdb; or only look for problems: --check")
+    return args
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,11 +69,10 @@ def read_tasks(args: argparse.Namespace) -> list[Task]:
         UserError: there is no such folder or file, or a line of it is malformed.
     """
     if args.jsonl is not None:
-        lines = list(_read_lines(args.jsonl))
-        return [
-            Task(image, [sentence for _, sentence in group])
-            for image, group in groupby(lines, key=lambda line: line[0])
-        ]
+        asked: dict[Path, list[str]] = {}  # lines of a photo need not follow each other
+        for image, sentence in _read_lines(args.jsonl):
+            asked.setdefault(image, []).append(sentence)
+        return [Task(image, sentences) for image, sentences in asked.items()]
     if not args.image.is_dir():
         return [Task(args.image, args.text)]
     photos = sorted(p for p in args.image.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -118,7 +116,7 @@ def answer(predictor: "Predictor", tasks: Sequence[Task], folder: Path) -> tuple
     from utils.logger import progress
     from utils.photos import read_photo
 
-    names, records, failed = Names(), [], 0
+    names, records, failed, told = Names(), [], 0, set()
     for task in progress(tasks, len(tasks), "photos"):
         try:
             photo = read_photo(task.image, predictor.max_pixels)
@@ -129,7 +127,9 @@ def answer(predictor: "Predictor", tasks: Sequence[Task], folder: Path) -> tuple
             failed += 1
             continue
         for found in _found(predictor, photo, task.sentences):
-            _tell_cut(predictor, found)
+            if found.is_cut and found.sentence not in told:
+                _tell_cut(predictor, found.sentence)
+                told.add(found.sentence)
             name = names.of(task.image, found.sentence)
             records.append(write_answer(predictor, photo, found, task.image, folder / name))
     return records, failed
@@ -145,17 +145,16 @@ def _found(
         yield from predictor(encoded, sentences[start : start + count])
 
 
-def _tell_cut(predictor: "Predictor", found: "Prediction") -> None:
-    if found.is_cut:
-        from loguru import logger
+def _tell_cut(predictor: "Predictor", sentence: str) -> None:
+    from loguru import logger
 
-        from utils.tokenizer import token_lengths
+    from utils.tokenizer import token_lengths
 
-        (length,) = token_lengths(found.sentence)
-        logger.warning(
-            f"“{_short(found.sentence, 60)}” has {length} tokens, the model reads "
-            f"{predictor.config.TRAIN.word_len} (TRAIN.word_len): its end was not read"
-        )
+    (length,) = token_lengths(sentence)
+    logger.warning(
+        f"“{_short(sentence, 60)}” has {length} tokens, the model reads "
+        f"{predictor.config.TRAIN.word_len} (TRAIN.word_len): its end was not read"
+    )
 
 
 class Names:

@@ -24,7 +24,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and move it into place on success.
 
     The parent folder is created. If the block raises, the temporary file is removed and
-    whatever stood at `path` before is untouched.
+    whatever stood at `path` before is untouched. An error of the system's names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +32,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) == str(partial):
+            error.filename = str(path)  # the temporary name would tell the user nothing
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -29,5 +29,12 @@ def peak_memory() -> int:
         return 1024 * int(line.split()[1])
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak_usage(resource.RUSAGE_SELF)
+
+
+def peak_usage(who: int) -> int:
+    """The same as the system accounts for it, such as of the ended children (RUSAGE_CHILDREN)."""
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024  # Linux counts it in KiB
+    return resource.getrusage(who).ru_maxrss * scale
