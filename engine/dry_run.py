@@ -18,11 +18,8 @@ GIB = 2**30  # bytes
 
 
 def without_writing(cfg: Config) -> Config:
-    """The config that a dry run builds from.
-
-    Photos are decoded, not put into `DATA.cache`, and a run that is in the folder already stays.
-    """
-    return replace(cfg, DATA=replace(cfg.DATA, cache=None), TRAIN=replace(cfg.TRAIN, force=True))
+    """The config that a dry run builds from: photos are decoded, not put into `DATA.cache`."""
+    return replace(cfg, DATA=replace(cfg.DATA, cache=None))
 
 
 def dry_run(run: Run) -> None:
@@ -49,9 +46,12 @@ def dry_run(run: Run) -> None:
 def _one_step(run: Run) -> tuple[dict[str, float], float]:
     """Means over the step by name, and the seconds it took, loading included."""
     start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
+    epoch, position = run.epoch, run.position
+    if position >= len(run.train_loader) // passes:  # it was stopped in the validation
+        epoch, position = epoch + 1, 0
     run.model.train()
-    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
-    run.schedule.set(run.epoch, run.step)
+    run.train_loader.batch_sampler.set_epoch(epoch, position)
+    run.schedule.set(epoch, run.step)
     total = torch.zeros_like(run.sums[0])
     for count, batch in enumerate(islice(run.train_loader, passes), start=1):
         total += forward_backward(run, batch, synchronize=count == passes)
