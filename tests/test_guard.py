@@ -13,6 +13,7 @@ from engine_helpers import (
     assert_same,
     build_run,
     error_of,
+    largest_file,
     load,
     make_shapes,
     on_cpu,
@@ -138,6 +139,16 @@ def test_a_fault_that_stays_ends_the_run_with_the_batch_and_a_file(
     with on_cpu():
         assert math.isfinite(forward_backward(run, batch, True)[0])
     assert len(batch["tokens"]) == len(content["refs"])
+
+
+def test_a_fault_that_stays_is_told_on_a_full_disk_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "PERSISTENT", 3)
+    faulty(monkeypatch, lambda call: call >= 2)
+    with largest_file(1_000_000):
+        line = error_of("train.py", config)
+    assert "not finite in 3 steps in a row, and nothing was learnt since step 4: ref " in line
+    assert "not_finite.pth could not be written (File too large)" in line
+    assert not (tmp_path / "exp/tiny/not_finite.pth").exists()
 
 
 def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):

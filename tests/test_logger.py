@@ -43,6 +43,19 @@ def test_the_file_of_an_earlier_run_is_continued(tmp_path):
     assert [line.split()[-1] for line in lines] == ["first", "second"]
 
 
+def test_a_full_disk_costs_lines_of_the_file_and_is_told_once(tmp_path, capsys):
+    setup_logging(tmp_path, is_main=True)
+    with largest_file(100):
+        for number in range(5):
+            logger.info(f"line {number} " + 60 * "x")
+    logger.info("room again")
+    err = capsys.readouterr().err
+    assert err.count("train.log: File too large; what finds no room is missing from it") == 1
+    assert "Traceback" not in err
+    assert all(f"line {number}" in err for number in range(5))
+    assert (tmp_path / "train.log").read_text().endswith("room again\n")
+
+
 def test_nothing_is_made_before_there_is_something_to_say(tmp_path):
     setup_logging(tmp_path / "run", is_main=True)
     assert not (tmp_path / "run").exists()

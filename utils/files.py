@@ -24,7 +24,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and move it into place on success.
 
     The parent folder is created. If the block raises, the temporary file is removed and
-    whatever stood at `path` before is untouched.
+    whatever stood at `path` before is untouched. A disk without room is told with the path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +32,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # writing does not name the file
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

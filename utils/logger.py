@@ -43,8 +43,29 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         colorize=sys.stderr.isatty(),
     )
     if folder is not None:
-        # delay: a run that fails before it has anything to say leaves no folder behind.
-        logger.add(Path(folder) / LOG, format=FILE_FORMAT, delay=True, encoding="utf-8")
+        logger.add(_appending_to(Path(folder) / LOG), format=FILE_FORMAT)
+
+
+def _appending_to(path: Path) -> Callable[[str], None]:
+    """A sink of loguru that makes the file with the first line, and goes on without room.
+
+    loguru's own prints a traceback for each line that a full disk does not take.
+    """
+    is_told = False
+
+    def write(line: str) -> None:
+        nonlocal is_told
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not is_told:
+                lost = f"{path}: {error.strerror}; what finds no room is missing from it"
+                tqdm.write(lost, file=sys.stderr)
+            is_told = True
+
+    return write
 
 
 def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
