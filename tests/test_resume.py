@@ -323,7 +323,7 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
 
 @pytest.mark.parametrize("opts", [(), ("TRAIN.resume", "auto")])
 def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
-    straight, tmp_path, data, opts
+    straight, tmp_path, data, opts, capfd
 ):
     config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
     folder.mkdir(parents=True)
@@ -340,6 +340,7 @@ def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
     released.wait()
     if opts:
         run_program("train.py", config, *opts)
+        assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
     else:
         assert "a new training would write over it" in error_of("train.py", config)
     other.join()
