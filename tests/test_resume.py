@@ -1,5 +1,6 @@
 """Stopping and going on: checkpoints within epochs, signals, kills, torn files, full disks."""
 
+import errno
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -355,6 +357,14 @@ def test_a_mark_that_finds_no_room_does_not_hide_that_the_run_was_saved(
     code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 1, config)
     assert code == 75
     assert "PREEMPTED: No such file or directory; the checkpoint is there" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, data, monkeypatch):
+    config = recipe(tmp_path, data)
+    fault = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=fault))
+    line = error_of("train.py", config)
+    assert line == f"{tmp_path}/exp/tiny/train.log: cannot be locked: Function not implemented"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
