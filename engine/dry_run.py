@@ -12,9 +12,7 @@ from engine.run import Run
 from engine.trainer import forward_backward, means, optimizer_step
 from utils.config import Config
 from utils.distributed import gather_objects, share_buffers, unwrap
-from utils.machine import peak_memory
-
-GIB = 2**30  # bytes
+from utils.machine import GIB, peak_memory
 
 
 def without_writing(cfg: Config) -> Config:

@@ -97,7 +97,7 @@ def test_the_peak_of_matrix_products_is_a_rate():
 
 def test_the_peak_of_memory_is_in_bytes_and_keeps_what_was_given_back():
     code = (
-        "from tools.measure import peak_memory\n"
+        "from utils.machine import peak_memory\n"
         "before = peak_memory()\n"
         "block = b'x' * 200_000_000\n"
         "del block\n"

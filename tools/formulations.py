@@ -18,12 +18,12 @@ from tools.measure import (
     count_flops,
     gemm_peak,
     machine,
-    peak_memory,
     ratios,
     spread,
     take_turns,
 )
 from utils.errors import UserError
+from utils.machine import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

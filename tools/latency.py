@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.measure import REST, flops_by_part, machine, peak_memory, take_turns
+from tools.measure import REST, flops_by_part, machine, take_turns
 from utils.errors import UserError, run
+from utils.machine import peak_memory
 
 if TYPE_CHECKING:
     import torch

@@ -165,18 +165,11 @@ def gemm_peak(side: int = 2048, seconds: float = 1.0, device: str = "cpu") -> fl
 # ------------------------------------------------------------------------------------------- memory
 
 
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return peak_usage(resource.RUSAGE_SELF)
-    # Not getrusage's: on Linux a program begins with the peak of the process that started it.
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def peak_usage(who: int) -> int:
-    """The same as the system accounts for it, such as of the ended children (RUSAGE_CHILDREN)."""
+    """Peak memory in bytes as the system accounts for it, as of ended children (RUSAGE_CHILDREN).
+
+    For this process itself there is `utils.machine.peak_memory`.
+    """
     scale = 1 if sys.platform == "darwin" else 1024  # Linux counts it in KiB
     return resource.getrusage(who).ru_maxrss * scale
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tools.measure import peak_memory, peak_usage, ratios, spread
+from tools.measure import peak_usage, ratios, spread
 from utils.errors import UserError
+from utils.machine import peak_memory
 
 BATCH = 16
 BASELINE = "straightforward"
