@@ -128,12 +128,14 @@ def _give_up(run: Run, streak: int, position: int) -> None:
                 write_state(content, partial)
         except OSError as error:
             kept = f"{path} could not be written ({error.strerror})"
+    since = run.step - streak + 1  # perhaps in an epoch before this one
+    at = "" if since == step else f"; step {step}"
     gather_objects(None)  # who ends earlier would have torchrun kill the one that writes
     if not run.ranks.is_main:
         raise SystemExit(1)
     raise UserError(
         f"gradients were not finite in {streak} steps in a row, and nothing was learnt since step "
-        f"{step}: {_tell(refs)}; {kept}. Try TRAIN.precision fp32, "
+        f"{since}{at}: {_tell(refs)}; {kept}. Try TRAIN.precision fp32, "
         "a lower TRAIN.base_lr, or TRAIN.max_norm"
     )
 
