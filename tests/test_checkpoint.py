@@ -256,7 +256,8 @@ def test_an_official_checkpoint_is_scored_like_ours(trained, official):
 
 
 def test_training_starts_from_an_official_checkpoint(trained, official):
-    run = build_run(trained / "tiny.yaml", "TRAIN.weight", official)
+    opts = ("TRAIN.weight", official, "TRAIN.exp_name", "from_official")
+    run = build_run(trained / "tiny.yaml", *opts)
     weights = load(trained / "exp/tiny/last_model.pth")["state_dict"]
     assert_same(dict(run.model.state_dict()), dict(weights))
     assert (run.epoch, run.best) == (0, -1.0)
