@@ -72,7 +72,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
-    state, source = None, resume.choose_checkpoint(cfg, ranks)
+    state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
     if source:
         model, state = restore_model(cfg, device, source, "TRAIN.resume")
         resume.check_resumable(state, source)

@@ -12,17 +12,12 @@ from engine.run import Run
 from engine.trainer import forward_backward, means, optimizer_step
 from utils.config import Config
 from utils.distributed import gather_objects, share_buffers, unwrap
-from utils.machine import peak_memory
-
-GIB = 2**30  # bytes
+from utils.machine import GIB, peak_memory
 
 
 def without_writing(cfg: Config) -> Config:
-    """The config that a dry run builds from.
-
-    Photos are decoded, not put into `DATA.cache`, and a run that is in the folder already stays.
-    """
-    return replace(cfg, DATA=replace(cfg.DATA, cache=None), TRAIN=replace(cfg.TRAIN, force=True))
+    """The config that a dry run builds from: photos are decoded, not put into `DATA.cache`."""
+    return replace(cfg, DATA=replace(cfg.DATA, cache=None))
 
 
 def dry_run(run: Run) -> None:
@@ -49,9 +44,12 @@ def dry_run(run: Run) -> None:
 def _one_step(run: Run) -> tuple[dict[str, float], float]:
     """Means over the step by name, and the seconds it took, loading included."""
     start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
+    epoch, position = run.epoch, run.position
+    if position >= len(run.train_loader) // passes:  # it was stopped in the validation
+        epoch, position = epoch + 1, 0
     run.model.train()
-    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
-    run.schedule.set(run.epoch, run.step)
+    run.train_loader.batch_sampler.set_epoch(epoch, position)
+    run.schedule.set(epoch, run.step)
     total = torch.zeros_like(run.sums[0])
     for count, batch in enumerate(islice(run.train_loader, passes), start=1):
         total += forward_backward(run, batch, synchronize=count == passes)

@@ -16,6 +16,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from engine.run import Run
+from utils.checkpoint import write_state
 from utils.config import to_dict
 from utils.distributed import gather_objects, unwrap
 from utils.errors import UserError
@@ -112,6 +113,7 @@ def _give_up(run: Run, streak: int, position: int) -> None:
     parts = gather_objects((_refs(run, position), batches))
     refs = [ref for part, _ in parts for ref in part]
     path, step = run.folder / REPRO, _step(run, position)
+    kept = f"{path} has that batch with the weights"
     if run.ranks.is_main:
         content = {
             "epoch": run.epoch,
@@ -121,14 +123,19 @@ def _give_up(run: Run, streak: int, position: int) -> None:
             "state_dict": unwrap(run.model).state_dict(),
             "config": to_dict(run.cfg),
         }
-        with atomic_path(path) as partial:
-            torch.save(content, partial)
+        try:
+            with atomic_path(path) as partial:
+                write_state(content, partial)
+        except OSError as error:
+            kept = f"{path} could not be written ({error.strerror})"
+    since = run.step - streak + 1  # perhaps in an epoch before this one
+    at = "" if since == step else f"; step {step}"
     gather_objects(None)  # who ends earlier would have torchrun kill the one that writes
     if not run.ranks.is_main:
         raise SystemExit(1)
     raise UserError(
         f"gradients were not finite in {streak} steps in a row, and nothing was learnt since step "
-        f"{step}: {_tell(refs)}; {path} has that batch with the weights. Try TRAIN.precision fp32, "
+        f"{since}{at}: {_tell(refs)}; {kept}. Try TRAIN.precision fp32, "
         "a lower TRAIN.base_lr, or TRAIN.max_norm"
     )
 

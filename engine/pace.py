@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from utils.distributed import gather_objects
-from utils.machine import resident_memory
+from utils.machine import GIB, resident_memory
 
 # What a lap measures: it differs from run to run, as nothing else in the records does.
 MEASURED = ("images_per_second", "data_wait_share", "memory_gib")
-GIB = 2**30  # bytes
 _END = object()
 
 

@@ -5,7 +5,7 @@ A run that was interrupted anywhere and resumed computes what it would have comp
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,7 +107,10 @@ def save_and_stop(run: Run) -> NoReturn:
     is_saved = save(run, {}, is_best=False)
     if is_saved and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
-        (run.folder / PREEMPTED).write_text(f"{told}\n")
+        try:
+            (run.folder / PREEMPTED).write_text(f"{told}\n")
+        except OSError as error:  # no room for it after the checkpoint
+            logger.error(f"{run.folder / PREEMPTED}: {error.strerror}; the checkpoint is there")
         logger.warning(f"{told}; TRAIN.resume auto goes on from there")
     # A rank that ends earlier would have torchrun kill the one that saves.
     if not all(gather_objects(is_saved)):
@@ -127,13 +130,6 @@ def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
         SystemExit: as `save_and_stop`.
     """
     folder = cfg.run_folder
-
-    def refuse() -> None:
-        raise UserError(
-            f"another process is training in {folder}; wait for it, give TRAIN.exp_name another "
-            "name, or add TRAIN.force True"
-        )
-
     # Launchers of several nodes may count restarts differently.
     if any_rank(is_restart())[0] and (folder / PREEMPTED).exists():
         raise SystemExit(EXIT_CODE)
@@ -141,9 +137,19 @@ def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             if not cfg.TRAIN.force:
-                stack.enter_context(hold(folder / LOG, refuse, PATIENCE))
+                stack.enter_context(_hold(folder))
             (folder / PREEMPTED).unlink(missing_ok=True)
         yield
+
+
+def _hold(folder: Path) -> AbstractContextManager[None]:
+    def refuse() -> None:
+        raise UserError(
+            f"another process is training in {folder}; wait for it, give TRAIN.exp_name another "
+            "name, or add TRAIN.force True"
+        )
+
+    return hold(folder / LOG, refuse, PATIENCE)
 
 
 def clear(folder: Path) -> None:
@@ -158,23 +164,32 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def choose_checkpoint(cfg: Config, ranks: Ranks) -> str | None:
+def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | None:
     """The checkpoint to resume from, if any: the one that the config names, or the newest whole.
 
+    Args:
+        is_dry: look only; who trains there, and what a new training would remove, does not matter.
     Raises:
-        UserError: there are some, and all are torn; or a new training would write over them.
+        UserError: there are some, and all are torn; or a new training would write over them; or
+            another process holds the folder.
     """
-    if cfg.TRAIN.resume is None and ranks.is_main and not cfg.TRAIN.force:
-        _refuse_to_overwrite(cfg.run_folder)
+    folder = cfg.run_folder
+    if ranks.is_main and not cfg.TRAIN.force and not is_dry:
+        if (folder / LOG).is_file():
+            # Who was asked to stop may be saving; what it leaves counts.
+            with _hold(folder):
+                pass
+        if cfg.TRAIN.resume is None:
+            _refuse_to_overwrite(folder)
     if cfg.TRAIN.resume != AUTO:
         return cfg.TRAIN.resume
-    found = find_newest(cfg.run_folder) if ranks.is_main else None
+    found = find_newest(folder) if ranks.is_main else None
     path, torn = gather_objects(found)[0]
     for each in torn:
         logger.warning(f"TRAIN.resume auto: {each} is cut off or damaged, skipped")
     if path is None and torn:
         raise UserError(
-            f"TRAIN.resume auto: every checkpoint in {cfg.run_folder} is cut off or damaged; move "
+            f"TRAIN.resume auto: every checkpoint in {folder} is cut off or damaged; move "
             "them away to train anew"
         )
     return None if path is None else str(path)

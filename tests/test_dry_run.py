@@ -101,6 +101,23 @@ def test_a_run_that_is_in_the_folder_already_stays(data, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_that_was_stopped_in_its_validation_takes_a_step_of_the_next_epoch(
+    data, tmp_path, capfd, precision
+):
+    run = build_run(write_config(tmp_path, data), "TRAIN.precision", precision)
+    run.position = run.step = len(run.train_loader)
+    with on_cpu():
+        dry_run(run)
+    loss = re.search(r"loss ([\d.]+)", capfd.readouterr().err)
+    assert float(loss[1]) > 0
+
+
+def test_options_are_those_that_were_given(data, tmp_path, capfd):
+    run_program("train.py", write_config(tmp_path, data), switches=("--dry-run",))
+    assert "TRAIN.force" not in capfd.readouterr().err
+
+
 def test_errors_are_those_of_a_training(data, tmp_path):
     config = write_config(tmp_path, data)
     for opts, message in (

@@ -13,6 +13,7 @@ from engine_helpers import (
     assert_same,
     build_run,
     error_of,
+    largest_file,
     load,
     make_shapes,
     on_cpu,
@@ -119,7 +120,7 @@ def test_a_fault_that_stays_ends_the_run_with_the_batch_and_a_file(
     monkeypatch.setattr(guard, "PERSISTENT", 3)
     faulty(monkeypatch, lambda call: call >= 2)
     line = error_of("train.py", config)
-    assert "not finite in 3 steps in a row, and nothing was learnt since step 4: ref " in line
+    assert "not finite in 3 steps in a row, and nothing was learnt since step 2; step 4: " in line
     path = tmp_path / "exp/tiny/not_finite.pth"
     assert str(path) in line
     content = load(path)
@@ -138,6 +139,24 @@ def test_a_fault_that_stays_ends_the_run_with_the_batch_and_a_file(
     with on_cpu():
         assert math.isfinite(forward_backward(run, batch, True)[0])
     assert len(batch["tokens"]) == len(content["refs"])
+
+
+def test_a_fault_that_stays_over_epochs_is_told_since_its_first_step(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "PERSISTENT", 4)  # of 5 steps an epoch
+    faulty(monkeypatch, lambda call: call >= 3)
+    line = error_of("train.py", config)
+    assert "not finite in 4 steps in a row, and nothing was learnt since step 3; step 6: " in line
+    assert load(tmp_path / "exp/tiny/not_finite.pth")["step"] == 6
+
+
+def test_a_fault_that_stays_is_told_on_a_full_disk_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "PERSISTENT", 3)
+    faulty(monkeypatch, lambda call: call >= 2)
+    with largest_file(1_000_000):
+        line = error_of("train.py", config)
+    assert "not finite in 3 steps in a row, and nothing was learnt since step 2; step 4: " in line
+    assert "not_finite.pth could not be written (File too large)" in line
+    assert not (tmp_path / "exp/tiny/not_finite.pth").exists()
 
 
 def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):

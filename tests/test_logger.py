@@ -1,5 +1,6 @@
 """Lines for people, records for programs, and Weights & Biases only where it is asked for."""
 
+import errno
 import io
 import json
 import struct
@@ -16,6 +17,7 @@ from loguru import logger
 from PIL import Image
 from samples import ROOT
 
+from engine.resume import records_until
 from utils.errors import UserError
 from utils.logger import Tracker, duration, progress, setup_logging
 
@@ -41,6 +43,19 @@ def test_the_file_of_an_earlier_run_is_continued(tmp_path):
         logger.info(line)
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split()[-1] for line in lines] == ["first", "second"]
+
+
+def test_a_full_disk_costs_lines_of_the_file_and_is_told_once(tmp_path, capsys):
+    setup_logging(tmp_path, is_main=True)
+    with largest_file(100):
+        for number in range(5):
+            logger.info(f"line {number} " + 60 * "x")
+    logger.info("room again")
+    err = capsys.readouterr().err
+    assert err.count("train.log: File too large; what finds no room is missing from it") == 1
+    assert "Traceback" not in err
+    assert all(f"line {number}" in err for number in range(5))
+    assert (tmp_path / "train.log").read_text().endswith("room again\n")
 
 
 def test_nothing_is_made_before_there_is_something_to_say(tmp_path):
@@ -262,12 +277,42 @@ def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path,
     assert not (tmp_path / "wandb_run").exists()
 
 
+def test_weights_and_biases_that_fails_ends_no_training(tmp_path, capsys):
+    class Full:
+        def __getattr__(self, _: str):
+            raise OSError(errno.ENOSPC, "No space left on device", "files/media")
+
+    for call in (
+        lambda tracker: tracker.log("step", {"step": 1}),
+        lambda tracker: tracker.show(1, [("a sentence", Image.new("RGB", (8, 8)))]),
+        lambda tracker: None,  # the end alone
+    ):
+        setup_logging(None, is_main=True)
+        with Tracker(tmp_path) as tracker:
+            tracker._wandb = Full()
+            call(tracker)
+            tracker.log("step", {"step": 2})
+        err = capsys.readouterr().err
+        assert err.count("Weights & Biases: [Errno 28] No space left on device") == 1
+        assert "the run goes on without it" in err
+        assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_lines_that_are_no_records_do_not_stop_a_resumed_run(tmp_path):
+    kept = '{"kind": "step", "step": 1}\n'
+    strange = '0.5\n[1]\n{"step": 1}\n{"kind": "other"}\n{"kind": "step", "step": "x"}\n{"kind'
+    (tmp_path / "metrics.jsonl").write_text(kept + strange)
+    Tracker(tmp_path, keep=records_until({"step": 5, "epoch": 0})).__exit__(None)
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+
+
 def test_weights_and_biases_is_not_imported_when_disabled(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Tracker(tmp_path, "disabled") as tracker:
         tracker.log("step", {})
-    with pytest.raises(ImportError):
+    with pytest.raises(UserError, match="the package wandb is not here; pip install -r") as told:
         Tracker(tmp_path, "offline")
+    assert "\n" not in str(told.value)
 
 
 def test_importing_the_module_changes_nothing():

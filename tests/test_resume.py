@@ -1,5 +1,6 @@
 """Stopping and going on: checkpoints within epochs, signals, kills, torn files, full disks."""
 
+import errno
 import itertools
 import json
 import os
@@ -7,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from engine_helpers import (
 from samples import ROOT
 
 from engine import resume, trainer
+from utils import lock
 from utils.checkpoint import find_newest
 from utils.config import load_config
 
@@ -317,6 +321,50 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
         assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
         run_program("train.py", config, "TRAIN.force", True)
     assert (folder / "last_model.pth").is_file()
+
+
+@pytest.mark.parametrize("opts", [(), ("TRAIN.resume", "auto")])
+def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
+    straight, tmp_path, data, opts, capfd
+):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    folder.mkdir(parents=True)
+    released = threading.Event()
+
+    def save_and_leave() -> None:
+        with lock.hold(folder / "train.log", pytest.fail):
+            released.set()
+            time.sleep(1.0)
+            shutil.copytree(straight, folder, dirs_exist_ok=True)
+
+    other = threading.Thread(target=save_and_leave)
+    other.start()
+    released.wait()
+    if opts:
+        run_program("train.py", config, *opts)
+        assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
+    else:
+        assert "a new training would write over it" in error_of("train.py", config)
+    other.join()
+    assert_equal_runs(folder, straight)
+
+
+def test_a_mark_that_finds_no_room_does_not_hide_that_the_run_was_saved(
+    tmp_path, data, monkeypatch, capfd
+):
+    config = recipe(tmp_path, data)
+    monkeypatch.setattr(resume, "PREEMPTED", "no such folder/PREEMPTED")
+    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 1, config)
+    assert code == 75
+    assert "PREEMPTED: No such file or directory; the checkpoint is there" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, data, monkeypatch):
+    config = recipe(tmp_path, data)
+    fault = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=fault))
+    line = error_of("train.py", config)
+    assert line == f"{tmp_path}/exp/tiny/train.log: cannot be locked: Function not implemented"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
     last = folder / LAST
     remove_leftovers(last)
     with atomic_path(last) as partial:
-        _write(state, partial)
+        write_state(state, partial)
     if is_best:
         _link(last, folder / BEST)
     if keep:
@@ -77,8 +77,12 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _write(state: dict, path: Path) -> None:
-    """To the disk itself, so that a machine that stops leaves the file whole or the one before."""
+def write_state(state: dict, path: Path) -> None:
+    """To the disk itself, so that a machine that stops leaves the file whole or the one before.
+
+    Raises:
+        OSError: there is no room; names the folder.
+    """
     try:
         with path.open("wb") as file:
             torch.save(state, file)

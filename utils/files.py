@@ -33,8 +33,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is not None and str(error.filename) == str(partial):
-            error.filename = str(path)  # the temporary name would tell the user nothing
+        # Writing names no file, and the temporary name would tell the user nothing.
+        is_ours = error.filename is None or str(error.filename) == str(partial)
+        if error.errno is not None and is_ours:
+            error.filename = str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -30,5 +30,9 @@ def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> It
                     on_busy()
                     fcntl.flock(file, fcntl.LOCK_EX)
                     break
+            except OSError as error:  # a file system without locks
+                raise OSError(
+                    error.errno, f"cannot be locked: {error.strerror}", str(path)
+                ) from None
             time.sleep(0.1)
         yield

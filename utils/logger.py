@@ -43,8 +43,29 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         colorize=sys.stderr.isatty(),
     )
     if folder is not None:
-        # delay: a run that fails before it has anything to say leaves no folder behind.
-        logger.add(Path(folder) / LOG, format=FILE_FORMAT, delay=True, encoding="utf-8")
+        logger.add(_appending_to(Path(folder) / LOG), format=FILE_FORMAT)
+
+
+def _appending_to(path: Path) -> Callable[[str], None]:
+    """A sink of loguru that makes the file with the first line, and goes on without room.
+
+    loguru's own prints a traceback for each line that a full disk does not take.
+    """
+    is_told = False
+
+    def write(line: str) -> None:
+        nonlocal is_told
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not is_told:
+                lost = f"{path}: {error.strerror}; what finds no room is missing from it"
+                tqdm.write(lost, file=sys.stderr)
+            is_told = True
+
+    return write
 
 
 def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
@@ -70,10 +91,10 @@ def duration(seconds: float) -> str:
 
 
 def _keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
-    """Drop the other records, and what a killed process wrote of one."""
+    """Drop the other records, what a killed process wrote of one, and what is none."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
             if line.endswith("\n") and keep(json.loads(line)):
                 kept.append(line)
     with atomic_path(path) as partial:
@@ -118,7 +139,7 @@ class Tracker:
             with suppress(OSError):  # what has no room now has been told of
                 self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._tell(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def _flush(self) -> None:
         """A full disk ends no training: what could not be written goes with the next record."""
@@ -126,6 +147,15 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             logger.error(f"{self._file.name}: {error.strerror}; its records wait for room")
+
+    def _tell(self, call: Callable[[Any], object]) -> None:
+        """Weights & Biases fails in ways of its own (a full disk is one): that ends no training."""
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            reason = " ".join(str(error).split())
+            logger.error(f"Weights & Biases: {reason}; the run goes on without it")
 
     def log(self, kind: str, record: dict) -> None:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
@@ -139,29 +169,39 @@ class Tracker:
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
         self._flush()
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
+            named = {f"{kind}/{key}": value for key, value in record.items()}
+            self._tell(lambda run: run.log(named))
 
     def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
         """Give Weights & Biases pictures with their captions, the same number in every epoch."""
         if self._wandb is None:
             return
-        import wandb
+        from wandb import Image
 
-        # A name each: pictures under one name must be of one size.
-        images = {
-            f"epoch/sentence_{number}": wandb.Image(picture, caption=caption)
-            for number, (caption, picture) in enumerate(pictures, start=1)
-        }
-        self._wandb.log({"epoch/epoch": epoch, **images})
+        def send(run: Any) -> None:
+            # A name each: pictures under one name must be of one size.
+            images = {
+                f"epoch/sentence_{number}": Image(picture, caption=caption)
+                for number, (caption, picture) in enumerate(pictures, start=1)
+            }
+            run.log({"epoch/epoch": epoch, **images})
+
+        self._tell(send)
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_on: bool) -> Any:
     """Start a run at Weights & Biases, or go on with the one that this folder belongs to.
 
     Raises:
-        UserError: it cannot be reached, or nobody is logged in.
+        UserError: it is not installed or cannot be reached, or nobody is logged in.
     """
-    import wandb
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"TRAIN.wandb {mode}: the package {error.name} is not here; pip install -r "
+            "requirements.txt, or set TRAIN.wandb to disabled"
+        ) from None
 
     file = folder / WANDB_RUN
     known = file.read_text().strip() if goes_on and file.exists() else None

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+GIB = 2**30  # bytes
+
 
 def available_cores() -> int:
     """Cores that this process may run on, which a container or a scheduler can limit."""
