@@ -454,7 +454,7 @@ def test_resume_may_change_the_precision(config, tmp_path):
 def test_wandb_is_not_imported_when_it_is_disabled(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
     run_program("train.py", config)
-    with pytest.raises(ImportError):
+    with pytest.raises(SystemExit, match="the package wandb is not here"):
         run_program("train.py", config, "TRAIN.wandb", "offline", "TRAIN.resume", "auto")
 
 
