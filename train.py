@@ -102,7 +102,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     tracker = partial(Tracker, folder if writes else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
     with (
-        nullcontext() if is_dry else resume.alone(cfg, ranks),
+        nullcontext() if is_dry else resume.alone(cfg, ranks, is_new=state is None),
         tracker(to_dict(cfg), state and resume.records_until(state)) as tracker,
         deterministic(options.deterministic),
     ):

@@ -119,14 +119,16 @@ def save_and_stop(run: Run) -> NoReturn:
 
 
 @contextmanager
-def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
+def alone(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
     """Hold the run's folder, so that no second run writes there (`TRAIN.force` lets it).
 
     The mark of an earlier start that was asked to stop is removed; torchrun restarting ranks that
     were asked to stop ends here.
 
+    Args:
+        is_new: no checkpoint was there when the run was chosen to be a new one.
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or one that has ended since has saved there.
         SystemExit: as `save_and_stop`.
     """
     folder = cfg.run_folder
@@ -138,6 +140,8 @@ def alone(cfg: Config, ranks: Ranks) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             if not cfg.TRAIN.force:
                 stack.enter_context(_hold(folder))
+                if is_new:
+                    _refuse_to_overwrite(folder)
             (folder / PREEMPTED).unlink(missing_ok=True)
         yield
 

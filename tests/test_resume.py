@@ -35,6 +35,7 @@ from engine import resume, trainer
 from utils import lock
 from utils.checkpoint import find_newest
 from utils.config import load_config
+from utils.errors import UserError
 
 EPOCHS = 2
 
@@ -321,6 +322,19 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
         assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
         run_program("train.py", config, "TRAIN.force", True)
     assert (folder / "last_model.pth").is_file()
+
+
+def test_a_checkpoint_that_came_after_the_choice_of_a_new_training_is_kept(tmp_path, data):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    cfg, ranks = load_config(config), build_run(config).ranks
+    assert resume.choose_checkpoint(cfg, ranks) is None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "last_model.pth").write_bytes(b"of a run that was quicker")
+    refusal = pytest.raises(UserError, match="a new training would write over it")
+    with refusal, resume.alone(cfg, ranks, is_new=True):
+        pass
+    with resume.alone(cfg, ranks):  # one that goes on may
+        pass
 
 
 @pytest.mark.parametrize("opts", [(), ("TRAIN.resume", "auto")])
