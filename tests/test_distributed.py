@@ -332,6 +332,17 @@ def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp
     assert not (tmp_path / "exp").exists()
 
 
+def test_a_refusal_of_rank_0_ends_all_ranks_with_one_line(data, tmp_path):
+    config, last = write_config(tmp_path, data), tmp_path / "exp/tiny/last_model.pth"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"of another run")
+    ending = torchrun(2, "train.py", "--config", config)
+    assert ending.returncode == 1
+    assert f"error: {last} is there, and a new training would write over it" in ending.stderr
+    assert "[rank" not in ending.stderr  # so torch marks the traceback of one that was left waiting
+    assert "terminate called" not in ending.stderr
+
+
 class Mortal:
     """A store as a rank sees it that stops at random moments, and may die at one of them."""
 
