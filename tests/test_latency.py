@@ -99,7 +99,7 @@ def test_a_checkpoint_and_bad_options(tmp_path, config, capsys):
     best = load_config(config).run_folder / "best_model.pth"
     found = report(config, tmp_path, "--weights", best, "--rounds", 1, "--sentences", 1)
     assert len(found["seconds"]) == 3
-    for name in ("gpu", "cuda:7"):
+    for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}: it cannot be used here"):
             report(config, tmp_path, "--device", name)
     for options in (["--rounds", "0"], ["--sentences", "0"], ["--warmup", "-1"]):

@@ -204,6 +204,29 @@ def test_a_sentence_that_cannot_be_read_is_named(predictor, photo, sentence, mes
         predictor(photo, ["fine", sentence])
 
 
+@pytest.mark.parametrize("sentences", [3, None, 2.5])
+def test_a_sentence_alone_that_is_no_text_is_named_too(predictor, photo, sentences):
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor(photo, sentences)
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor.predict([photo, photo], [SENTENCES, sentences])
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=NO_GPU), "cuda:99", torch.device("cuda", 99), "gpu", 2.5]
+)
+def test_a_device_that_is_not_there_is_named(config, device):
+    with pytest.raises(UserError) as caught:
+        Predictor(config, device=device)
+    line = str(caught.value)
+    assert line.startswith(f"device {device}: it cannot be used here (")
+    assert line.endswith("; cpu always can")
+    assert len(line.splitlines()) == 1
+
+
 def test_a_photo_larger_than_allowed_is_refused(config, photo):
     with pytest.raises(UserError, match=r"at most 0\.0069 million"):
         Predictor(config, device="cpu", max_pixels=6_900)(photo, SENTENCES)
