@@ -13,7 +13,6 @@ from engine_helpers import (
     build_run,
     error_of,
     load,
-    make_shapes,
     read_jsonl,
     run_program,
     write_config,
@@ -196,11 +195,6 @@ def test_a_long_list_of_faults_is_cut():
 
 
 # ------------------------------------------------------------------------ through the programs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

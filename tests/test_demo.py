@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_helpers import make_trained, on_cpu
-from PIL import Image
-from samples import smooth_photo
+from samples import save_photo
 
 from engine.predictor import Predictor
 from tools import demo
@@ -33,11 +32,6 @@ def answers(predictor) -> demo.Answers:
     return demo.Answers(predictor)
 
 
-def save_photo(path: Path, seed: int = 1, size: tuple[int, int] = (70, 100)) -> str:
-    Image.fromarray(smooth_photo(np.random.default_rng(seed), *size)).save(path)
-    return str(path)
-
-
 class Counted:
     """Counts the calls of a method of an object, which go through."""
 
@@ -57,7 +51,7 @@ class Counted:
 
 def test_a_photo_is_encoded_once_for_all_its_sentences(tmp_path, answers, predictor, monkeypatch):
     encodings = Counted(monkeypatch, predictor, "encode")
-    path = save_photo(tmp_path / "a.png")
+    path = str(save_photo(tmp_path / "a.png"))
     first, second = answers.ask(path, "red circle"), answers.ask(path, "blue square")
     assert first.encoding > 0
     assert second.encoding is None
@@ -69,7 +63,7 @@ def test_a_photo_is_encoded_once_for_all_its_sentences(tmp_path, answers, predic
 
 
 def test_a_known_answer_comes_without_the_network(tmp_path, answers, predictor, monkeypatch):
-    path = save_photo(tmp_path / "a.png")
+    path = str(save_photo(tmp_path / "a.png"))
     asked = answers.ask(path, "red circle")
     monkeypatch.setattr(predictor.model, "forward", None)
     monkeypatch.setattr(predictor, "predict", None)
@@ -81,7 +75,7 @@ def test_a_known_answer_comes_without_the_network(tmp_path, answers, predictor, 
 def test_what_is_kept_is_bounded_and_the_last_used_stays(tmp_path, answers, predictor, monkeypatch):
     monkeypatch.setattr(demo, "PHOTOS", 2)
     monkeypatch.setattr(demo, "MAPS", 3)
-    a, b, c = (save_photo(tmp_path / f"{name}.png", i) for i, name in enumerate("abc"))
+    a, b, c = (str(save_photo(tmp_path / f"{name}.png", i)) for i, name in enumerate("abc"))
     for path in (a, b, a, c):
         answers.look(path)
     encodings = Counted(monkeypatch, predictor, "encode")
@@ -96,7 +90,7 @@ def test_what_is_kept_is_bounded_and_the_last_used_stays(tmp_path, answers, pred
 
 
 def test_a_large_photo_is_read_whole_and_shown_small(tmp_path, answers, predictor):
-    path = save_photo(tmp_path / "large.png", size=(1000, 2 * demo.SHOWN_SIDE))
+    path = str(save_photo(tmp_path / "large.png", size=(1000, 2 * demo.SHOWN_SIDE)))
     seen, _ = answers.look(path)
     assert seen.size == (1000, 2560)
     assert seen.pixels.shape == (500, 1280, 3)

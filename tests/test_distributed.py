@@ -17,7 +17,6 @@ from engine_helpers import (
     assert_same,
     build_run,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     spawn,
@@ -43,11 +42,6 @@ RECIPES = {
     "by image": ("TRAIN.batch_by", "images"),
     "accumulated": ("TRAIN.accumulation_steps", 2),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import make_trained, on_cpu
+from engine_helpers import CPU, make_trained, on_cpu
 from samples import ROOT
 
 from engine.build import build_model
@@ -14,8 +14,6 @@ from tools import latency
 from tools.measure import count_flops
 from utils.config import load_config
 from utils.errors import UserError
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

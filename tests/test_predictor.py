@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_shapes, make_trained, on_cpu, read_jsonl, run_program
+from engine_helpers import make_trained, on_cpu, read_jsonl, run_program
 from PIL import Image
 from pycocotools import mask as coco_mask
 from samples import smooth_photo
@@ -30,8 +30,8 @@ def predictor(config) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory) -> RecordReader:
-    return RecordReader(make_shapes(tmp_path_factory.getbasetemp()) / "lmdb/shapes/val.lmdb")
+def reader(data) -> RecordReader:
+    return RecordReader(data / "lmdb/shapes/val.lmdb")
 
 
 @pytest.fixture

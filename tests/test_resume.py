@@ -22,7 +22,6 @@ from engine_helpers import (
     error_of,
     largest_file,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_command,
@@ -37,11 +36,6 @@ from utils.checkpoint import find_newest
 from utils.config import load_config
 
 EPOCHS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def recipe(folder: Path, data: Path, **train_keys) -> Path:

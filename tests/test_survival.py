@@ -16,7 +16,6 @@ from engine_helpers import (
     assert_same,
     drop_measured,
     load,
-    make_shapes,
     read_jsonl,
     torchrun,
     write_config,
@@ -31,11 +30,6 @@ LIMIT = 120  # seconds
 EPOCHS = 4
 RESUMED = "resumed from "  # once a start, in the banner
 ONE = ("--standalone", "--nproc_per_node=2")  # launcher, with both ranks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def recipe(folder: Path, data: Path, **train_keys) -> Path:
