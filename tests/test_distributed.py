@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -180,7 +181,8 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     assert type(unwrap(plain)[1]) is nn.BatchNorm1d
     results = {"norms": normalise(ranks)}
     for name, opts in RECIPES.items():
-        losses, run = descend(ranks, config, *opts)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
     results["adam"], _ = descend(ranks, config, **ADAM)
     results["single"] = descend_single(ranks, config, lr=SMALL)
@@ -278,13 +280,14 @@ def test_bad_images_on_one_rank_leave_the_running_statistics_of_all_as_they_were
     assert_same(two_ranks[0]["spoilt"][1], two_ranks[1]["spoilt"][1])
 
 
-def test_every_trained_parameter_is_used(config):
-    # What DistributedDataParallel insists on; the runs above would have failed otherwise.
+def test_every_trained_parameter_is_used_and_its_gradient_lies_as_it_does(config):
+    # The one is what DistributedDataParallel insists on; without the other it warns.
     run = build_run(config)
     with on_cpu():
         forward_backward(run, next(iter(run.train_loader)), True)
-    unused = [n for n, p in run.model.named_parameters() if p.requires_grad and p.grad is None]
-    assert unused == []
+    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    assert [n for n, p in trained.items() if p.grad.stride() != p.stride()] == []
 
 
 def test_alone_everything_works_without_a_process_group(monkeypatch):
