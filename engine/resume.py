@@ -207,9 +207,11 @@ def _choose(cfg: Config, is_careful: bool) -> str | None:
     # The same command may have saved them. Whether torchrun has restarted it would not tell: that
     # restarts what was refused too.
     newest = named and _newest(cfg)
-    if newest is None or read_checkpoint(newest, "TRAIN.resume").get("config") != to_dict(cfg):
+    if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
+        return newest
+    if named is None or Path(named).is_file():  # who reads it tells that it is not there
         _refuse_to_overwrite(cfg)
-    return newest
+    return named
 
 
 def _newest(cfg: Config) -> str | None:

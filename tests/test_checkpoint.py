@@ -258,7 +258,8 @@ def test_training_starts_from_an_official_checkpoint(trained, official):
 
 
 def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained, official):
-    line = error_of("train.py", trained / "tiny.yaml", "TRAIN.resume", official)
+    opts = ("TRAIN.exp_name", "from_official", "TRAIN.resume", official)
+    line = error_of("train.py", trained / "tiny.yaml", *opts)
     assert "rng, scaler, step" in line
     assert "TRAIN.weight" in line
 

@@ -433,6 +433,8 @@ def test_a_run_from_anothers_checkpoint_does_not_write_over_its_own_folders(
     assert line.startswith(f"{last} is there, and a training from {other} would write over it: ")
     for remedy in ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True"):
         assert remedy in line
+    no_file = error_of("train.py", config, "TRAIN.resume", tmp_path / "no.pth")
+    assert no_file.startswith(f"TRAIN.resume: there is no checkpoint {tmp_path / 'no.pth'}")
     assert contents(folder) == before
 
 
