@@ -73,6 +73,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
     state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
+    goes_on = resume.goes_on(cfg, source)
     if source:
         model, state = restore_model(cfg, device, source, "TRAIN.resume")
         resume.check_resumable(state, source)
@@ -102,8 +103,8 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     tracker = partial(Tracker, folder if writes else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
     with (
-        nullcontext() if is_dry else resume.alone(cfg, ranks, is_new=state is None),
-        tracker(to_dict(cfg), state and resume.records_until(state)) as tracker,
+        nullcontext() if is_dry else resume.alone(cfg, ranks, is_new=not goes_on),
+        tracker(to_dict(cfg), resume.records_until(state) if goes_on else None) as tracker,
         deterministic(options.deterministic),
     ):
         setup_logging(None if is_dry else folder, ranks.is_main)
@@ -112,7 +113,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
         if ranks.is_main:
             report_records(cfg, train_loader.dataset.reader)
         if writes:
-            if state is None:
+            if not goes_on:
                 resume.clear(folder)
             save_config(cfg, folder / "config.yaml")
         run = Run(

@@ -9,6 +9,7 @@ from engine.checks import check_checkpoint
 from model.segmenter import Segmenter, build_segmenter
 from utils.checkpoint import BEST, load_weights, read_checkpoint
 from utils.config import Config, check_clip_dims
+from utils.distributed import start
 from utils.errors import UserError
 from utils.tokenizer import END_ID
 
@@ -75,6 +76,27 @@ def restore_trained(
     model, state = restore_model(cfg, device, path, purpose)
     check_checkpoint(cfg, state, path)
     return model, path
+
+
+def find_device(name: str | torch.device | None, purpose: str) -> torch.device:
+    """The device asked for, or the first GPU, if there is one.
+
+    Args:
+        purpose: what asks for it, for the error.
+    Raises:
+        UserError: it is none, or is not there.
+    """
+    if name is None:
+        return start(alone=True).device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{purpose} {name}: it cannot be used here ({reason}); cpu always can"
+        ) from None
+    return device
 
 
 def compile_model(model: Segmenter, device: torch.device) -> None:

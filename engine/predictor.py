@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.build import restore_trained
+from engine.build import find_device, restore_trained
 from engine.evaluator import probability_maps, validation_protocol
 from engine.loaders import images_at_a_time
 from model.fold import fold_batch_norm
 from model.neck import ImageFeatures
 from utils.config import Config, load_config
-from utils.distributed import start
 from utils.errors import UserError
 from utils.photos import MAX_PIXELS, Photo, read_photo
 from utils.tokenizer import has_words, token_lengths, tokenize
@@ -91,10 +90,11 @@ class Predictor:
             device: where to compute; None: the first GPU, if there is one.
             max_pixels: of a photo; larger ones are refused before they are decoded.
         Raises:
-            UserError: config or weights cannot be read, or do not belong together.
+            UserError: config or weights cannot be read, or do not belong together; or the device
+                is not there.
         """
         self.config = config if isinstance(config, Config) else load_config(config)
-        self.device = start(alone=True).device if device is None else torch.device(device)
+        self.device = find_device(device, "device")
         weights = None if weights is None else str(weights)
         model, self.weights = restore_trained(self.config, self.device, weights, "weights")
         self.model = fold_batch_norm(model)
@@ -129,7 +129,7 @@ class Predictor:
         Raises:
             UserError: a photo cannot be read, or a sentence is none; nothing was computed.
         """
-        asked = [[texts] if isinstance(texts, str) else list(texts) for texts in sentences]
+        asked = [_listed(texts) for texts in sentences]
         if len(images) != len(asked):
             raise ValueError(f"{len(images)} images with {len(asked)} lists of sentences")
         flat = [check_sentence(sentence) for texts in asked for sentence in texts]
@@ -222,6 +222,12 @@ def check_sentence(sentence: str) -> str:
     if not has_words(sentence):
         raise UserError(f"the sentence {sentence[:80]!r} has no words: say what to look for")
     return sentence
+
+
+def _listed(sentences: str | Sequence[str]) -> list[str]:
+    """One sentence or several as a list; so is what is neither, for `check_sentence` to name."""
+    is_one = isinstance(sentences, str) or not isinstance(sentences, Iterable)
+    return [sentences] if is_one else list(sentences)
 
 
 def _prediction(

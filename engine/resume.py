@@ -13,9 +13,9 @@ import torch
 from loguru import logger
 
 from engine.run import PICTURES, Run
-from utils.checkpoint import find_newest, list_checkpoints, save_checkpoint
+from utils.checkpoint import find_newest, list_checkpoints, read_checkpoint, save_checkpoint
 from utils.config import AUTO, Config, to_dict
-from utils.distributed import Ranks, any_rank, gather_objects, is_restart, unwrap
+from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop, unwrap
 from utils.errors import UserError
 from utils.lock import hold
 from utils.logger import LOG
@@ -126,7 +126,7 @@ def alone(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
     were asked to stop ends here.
 
     Args:
-        is_new: no checkpoint was there when the run was chosen to be a new one.
+        is_new: it was chosen to begin there, since no checkpoint was there then.
     Raises:
         UserError: another process holds it, or one that has ended since has saved there.
         SystemExit: as `save_and_stop`.
@@ -141,7 +141,7 @@ def alone(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
             if not cfg.TRAIN.force:
                 stack.enter_context(_hold(folder))
                 if is_new:
-                    _refuse_to_overwrite(folder)
+                    _refuse_to_overwrite(cfg)
             (folder / PREEMPTED).unlink(missing_ok=True)
         yield
 
@@ -157,7 +157,7 @@ def _hold(folder: Path) -> AbstractContextManager[None]:
 
 
 def clear(folder: Path) -> None:
-    """Before a new training: remove the checkpoints and pictures of one that was there before.
+    """Before a run that begins there: remove the checkpoints and pictures of one before it.
 
     Until it has some of its own, `TRAIN.resume auto` would take the others for them.
     """
@@ -171,38 +171,77 @@ def clear(folder: Path) -> None:
 def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | None:
     """The checkpoint to resume from, if any: the one that the config names, or the newest whole.
 
+    A checkpoint of another folder is where a run begins; started again, it takes what it has saved.
+
     Args:
         is_dry: look only; who trains there, and what a new training would remove, does not matter.
     Raises:
-        UserError: there are some, and all are torn; or a new training would write over them; or
-            another process holds the folder.
+        UserError: there are some, and all are torn; or a run that begins there would write over
+            them; or another process holds the folder.
     """
-    folder = cfg.run_folder
-    if ranks.is_main and not cfg.TRAIN.force and not is_dry:
-        if (folder / LOG).is_file():
-            # Who was asked to stop may be saving; what it leaves counts.
-            with _hold(folder):
-                pass
-        if cfg.TRAIN.resume is None:
-            _refuse_to_overwrite(folder)
-    if cfg.TRAIN.resume != AUTO:
-        return cfg.TRAIN.resume
-    found = find_newest(folder) if ranks.is_main else None
-    path, torn = gather_objects(found)[0]
+    source = refusal = None
+    if ranks.is_main:
+        try:
+            source = _choose(cfg, is_careful=not (cfg.TRAIN.force or is_dry))
+        except (UserError, OSError) as error:
+            refusal = error
+    # On all ranks: who waits for a rank that has ended ends with a traceback.
+    source, refusal = gather_objects((source, refusal))[0]
+    if refusal is not None:
+        stop()  # gloo aborts a process that ends after a talk without having left
+        raise refusal
+    return source
+
+
+def _choose(cfg: Config, is_careful: bool) -> str | None:
+    """`choose_checkpoint` on rank 0; careful of other processes, and of what is there."""
+    folder, named = cfg.run_folder, cfg.TRAIN.resume
+    if is_careful and (folder / LOG).is_file():
+        # Who was asked to stop may be saving; what it leaves counts.
+        with _hold(folder):
+            pass
+    if named == AUTO:
+        return _newest(cfg)
+    if goes_on(cfg, named) or not (is_careful and list_checkpoints(folder)):
+        return named
+    # The same command may have saved them. Whether torchrun has restarted it would not tell: that
+    # restarts what was refused too.
+    newest = named and _newest(cfg)
+    if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
+        return newest
+    if named is None or Path(named).is_file():  # who reads it tells that it is not there
+        _refuse_to_overwrite(cfg)
+    return named
+
+
+def _newest(cfg: Config) -> str | None:
+    """The newest whole checkpoint of the run's folder, if there is any."""
+    path, torn = find_newest(cfg.run_folder)
     for each in torn:
-        logger.warning(f"TRAIN.resume auto: {each} is cut off or damaged, skipped")
+        logger.warning(f"TRAIN.resume {cfg.TRAIN.resume}: {each} is cut off or damaged, skipped")
     if path is None and torn:
         raise UserError(
-            f"TRAIN.resume auto: every checkpoint in {folder} is cut off or damaged; move "
-            "them away to train anew"
+            f"TRAIN.resume {cfg.TRAIN.resume}: every checkpoint in {cfg.run_folder} is cut off or "
+            "damaged; move them away to train anew"
         )
     return None if path is None else str(path)
 
 
-def _refuse_to_overwrite(folder: Path) -> None:
-    if old := list_checkpoints(folder):
+def goes_on(cfg: Config, source: str | None) -> bool:
+    """Whether a run from this checkpoint goes on with the one in its folder, or begins there."""
+    if source is None:
+        return False
+    path = Path(source)
+    return cfg.run_folder.resolve() in (path.parent.resolve(), path.resolve().parent)
+
+
+def _refuse_to_overwrite(cfg: Config) -> None:
+    """Refuse if there are checkpoints that a run which begins there would write over."""
+    source = cfg.TRAIN.resume
+    kind = "new training" if source in (None, AUTO) else f"training from {source}"
+    if old := list_checkpoints(cfg.run_folder):
         raise UserError(
-            f"{old[0]} is there, and a new training would write over it: add TRAIN.resume auto to "
+            f"{old[0]} is there, and a {kind} would write over it: set TRAIN.resume auto to "
             "go on with that run, give TRAIN.exp_name another name, or remove its checkpoints by "
             "TRAIN.force True"
         )

@@ -47,8 +47,9 @@ class Projector(nn.Module):
                 x = layer(x)
         kernel, bias = self.txt(sent_feat).split([self.channels * KERNEL**2, 1], dim=1)
         kernel = kernel.unflatten(1, (self.channels, KERNEL**2)).transpose(1, 2)
-        weight = kernel @ pointwise.weight.flatten(1)
-        return dynamic_conv(x, weight, kernel @ pointwise.bias[:, None], bias)
+        # In the order of channels last, as training stores it: so the gradient gets its strides.
+        mixing = pointwise.weight.permute(0, 2, 3, 1).flatten(1)
+        return dynamic_conv(x, kernel @ mixing, kernel @ pointwise.bias[:, None], bias)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine_helpers import make_shapes
+from loguru import logger
 from samples import ROOT, threads, write_records
 
 
@@ -22,6 +24,21 @@ def shapes_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of 12 images with 1-4 refs each (29 refs), 1-4 sentences a ref."""
     path = tmp_path_factory.mktemp("records") / "train.lmdb"
     return write_records(path, [2, 3, 1, 4, 2, 2, 3, 1, 4, 2, 3, 2])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small RefShapes: its REFER files, and lmdb/shapes/{train,val,testA,testB}.lmdb."""
+    return make_shapes(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What is logged during the test, on any level."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    yield lines
+    logger.remove(sink)
 
 
 @pytest.fixture

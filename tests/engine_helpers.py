@@ -32,7 +32,8 @@ from utils.distributed import Ranks
 from utils.logger import Tracker
 
 SPLITS = {"train": 12, "val": 5, "testA": 2, "testB": 2}  # images
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
 
 TINY_MODEL = {
     "clip_pretrain": None,
@@ -115,6 +116,18 @@ def write_config(
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def loader_config(
+    lmdb: Path, files: object = None, exclude: object = (), cache: object = "null", **train: object
+) -> Config:
+    """For loaders alone: train and validate on `lmdb`, or train on `files`."""
+    keys = {"input_size": 32, "word_len": 9, "batch_size": 4, "batch_by": "refs"}
+    keys |= {"workers": 0, "workers_val": 0}
+    opts = ["DATA.train_lmdb", files or lmdb, "DATA.val_lmdb", lmdb]
+    opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
+    opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
+    return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
 
 
 def train_a_little(folder: Path, data: Path, threshold: float) -> Path:

@@ -33,35 +33,39 @@ def write_odd_records(path: Path) -> Path:
     return path
 
 
+def score_of(
+    ref: RefRecord, key: tuple[int, int], mask: np.ndarray, pred: np.ndarray
+) -> SentenceScore:
+    """Of the ref's sentence at `key[1]`; mask and prediction are (H, W) bool."""
+    area, intersection = int(mask.sum()), int((pred & mask).sum())
+    return SentenceScore(
+        key=key,
+        ref_id=ref.ref_id,
+        sent_id=ref.sent_ids[key[1]],
+        sentence=ref.sentences[key[1]],
+        image=ref.image_key,
+        image_id=ref.image_id,
+        category=ref.category,
+        height=ref.height,
+        width=ref.width,
+        target_area=area,
+        intersection=intersection,
+        union=int((pred | mask).sum()),
+        ceiling_intersection=area,
+        ceiling_union=area,
+        pred_rle=encode_rle(pred),
+    )
+
+
 def made_up_scores(reader: RecordReader, step: int) -> list[SentenceScore]:
     """Every sentence answered with its mask moved aside, the farther the later it comes."""
     scores = []
     for position in range(len(reader)):
         ref = reader.ref(position)
         mask = decode_mask(ref.mask, "mask") > 0
-        area = int(mask.sum())
-        for place, (sentence, sent_id) in enumerate(zip(ref.sentences, ref.sent_ids, strict=True)):
+        for place in range(len(ref.sentences)):
             pred = np.roll(mask, step * len(scores) % mask.shape[1], axis=1)
-            intersection = int((pred & mask).sum())
-            scores.append(
-                SentenceScore(
-                    key=(position, place),
-                    ref_id=ref.ref_id,
-                    sent_id=sent_id,
-                    sentence=sentence,
-                    image=ref.image_key,
-                    image_id=ref.image_id,
-                    category=ref.category,
-                    height=ref.height,
-                    width=ref.width,
-                    target_area=area,
-                    intersection=intersection,
-                    union=2 * area - intersection,
-                    ceiling_intersection=area,
-                    ceiling_union=area,
-                    pred_rle=encode_rle(pred),
-                )
-            )
+            scores.append(score_of(ref, (position, place), mask, pred))
     return scores
 
 

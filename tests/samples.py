@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 from golden.fill import filled
+from PIL import Image
 
 from model.clip_archive import ClipSizes
 from model.segmenter import Segmenter, assemble
@@ -67,6 +68,13 @@ def smooth_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     return cv2.resize(rng.integers(0, 256, (6, 6, 3), np.uint8), (width, height))
 
 
+def save_photo(path: Path, seed: int = 1, size: tuple[int, int] = (70, 100)) -> Path:
+    """A file of coloured clouds of a (height, width)."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(smooth_photo(np.random.default_rng(seed), *size)).save(path)
+    return path
+
+
 def blob(height: int, width: int, share: float = 0.1, seed: int = 0) -> np.ndarray:
     """A smooth random shape that covers `share` of the image: (H, W) uint8, 0 or 255."""
     rng = np.random.default_rng(seed)
@@ -119,3 +127,14 @@ def all_refs(path: Path) -> list[RefRecord]:
     """Every ref of a file."""
     reader = RecordReader(path)
     return [reader.ref(position) for position in range(len(reader))]
+
+
+def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
+    """A copy of the records in which the last image's file is replaced."""
+    reader, refs = RecordReader(source), all_refs(source)
+    with RecordWriter(target, "shapes", target.stem) as writer:
+        for ref in refs:
+            is_last = ref.image_key == refs[-1].image_key
+            writer.add_image(ref.image_key, content if is_last else reader.image(ref.image_key))
+            writer.add_ref(ref, [4] * len(ref.sentences))
+    return target

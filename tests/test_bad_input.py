@@ -16,16 +16,11 @@ from pathlib import Path
 import lmdb
 import pytest
 import torch
-from engine_helpers import error_of, make_shapes, run_command, run_program, write_config
-from samples import ROOT
+from engine_helpers import error_of, run_command, run_program, write_config
+from samples import ROOT, with_bad_image
 
 from utils.errors import UserError, run
 from utils.records import RecordReader, RecordWriter
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +56,6 @@ def put(path: Path, entries: dict[bytes, bytes]) -> Path:
         for key, value in entries.items():
             txn.put(key, value)
     return path
-
-
-def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
-    """A copy of the records in which the last image's file is replaced."""
-    reader = RecordReader(source)
-    refs = [reader.ref(position) for position in range(len(reader))]
-    with RecordWriter(target, "shapes", target.stem) as writer:
-        for ref in refs:
-            is_last = ref.image_key == refs[-1].image_key
-            writer.add_image(ref.image_key, content if is_last else reader.image(ref.image_key))
-            writer.add_ref(ref, [4] * len(ref.sentences))
-    return target
 
 
 # --------------------------------------------------------------------------------------- config

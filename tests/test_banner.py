@@ -4,18 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_helpers import build_run, make_shapes, on_cpu, run_program, write_config
+from engine_helpers import build_run, on_cpu, run_program, write_config
+from samples import ROOT
 
 from engine.banner import banner, clip_name, counted, options_on
 from utils.config import Config, load_config
 from utils.records import RecordReader
-
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
@@ -101,10 +95,10 @@ def test_the_banner_is_in_the_log_file(config, tmp_path):
 
 def test_options_are_what_differs_from_the_published_recipe():
     assert options_on(Config()) == []
-    assert options_on(load_config(CONFIG_DIR / "refcoco/cris_r50.yaml")) == []
+    assert options_on(load_config(ROOT / "config/refcoco/cris_r50.yaml")) == []
     opts = ["save_every", "10 minutes", "batch_by", "images", "max_norm", "1.0", "DATA.cache", "/c"]
     opts += ["force", "True"]  # about the folder, not the training
-    changed = load_config(CONFIG_DIR / "refcoco/cris_r50.yaml", opts)
+    changed = load_config(ROOT / "config/refcoco/cris_r50.yaml", opts)
     assert options_on(changed) == [
         "DATA.cache /c",
         "TRAIN.batch_by images",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_shapes, pack, run_command, write_config
+from engine_helpers import pack, run_command, write_config
 from samples import write_records
 
 from tools import reading
@@ -98,8 +98,8 @@ def test_reading_real_photos_from_the_cache_is_at_least_five_times_as_fast(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_of_a_config_is_timed_with_its_memory(tmp_path, workers):
-    config = write_config(tmp_path, make_shapes(tmp_path), workers=workers)
+def test_an_epoch_of_a_config_is_timed_with_its_memory(data, tmp_path, workers):
+    config = write_config(tmp_path, data, workers=workers)
     ending = run_command(sys.executable, "tools/benchmark.py", "data", "--config", config)
     assert ending.returncode == 0, ending.stderr
     assert re.search(

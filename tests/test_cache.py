@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ALONE, error_of, make_shapes, run_program, spawn, write_config
-from samples import write_records
-from test_bad_input import with_bad_image
-from test_loaders import config
+from engine_helpers import (
+    ALONE,
+    error_of,
+    loader_config,
+    run_program,
+    spawn,
+    write_config,
+)
+from samples import with_bad_image, write_records
 from torch.utils.data import DataLoader
 
 from engine.loaders import build_train_loader, make_caches
@@ -72,8 +77,10 @@ def test_batches_are_the_same_to_the_bit_with_and_without_cache(
 ):
     files = [str(shapes_lmdb), str(lmdb)][:num_files]
     opts = {"batch_by": batch_by, "workers": workers}
-    plain = build_train_loader(config(shapes_lmdb, files=files, **opts), 4, ALONE)
-    cached = build_train_loader(config(shapes_lmdb, files=files, cache=folder, **opts), 4, ALONE)
+    plain = build_train_loader(loader_config(shapes_lmdb, files=files, **opts), 4, ALONE)
+    cached = build_train_loader(
+        loader_config(shapes_lmdb, files=files, cache=folder, **opts), 4, ALONE
+    )
     assert len(contents(folder)) == num_files
     for epoch in range(2):
         batches = []
@@ -278,7 +285,7 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(lmdb, folder, mon
 def build_on(ranks: Ranks, lmdb: Path, folder: Path) -> None:
     """A rank reads its share with and without cache."""
     loaders = [
-        build_train_loader(config(lmdb, cache=cache), 2, ranks) for cache in ("null", folder)
+        build_train_loader(loader_config(lmdb, cache=cache), 2, ranks) for cache in ("null", folder)
     ]
     for plain, cached in zip(*loaders, strict=True):
         assert torch.equal(plain["images"], cached["images"])
@@ -349,8 +356,7 @@ def test_a_photo_that_cannot_be_decoded_is_named_and_nothing_is_left(lmdb, tmp_p
 # ------------------------------------------------------------------------------------- as a program
 
 
-def test_training_with_a_cache_gives_the_same_model(tmp_path):
-    data = make_shapes(tmp_path)
+def test_training_with_a_cache_gives_the_same_model(data, tmp_path):
     weights = []
     for name, cache in (("plain", "null"), ("cached", tmp_path / "cache")):
         run = write_config(tmp_path / name, data, epochs=2)
@@ -361,8 +367,7 @@ def test_training_with_a_cache_gives_the_same_model(tmp_path):
     assert len(contents(tmp_path / "cache")) == 1
 
 
-def test_a_folder_that_may_not_be_written_ends_with_one_line(tmp_path):
-    data = make_shapes(tmp_path)
+def test_a_folder_that_may_not_be_written_ends_with_one_line(data, tmp_path):
     (tmp_path / "file").write_text("")
     line = error_of("train.py", write_config(tmp_path, data), "DATA.cache", tmp_path / "file")
     assert "is a file: give a folder" in line

@@ -13,7 +13,6 @@ from engine_helpers import (
     build_run,
     error_of,
     load,
-    make_shapes,
     read_jsonl,
     run_program,
     write_config,
@@ -199,11 +198,6 @@ def test_a_long_list_of_faults_is_cut():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, data) -> Path:
     """The folder of a run of one epoch."""
     folder = tmp_path_factory.mktemp("trained")
@@ -264,7 +258,8 @@ def test_training_starts_from_an_official_checkpoint(trained, official):
 
 
 def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained, official):
-    line = error_of("train.py", trained / "tiny.yaml", "TRAIN.resume", official)
+    opts = ("TRAIN.exp_name", "from_official", "TRAIN.resume", official)
+    line = error_of("train.py", trained / "tiny.yaml", *opts)
     assert "rng, scaler, step" in line
     assert "TRAIN.weight" in line
 

@@ -3,18 +3,13 @@
 from pathlib import Path
 
 import pytest
-from engine_helpers import error_of, load, make_shapes, run_program, write_config
+from engine_helpers import error_of, load, run_program, write_config
 
 from engine.checks import check_records
 from utils.config import load_config
 from utils.errors import UserError
 
 ALLOW = ("DATA.allow_mismatch", True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from engine_helpers import ALONE, error_of, make_shapes, pack, run_program, write_config
-from loguru import logger
+from engine_helpers import (
+    ALONE,
+    CPU,
+    error_of,
+    loader_config,
+    pack,
+    run_program,
+    write_config,
+)
 from samples import ROOT, encoded, sample_ref, smooth_photo
-from test_loaders import CPU, config
 from torch.utils.data import DataLoader
 
 from engine.loaders import build_train_loader, report_records, training_records
@@ -61,20 +67,12 @@ def files(tmp_path) -> dict[str, Path]:
 
 def joined(files: dict[str, Path], **more: object):
     """A config over both files that leaves out the images of val and test."""
-    return config(
+    return loader_config(
         files["val"],
         files=[str(files["one"]), str(files["two"])],
         exclude=[str(files["val"]), str(files["test"])],
         **more,
     )
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]))
-    yield lines
-    logger.remove(sink)
 
 
 # ---------------------------------------------------------------------------------------- left out
@@ -160,7 +158,7 @@ def test_two_ids_decide_whatever_the_names_say(tmp_path):
 
 
 def test_an_overlap_with_val_that_is_not_excluded_is_a_warning(files, log_lines):
-    cfg = config(files["val"], files=[str(files["one"]), str(files["two"])])
+    cfg = loader_config(files["val"], files=[str(files["one"]), str(files["two"])])
     report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_files]))
     shared = 1 + 3 % 3 + 2 * (1 + 7 % 3)
     assert log_lines[-1] == (
@@ -171,7 +169,7 @@ def test_an_overlap_with_val_that_is_not_excluded_is_a_warning(files, log_lines)
 
 def test_a_single_data_set_is_never_thinned_out_and_its_overlap_is_said(files, log_lines):
     for train in (files["one"], [str(files["one"])]):
-        cfg = config(files["val"], files=train, exclude=[str(files["val"])], batch_size=2)
+        cfg = loader_config(files["val"], files=train, exclude=[str(files["val"])], batch_size=2)
         loader = build_train_loader(cfg, 2, ALONE)
         assert len(loader.dataset) == len(RecordReader(files["one"])) == 24
         report_records(cfg, loader.dataset.reader)
@@ -183,7 +181,7 @@ def test_a_single_data_set_is_never_thinned_out_and_its_overlap_is_said(files, l
 
 def test_a_list_of_one_trains_on_the_same_batches_as_its_entry(shapes_lmdb):
     loaders = [
-        build_train_loader(config(shapes_lmdb, files=files), 4, ALONE)
+        build_train_loader(loader_config(shapes_lmdb, files=files), 4, ALONE)
         for files in (shapes_lmdb, [str(shapes_lmdb)])
     ]
     for a, b in zip(*loaders, strict=True):
@@ -203,7 +201,7 @@ def test_real_photos_of_val_and_test_are_left_out(mini_root, tmp_path, excluded)
     lmdb = tmp_path / "lmdb"
     train = [lmdb / "refcoco/train.lmdb", lmdb / "refcocog_u/train.lmdb", lmdb / "refcoco/val.lmdb"]
     exclude = [p for n in excluded for p in (lmdb / n).glob("*.lmdb") if p.stem != "train"]
-    cfg = config(train[0], files=[str(p) for p in train], exclude=[str(p) for p in exclude])
+    cfg = loader_config(train[0], files=[str(p) for p in train], exclude=[str(p) for p in exclude])
     loader = build_train_loader(cfg, 4, ALONE)
     records = loader.dataset.reader
     ids = {records.ref(p).image_id for batch in loader for p in batch["positions"].tolist()}
@@ -227,7 +225,7 @@ def strangers(tmp_path) -> list[Path]:
 @pytest.mark.parametrize("batch_by", ["refs", "images"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_photos_of_one_name_in_two_files_are_two_photos(strangers, tmp_path, batch_by, cache):
-    cfg = config(
+    cfg = loader_config(
         strangers[0],
         files=[str(path) for path in strangers],
         batch_by=batch_by,
@@ -363,8 +361,7 @@ def test_values_that_cannot_be_are_named(key, text, message):
         load_config(ROOT / "config/base.yaml", [key, text])
 
 
-def test_a_file_that_is_missing_among_several_is_named(files, tmp_path):
-    data = make_shapes(tmp_path)
+def test_a_file_that_is_missing_among_several_is_named(files, data, tmp_path):
     cfg = write_config(tmp_path, data)
     train = str(data / "lmdb/shapes/train.lmdb")
     line = error_of("train.py", cfg, "DATA.train_lmdb", [train, "no/t.lmdb"])
@@ -373,15 +370,14 @@ def test_a_file_that_is_missing_among_several_is_named(files, tmp_path):
     assert error_of("train.py", cfg, *opts).startswith("no/v.lmdb does not exist")
 
 
-def test_another_split_among_several_is_refused(tmp_path):
-    data = make_shapes(tmp_path)
+def test_another_split_among_several_is_refused(data, tmp_path):
     files = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testA")]
     line = error_of("train.py", write_config(tmp_path, data), "DATA.train_lmdb", files)
     assert line.startswith(f"{files[1]} holds shapes testA, the config says shapes train")
 
 
 def test_leaving_out_everything_is_an_error(files):
-    cfg = config(
+    cfg = loader_config(
         files["val"],
         files=[str(files["val"]), str(files["test"])],
         exclude=[str(files["val"]), str(files["test"])],
@@ -390,8 +386,7 @@ def test_leaving_out_everything_is_an_error(files):
         build_train_loader(cfg, 4, ALONE)
 
 
-def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(tmp_path):
-    data = make_shapes(tmp_path)
+def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(data, tmp_path):
     shapes, other = data / "lmdb/shapes", tmp_path / "lmdb/other"
     copy_records(shapes / "train.lmdb", other / "train.lmdb")
     both = [str(shapes / "train.lmdb"), str(other / "train.lmdb")]

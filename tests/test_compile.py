@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_helpers import (
+    CPU,
     assert_same,
     load,
-    make_shapes,
     run_command,
     run_program,
     spawn,
@@ -25,8 +25,6 @@ from utils.distributed import Ranks, unwrap, wrap
 from utils.errors import UserError
 from utils.transforms import normalize_images
 
-CPU = torch.device("cpu")
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 compiles = pytest.mark.usefixtures("compiler")
 
@@ -41,11 +39,6 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def two_passes(model: Segmenter) -> tuple[list[float], Segmenter]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from samples import ROOT
 
 from model.segmenter import build_segmenter
 from utils import config as module
@@ -22,7 +23,7 @@ from utils.config import (
 )
 from utils.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
+CONFIG_DIR = ROOT / "config"
 BASE = CONFIG_DIR / "base.yaml"
 R50 = CONFIG_DIR / "refcoco" / "cris_r50.yaml"
 TINY = CONFIG_DIR / "refshapes" / "cris_tiny.yaml"

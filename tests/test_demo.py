@@ -1,15 +1,11 @@
-"""tools/demo.py without a browser: what it keeps, what it refuses, how it starts."""
+"""tools/demo.py without a browser: its examples, what it refuses, how it starts."""
 
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
-from engine_helpers import make_trained, on_cpu
-from PIL import Image
-from samples import smooth_photo
+from engine_helpers import make_trained
 
-from engine.predictor import Predictor
 from tools import demo
 from utils.config import load_config
 from utils.errors import UserError
@@ -20,106 +16,6 @@ from utils.records import RecordReader
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     return make_trained(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def predictor(config):
-    with on_cpu():
-        yield Predictor(config)
-
-
-@pytest.fixture
-def answers(predictor) -> demo.Answers:
-    return demo.Answers(predictor)
-
-
-def save_photo(path: Path, seed: int = 1, size: tuple[int, int] = (70, 100)) -> str:
-    Image.fromarray(smooth_photo(np.random.default_rng(seed), *size)).save(path)
-    return str(path)
-
-
-class Counted:
-    """Counts the calls of a method of an object, which go through."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
-        self.count = 0
-        method = getattr(owner, name)
-
-        def counting(*args: object) -> object:
-            self.count += 1
-            return method(*args)
-
-        monkeypatch.setattr(owner, name, counting)
-
-
-# ------------------------------------------------------------------------------------------ answers
-
-
-def test_a_photo_is_encoded_once_for_all_its_sentences(tmp_path, answers, predictor, monkeypatch):
-    encodings = Counted(monkeypatch, predictor, "encode")
-    path = save_photo(tmp_path / "a.png")
-    first, second = answers.ask(path, "red circle"), answers.ask(path, "blue square")
-    assert first.encoding > 0
-    assert second.encoding is None
-    assert second.answering > 0
-    assert encodings.count == 1
-    for answer in (first, second):
-        (expected,) = predictor(path, answer.found.sentence)
-        assert np.array_equal(answer.found.probability, expected.probability)
-
-
-def test_a_known_answer_comes_without_the_network(tmp_path, answers, predictor, monkeypatch):
-    path = save_photo(tmp_path / "a.png")
-    asked = answers.ask(path, "red circle")
-    monkeypatch.setattr(predictor.model, "forward", None)
-    monkeypatch.setattr(predictor, "predict", None)
-    again = answers.ask(path, "red circle")
-    assert again.answering is None
-    assert again.found is asked.found
-
-
-def test_what_is_kept_is_bounded_and_the_last_used_stays(tmp_path, answers, predictor, monkeypatch):
-    monkeypatch.setattr(demo, "PHOTOS", 2)
-    monkeypatch.setattr(demo, "MAPS", 3)
-    a, b, c = (save_photo(tmp_path / f"{name}.png", i) for i, name in enumerate("abc"))
-    for path in (a, b, a, c):
-        answers.look(path)
-    encodings = Counted(monkeypatch, predictor, "encode")
-    assert answers.look(a)[1] is None
-    assert answers.look(c)[1] is None
-    assert answers.look(b)[1] is not None
-    assert encodings.count == 1
-    for number in range(5):
-        answers.ask(a, f"circle {number}")
-    assert len(answers._seen) == 2
-    assert [sentence for _, sentence in answers._found] == ["circle 2", "circle 3", "circle 4"]
-
-
-def test_a_large_photo_is_read_whole_and_shown_small(tmp_path, answers, predictor):
-    path = save_photo(tmp_path / "large.png", size=(1000, 2 * demo.SHOWN_SIDE))
-    seen, _ = answers.look(path)
-    assert seen.size == (1000, 2560)
-    assert seen.pixels.shape == (500, 1280, 3)
-    answer = answers.ask(path, "red circle")
-    assert answer.found.probability.shape == (500, 1280)
-    whole = predictor(path, "red circle")[0].probability
-    half = whole.reshape(500, 2, 1280, 2).mean((1, 3))
-    assert np.abs(half - answer.found.probability).max() < 0.02
-    assert half.max() - half.min() > 0.05
-
-
-def test_a_photo_that_cannot_be_read_leaves_nothing_behind(tmp_path, answers):
-    path = tmp_path / "a.png"
-    path.write_text("no photo")
-    with pytest.raises(UserError, match="cannot be read"):
-        answers.ask(str(path), "red circle")
-    save_photo(path)
-    assert answers.ask(str(path), "red circle").encoding > 0
-
-
-def test_a_sentence_without_words_does_not_touch_the_photo(answers):
-    with pytest.raises(UserError, match="has no words"):
-        answers.ask("nowhere.png", "\n")
 
 
 # ----------------------------------------------------------------------------------------- examples

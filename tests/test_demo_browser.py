@@ -19,7 +19,7 @@ import pytest
 from browser import Visit, open_browser
 from engine_helpers import make_trained, on_cpu
 from PIL import Image
-from samples import ROOT, smooth_photo
+from samples import ROOT, save_photo
 
 from engine.predictor import Predictor
 from utils.visualize import PRED_COLOR, heat_map, overlay
@@ -103,12 +103,7 @@ def page(visit) -> "Page":
 
 @pytest.fixture
 def photo(tmp_path) -> Path:
-    return save_photo(tmp_path / "street.png", seed=1)
-
-
-def save_photo(path: Path, seed: int) -> Path:
-    Image.fromarray(smooth_photo(np.random.default_rng(seed), *SIZE)).save(path)
-    return path
+    return save_photo(tmp_path / "street.png", 1, SIZE)
 
 
 def enter(page: "Page", demo: Demo) -> None:
@@ -204,7 +199,7 @@ def test_a_photo_and_a_sentence_give_an_overlay_and_a_map_that_the_threshold_mov
 
 
 def test_a_second_sentence_is_answered_without_encoding_the_photo_anew(page, tmp_path):
-    drop(page, save_photo(tmp_path / "new.png", seed=7))
+    drop(page, save_photo(tmp_path / "new.png", 7, SIZE))
     (encoded,) = rows(page)
     assert re.fullmatch(r"the photo, before any sentence\s+\d+ ms", encoded)
     ask(page, "red circle")
@@ -311,7 +306,7 @@ def test_the_page_asks_no_other_host(visit, demo, photo):
 
 
 def test_people_do_not_see_each_others_photos(page, demo, tmp_path):
-    mine, yours = (save_photo(tmp_path / f"{seed}.png", seed) for seed in (21, 22))
+    mine, yours = (save_photo(tmp_path / f"{seed}.png", seed, SIZE) for seed in (21, 22))
     other = page.context.new_page()
     enter(other, demo)
     drop(page, mine)

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,6 @@ from engine_helpers import (
     assert_same,
     build_run,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     spawn,
@@ -43,11 +43,6 @@ RECIPES = {
     "by image": ("TRAIN.batch_by", "images"),
     "accumulated": ("TRAIN.accumulation_steps", 2),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +181,8 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     assert type(unwrap(plain)[1]) is nn.BatchNorm1d
     results = {"norms": normalise(ranks)}
     for name, opts in RECIPES.items():
-        losses, run = descend(ranks, config, *opts)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
     results["adam"], _ = descend(ranks, config, **ADAM)
     results["single"] = descend_single(ranks, config, lr=SMALL)
@@ -284,13 +280,14 @@ def test_bad_images_on_one_rank_leave_the_running_statistics_of_all_as_they_were
     assert_same(two_ranks[0]["spoilt"][1], two_ranks[1]["spoilt"][1])
 
 
-def test_every_trained_parameter_is_used(config):
-    # What DistributedDataParallel insists on; the runs above would have failed otherwise.
+def test_every_trained_parameter_is_used_and_its_gradient_lies_as_it_does(config):
+    # The one is what DistributedDataParallel insists on; without the other it warns.
     run = build_run(config)
     with on_cpu():
         forward_backward(run, next(iter(run.train_loader)), True)
-    unused = [n for n, p in run.model.named_parameters() if p.requires_grad and p.grad is None]
-    assert unused == []
+    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    assert [n for n, p in trained.items() if p.grad.stride() != p.stride()] == []
 
 
 def test_alone_everything_works_without_a_process_group(monkeypatch):
@@ -330,6 +327,17 @@ def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp
     assert 1 <= len(lines) <= 2
     assert "nearest that works: 6 or 8" in lines[0]
     assert not (tmp_path / "exp").exists()
+
+
+def test_a_refusal_of_rank_0_ends_all_ranks_with_one_line(data, tmp_path):
+    config, last = write_config(tmp_path, data), tmp_path / "exp/tiny/last_model.pth"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"of another run")
+    ending = torchrun(2, "train.py", "--config", config)
+    assert ending.returncode == 1
+    assert f"error: {last} is there, and a new training would write over it" in ending.stderr
+    assert "[rank" not in ending.stderr  # so torch marks the traceback of one that was left waiting
+    assert "terminate called" not in ending.stderr
 
 
 class Mortal:

@@ -10,7 +10,6 @@ import torch
 from engine_helpers import (
     build_run,
     error_of,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_command,
@@ -22,11 +21,6 @@ from engine_helpers import (
 from engine.dry_run import dry_run
 from utils import distributed
 from utils.machine import peak_memory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:

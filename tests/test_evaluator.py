@@ -12,7 +12,6 @@ import torch
 from engine_helpers import (
     ALONE,
     error_of,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_program,
@@ -53,11 +52,6 @@ LINE_FIELDS = {
     *("ref_id", "sent_id", "sentence", "image", "image_id", "category", "height", "width"),
     *("target_area", "intersection", "union", "iou", "pred_rle"),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import make_shapes, run_command, write_config
+from engine_helpers import run_command, write_config
 from samples import random_batch, small_segmenter
 from test_golden import case_config
 
@@ -97,14 +97,9 @@ def test_both_give_the_same_logits_and_gradients(count):
             )
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
-def args(shapes, tmp_path) -> Namespace:
-    config = write_config(tmp_path, shapes)
+def args(data, tmp_path) -> Namespace:
+    config = write_config(tmp_path, data)
     return Namespace(
         config=str(config),
         opts=[],
@@ -119,8 +114,8 @@ def args(shapes, tmp_path) -> Namespace:
 
 
 @pytest.fixture
-def lmdb(shapes) -> Path:
-    return shapes / "lmdb/shapes/val.lmdb"
+def lmdb(data) -> Path:
+    return data / "lmdb/shapes/val.lmdb"
 
 
 def test_evaluation_compares_the_same_sentences_and_counts_the_same_pixels(args, lmdb):
@@ -176,8 +171,8 @@ def test_memory_is_measured_in_processes_of_their_own(args, lmdb):
     assert result["ratios"][OURS]["median"] > 0
 
 
-def test_the_command_packs_what_it_is_given_prints_a_table_and_writes_json(args, shapes, tmp_path):
-    words = ["eval", shapes, "--config", args.config, "--rounds", "1", "--sentences", "4"]
+def test_the_command_packs_what_it_is_given_prints_a_table_and_writes_json(args, data, tmp_path):
+    words = ["eval", data, "--config", args.config, "--rounds", "1", "--sentences", "4"]
     ending = run_command(
         sys.executable, "tools/benchmark.py", *words, "--json", tmp_path / "result.json"
     )

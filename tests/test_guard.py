@@ -15,7 +15,6 @@ from engine_helpers import (
     error_of,
     largest_file,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_program,
@@ -26,11 +25,6 @@ from engine import guard, trainer
 from engine.run import Run
 from engine.trainer import forward_backward, optimizer_step
 from utils.records import RecordReader
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import make_trained, on_cpu
+from engine_helpers import CPU, make_trained, on_cpu
 from samples import ROOT
 
 from engine.build import build_model
@@ -14,8 +14,6 @@ from tools import latency
 from tools.measure import count_flops
 from utils.config import load_config
 from utils.errors import UserError
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +97,7 @@ def test_a_checkpoint_and_bad_options(tmp_path, config, capsys):
     best = load_config(config).run_folder / "best_model.pth"
     found = report(config, tmp_path, "--weights", best, "--rounds", 1, "--sentences", 1)
     assert len(found["seconds"]) == 3
-    for name in ("gpu", "cuda:7"):
+    for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}: it cannot be used here"):
             report(config, tmp_path, "--device", name)
     for options in (["--rounds", "0"], ["--sentences", "0"], ["--warmup", "-1"]):

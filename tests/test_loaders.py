@@ -1,14 +1,11 @@
 """Which refs make up which step, on how many ranks and workers whatsoever."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from loguru import logger
-from samples import ROOT
+from engine_helpers import ALONE, CPU, loader_config
 from torch.utils.data import DataLoader, Dataset
 
 from engine.loaders import (
@@ -18,31 +15,15 @@ from engine.loaders import (
     build_train_loader,
     usable_workers,
 )
-from utils.config import Config, load_config
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.records import RecordReader
 
-CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, 0, 1, CPU)
-
 
 def singles(num_refs: int) -> list[list[int]]:
     """Groups as published: each ref alone."""
     return [[position] for position in range(num_refs)]
-
-
-def config(
-    lmdb: Path, files: object = None, exclude: object = (), cache: object = "null", **train: object
-) -> Config:
-    """Train and validate on `lmdb`, or train on `files`."""
-    keys = {"input_size": 32, "word_len": 9, "batch_size": 4, "batch_by": "refs"}
-    keys |= {"workers": 0, "workers_val": 0}
-    opts = ["DATA.train_lmdb", files or lmdb, "DATA.val_lmdb", lmdb]
-    opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
-    opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
-    return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
 
 
 def steps(
@@ -132,9 +113,9 @@ by_refs_or_images = pytest.mark.parametrize("batch_by", ["refs", "images"])
 
 @by_refs_or_images
 def test_training_batches_are_the_same_with_and_without_workers(shapes_lmdb, batch_by):
-    cfg = config(shapes_lmdb, workers=2, batch_by=batch_by)
+    cfg = loader_config(shapes_lmdb, workers=2, batch_by=batch_by)
     loader = build_train_loader(cfg, 4, ALONE)
-    plain = build_train_loader(config(shapes_lmdb, batch_by=batch_by), 4, ALONE)
+    plain = build_train_loader(loader_config(shapes_lmdb, batch_by=batch_by), 4, ALONE)
     for epoch in range(2):
         batches = []
         for each in (loader, plain):
@@ -149,7 +130,7 @@ def test_training_batches_are_the_same_with_and_without_workers(shapes_lmdb, bat
 
 @by_refs_or_images
 def test_two_ranks_together_see_the_batch_of_one(shapes_lmdb, batch_by):
-    cfg = config(shapes_lmdb, batch_by=batch_by)
+    cfg = loader_config(shapes_lmdb, batch_by=batch_by)
     whole = [batch["positions"].tolist() for batch in build_train_loader(cfg, 4, ALONE)]
     halves = [build_train_loader(cfg, 2, Ranks(rank, 2, rank, 2, CPU)) for rank in range(2)]
     for expected, a, b in zip(whole, *halves, strict=True):
@@ -158,7 +139,7 @@ def test_two_ranks_together_see_the_batch_of_one(shapes_lmdb, batch_by):
 
 @by_refs_or_images
 def test_both_ways_of_batching_visit_the_same_number_of_refs(shapes_lmdb, batch_by):
-    loader = build_train_loader(config(shapes_lmdb, batch_by=batch_by), 4, ALONE)
+    loader = build_train_loader(loader_config(shapes_lmdb, batch_by=batch_by), 4, ALONE)
     batches = list(loader)
     assert len(batches) == len(loader) == 7
     visited = [position for batch in batches for position in batch["positions"].tolist()]
@@ -174,7 +155,7 @@ def test_both_ways_of_batching_visit_the_same_number_of_refs(shapes_lmdb, batch_
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("swap", [False, True])
 def test_evaluation_loaders_of_all_ranks_bring_every_sentence_once(shapes_lmdb, world_size, swap):
-    cfg = config(shapes_lmdb, batch_size_val=16)
+    cfg = loader_config(shapes_lmdb, batch_size_val=16)
     keys = [
         task.key
         for rank in range(world_size)
@@ -189,7 +170,7 @@ def test_evaluation_loaders_of_all_ranks_bring_every_sentence_once(shapes_lmdb, 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_iterating_leaves_torchs_random_numbers_alone(shapes_lmdb, workers):
-    cfg = config(shapes_lmdb, workers=workers, workers_val=workers)
+    cfg = loader_config(shapes_lmdb, workers=workers, workers_val=workers)
     before = torch.get_rng_state()
     for loader in (
         build_train_loader(cfg, 4, ALONE),
@@ -200,14 +181,6 @@ def test_iterating_leaves_torchs_random_numbers_alone(shapes_lmdb, workers):
 
 
 # ------------------------------------------------------------------------------------------ workers
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]))
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.fixture
@@ -244,7 +217,7 @@ class OpenCVThreads(Dataset):
 
 
 def test_opencv_is_single_threaded_in_workers(shapes_lmdb):
-    built = build_train_loader(config(shapes_lmdb, workers=1), 4, ALONE)
+    built = build_train_loader(loader_config(shapes_lmdb, workers=1), 4, ALONE)
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:

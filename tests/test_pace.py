@@ -7,13 +7,11 @@ from mmap import mmap
 import numpy as np
 import pytest
 import torch
-from engine_helpers import spawn
+from engine_helpers import CPU, spawn
 
 from engine.pace import GIB, MEASURED, Pace, memory_in_use
 from utils.distributed import Ranks
 from utils.machine import resident_memory
-
-CPU = torch.device("cpu")
 
 
 def slow_loader(count: int, seconds: float) -> Iterator[int]:

@@ -9,7 +9,6 @@ from engine_helpers import (
     build_run,
     largest_file,
     load,
-    make_shapes,
     on_cpu,
     run_program,
     spawn,
@@ -23,11 +22,6 @@ from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.logger import Tracker
 from utils.records import RecordReader
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from samples import ROOT
 
 from tools import plot_run
 from utils.config import load_config, save_config
 from utils.errors import UserError
 
-TINY = Path(__file__).resolve().parents[1] / "config" / "refshapes" / "cris_tiny.yaml"
+TINY = ROOT / "config/refshapes/cris_tiny.yaml"
 
 
 def step(number: int, loss: float | None, **more) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from engine_helpers import make_trained, on_cpu, run_command
 from PIL import Image
-from samples import ROOT, smooth_photo
+from samples import ROOT, save_photo
 
 from engine.predictor import MAX_CHARACTERS, Predictor
 from tools import predict
@@ -27,12 +27,6 @@ def config(tmp_path_factory) -> Path:
 @pytest.fixture
 def photo(tmp_path) -> Path:
     return save_photo(tmp_path / "photos" / "street.png")
-
-
-def save_photo(path: Path, seed: int = 1) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(smooth_photo(np.random.default_rng(seed), 70, 100)).save(path)
-    return path
 
 
 def ask(config: Path, *args: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_shapes, make_trained, on_cpu, read_jsonl, run_program
+from engine_helpers import make_trained, on_cpu, read_jsonl, run_program
 from PIL import Image
 from pycocotools import mask as coco_mask
 from samples import smooth_photo
@@ -30,8 +30,8 @@ def predictor(config) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory) -> RecordReader:
-    return RecordReader(make_shapes(tmp_path_factory.getbasetemp()) / "lmdb/shapes/val.lmdb")
+def reader(data) -> RecordReader:
+    return RecordReader(data / "lmdb/shapes/val.lmdb")
 
 
 @pytest.fixture
@@ -202,6 +202,29 @@ def test_a_sentence_that_cannot_be_read_is_named(predictor, photo, sentence, mes
         check_sentence(sentence)
     with pytest.raises(UserError, match=message):
         predictor(photo, ["fine", sentence])
+
+
+@pytest.mark.parametrize("sentences", [3, None, 2.5])
+def test_a_sentence_alone_that_is_no_text_is_named_too(predictor, photo, sentences):
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor(photo, sentences)
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor.predict([photo, photo], [SENTENCES, sentences])
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=NO_GPU), "cuda:99", torch.device("cuda", 99), "gpu", 2.5]
+)
+def test_a_device_that_is_not_there_is_named(config, device):
+    with pytest.raises(UserError) as caught:
+        Predictor(config, device=device)
+    line = str(caught.value)
+    assert line.startswith(f"device {device}: it cannot be used here (")
+    assert line.endswith("; cpu always can")
+    assert len(line.splitlines()) == 1
 
 
 def test_a_photo_larger_than_allowed_is_refused(config, photo):

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import cv2
 import pytest
+from report_helpers import score_of
+from samples import ROOT
 
-from engine.evaluator import SentenceScore, encode_rle, summarize_ceiling, summarize_scores
+from engine.evaluator import SentenceScore, summarize_ceiling, summarize_scores
 from engine.tester import write_scores
 from tools import data_process, folder2lmdb, quickstart, refshapes
 from utils.checkpoint import save_checkpoint
@@ -15,7 +17,7 @@ from utils.errors import UserError
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_mask
 
-CONFIG = Path(__file__).resolve().parents[1] / "config" / "refshapes" / "cris_tiny.yaml"
+CONFIG = ROOT / "config/refshapes/cris_tiny.yaml"
 COUNTS = {"train": 2, "val": 4, "testA": 2, "testB": 2}
 
 
@@ -135,24 +137,7 @@ class Runner:
         """The ref's first sentence, answered with its mask or with the rest of the image."""
         ref = reader.ref(position)
         mask = decode_mask(ref.mask, "mask") > 0
-        area = int(mask.sum())
-        return SentenceScore(
-            key=(position, 0),
-            ref_id=ref.ref_id,
-            sent_id=ref.sent_ids[0],
-            sentence=ref.sentences[0],
-            image=ref.image_key,
-            image_id=ref.image_id,
-            category=ref.category,
-            height=ref.height,
-            width=ref.width,
-            target_area=area,
-            intersection=area if is_right else 0,
-            union=area if is_right else mask.size,
-            ceiling_intersection=area,
-            ceiling_union=area,
-            pred_rle=encode_rle(mask if is_right else ~mask),
-        )
+        return score_of(ref, (position, 0), mask, mask if is_right else ~mask)
 
 
 @pytest.fixture

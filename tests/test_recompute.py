@@ -8,7 +8,6 @@ from engine_helpers import (
     assert_same,
     build_run,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_program,
@@ -34,11 +33,6 @@ PARTS = {
 BOTH = ("TRAIN.recompute_backbone", True, "TRAIN.recompute_decoder", True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 # ----------------------------------------------------------------------------------- one step

@@ -22,7 +22,6 @@ from engine_helpers import (
     error_of,
     largest_file,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_command,
@@ -35,14 +34,8 @@ from engine import resume, trainer
 from utils import lock
 from utils.checkpoint import find_newest
 from utils.config import load_config
-from utils.errors import UserError
 
 EPOCHS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def recipe(folder: Path, data: Path, **train_keys) -> Path:
@@ -97,11 +90,11 @@ def test_a_run_resumed_at_any_step_equals_one_that_was_never_stopped(
     # What the run had written since is there, and a line that was being written.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "epo')
-    source = straight / f"step_{number:08d}.pth"
+    source = folder / f"step_{number:08d}.pth"
     if step == "last of an epoch":  # its validation was interrupted: the step is saved, not more
         state = load(source) | {"position": per_epoch, "epoch": 0, "best_iou": -1.0}
         assert load(source)["step"] == number
-        source = tmp_path / "before_validation.pth"
+        source = folder / "before_validation.pth"
         torch.save(state, source)
         (folder / "best_model.pth").unlink()
     run_program("train.py", recipe(tmp_path, data), "TRAIN.resume", source)
@@ -214,7 +207,9 @@ def test_auto_does_not_start_anew_over_damaged_checkpoints(tmp_path, data):
 # ------------------------------------------------------------------------------------- signals
 
 
-def stopped_by(number: int, monkeypatch, module_function: str, at_call: int, config: Path) -> int:
+def stopped_by(
+    number: int, monkeypatch, module_function: str, at_call: int, config: Path, *opts: object
+) -> int:
     """Train, sending this process a signal in the given call: the exit code."""
     function, calls = getattr(trainer, module_function), []
 
@@ -227,7 +222,7 @@ def stopped_by(number: int, monkeypatch, module_function: str, at_call: int, con
     with monkeypatch.context() as patch:
         patch.setattr(trainer, module_function, wrapper)
         with pytest.raises(SystemExit) as ending:
-            run_program("train.py", config)
+            run_program("train.py", config, *opts)
     return ending.value.code
 
 
@@ -324,17 +319,23 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, mon
     assert (folder / "last_model.pth").is_file()
 
 
-def test_a_checkpoint_that_came_after_the_choice_of_a_new_training_is_kept(tmp_path, data):
+@pytest.mark.parametrize("kind", ["a new training", "from another run"])
+def test_a_checkpoint_that_came_after_the_choice_to_start_there_is_kept(
+    straight, tmp_path, data, monkeypatch, kind
+):
     config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    cfg, ranks = load_config(config), build_run(config).ranks
-    assert resume.choose_checkpoint(cfg, ranks) is None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "last_model.pth").write_bytes(b"of a run that was quicker")
-    refusal = pytest.raises(UserError, match="a new training would write over it")
-    with refusal, resume.alone(cfg, ranks, is_new=True):
-        pass
-    with resume.alone(cfg, ranks):  # one that goes on may
-        pass
+    opts = ("TRAIN.resume", straight / "last_model.pth") if kind == "from another run" else ()
+    choose, content = resume.choose_checkpoint, b"of a run that was quicker"
+
+    def choose_slowly(*args) -> str | None:
+        source = choose(*args)
+        folder.mkdir(parents=True)
+        (folder / "last_model.pth").write_bytes(content)
+        return source
+
+    monkeypatch.setattr(resume, "choose_checkpoint", choose_slowly)
+    assert "would write over it" in error_of("train.py", config, *opts)
+    assert (folder / "last_model.pth").read_bytes() == content
 
 
 @pytest.mark.parametrize("opts", [(), ("TRAIN.resume", "auto")])
@@ -415,6 +416,67 @@ def test_the_remedies_of_an_earlier_training_work(straight, tmp_path, data, capf
     assert load(folder / "last_model.pth")["epoch"] == 1
     assert sorted(p.name for p in folder.glob("*.pth")) == ["best_model.pth", "last_model.pth"]
     assert [p.name for p in (folder / "pictures").iterdir()] == ["epoch_0001.jpg"]
+
+
+# ------------------------------------------------------------- from a checkpoint of another run
+
+
+def test_a_run_from_anothers_checkpoint_does_not_write_over_its_own_folders(
+    straight, tmp_path, data
+):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    other = straight / "step_00000001.pth"
+    shutil.copytree(straight, folder)
+    before = contents(folder)
+    line = error_of("train.py", config, "TRAIN.resume", other)
+    last = folder / "last_model.pth"
+    assert line.startswith(f"{last} is there, and a training from {other} would write over it: ")
+    for remedy in ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True"):
+        assert remedy in line
+    no_file = error_of("train.py", config, "TRAIN.resume", tmp_path / "no.pth")
+    assert no_file.startswith(f"TRAIN.resume: there is no checkpoint {tmp_path / 'no.pth'}")
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_is_the_folders_own_by_whatever_path_it_is_named(straight, tmp_path, data):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    shutil.copytree(straight, folder)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "link.pth").symlink_to(folder / "last_model.pth")
+    (folder / "of_other.pth").symlink_to(straight / "last_model.pth")
+    for path in ("link/last_model.pth", "link/../tiny/last_model.pth", "link.pth"):
+        assert build_run(config, "TRAIN.resume", tmp_path / path).epoch == EPOCHS
+    assert build_run(config, "TRAIN.resume", folder / "of_other.pth").epoch == EPOCHS
+
+
+def test_the_same_command_goes_on_with_what_it_has_saved_itself(
+    straight, tmp_path, data, monkeypatch, capfd
+):
+    # As torchrun starts it again after a rank was killed, or a person after an interruption.
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    opts = ("TRAIN.resume", straight / "step_00000001.pth")
+    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 4, config, *opts)
+    assert (code, load(folder / "last_model.pth")["step"]) == (75, 3)
+    line = error_of("train.py", config, *opts, "TRAIN.epochs", 3)
+    assert "would write over it" in line  # another command
+    capfd.readouterr()
+    run_program("train.py", config, *opts)
+    assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
+    assert_equal_runs(folder, straight)
+
+
+def test_a_forced_run_from_anothers_checkpoint_removes_what_was_there(
+    straight, tmp_path, data, capfd
+):
+    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+    shutil.copytree(straight, folder)
+    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 99}\n')
+    opts = ("TRAIN.resume", straight / "step_00000001.pth", "TRAIN.force", True)
+    count = len(list(folder.glob("*.pth")))
+    run_program("train.py", config, *opts)
+    assert f"TRAIN.force: {count} checkpoint(s) in {folder} are removed" in capfd.readouterr().err
+    assert steps_of(folder) == []
+    assert_equal_runs(folder, straight)
 
 
 def test_records_without_a_checkpoint_are_no_training_to_be_kept(tmp_path, data):

@@ -9,7 +9,6 @@ import torch
 import yaml
 from engine_helpers import (
     load,
-    make_shapes,
     pack,
     read_jsonl,
     run_command,
@@ -21,11 +20,6 @@ from samples import ROOT
 
 from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int) -> None:

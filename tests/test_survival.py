@@ -16,7 +16,6 @@ from engine_helpers import (
     assert_same,
     drop_measured,
     load,
-    make_shapes,
     read_jsonl,
     torchrun,
     write_config,
@@ -31,11 +30,6 @@ LIMIT = 120  # seconds
 EPOCHS = 4
 RESUMED = "resumed from "  # once a start, in the banner
 ONE = ("--standalone", "--nproc_per_node=2")  # launcher, with both ranks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 def recipe(folder: Path, data: Path, **train_keys) -> Path:
@@ -150,6 +144,26 @@ def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_pat
     assert process.returncode == 0, err
     assert err.count(RESUMED) == 1
     assert_equal_runs(config, whole)
+
+
+def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
+    data, tmp_path, start, whole
+):
+    first = recipe(tmp_path / "first", data, epochs=1)
+    assert torchrun(2, "train.py", "--config", first).returncode == 0
+    other = first.parent / "exp/tiny/last_model.pth"
+    config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other))
+    last = config.parent / "exp/tiny/last_model.pth"
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, last.name)
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert [err.count(f"{RESUMED}{path}") for path in (other, last)] == [1, 1]
+    states = [load(path) for path in (last, whole.parent / "exp/tiny/last_model.pth")]
+    for state in states:
+        del state["config"]
+    assert_same(*states)
 
 
 def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):

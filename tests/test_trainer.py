@@ -15,7 +15,6 @@ from engine_helpers import (
     drop_measured,
     error_of,
     load,
-    make_shapes,
     on_cpu,
     read_jsonl,
     run_program,
@@ -37,11 +36,6 @@ from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -59,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After parsing, so that --help and a mistyped option answer at once.
     import torch
 
+    from engine.build import find_device
     from model.fold import fold_batch_norm
     from utils.config import load_config
     from utils.logger import setup_logging
 
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
-    device = _device(args.device)
+    device = find_device(args.device, "--device")
     model = build(cfg, device, args.weights)
     calls = ways(fold_batch_norm(model), cfg, device, args.sentences)
     with torch.inference_mode():
@@ -261,27 +262,6 @@ def print_report(report: Mapping) -> None:
     memory = report["peak_memory"].items()
     peaks = ", ".join(f"{size / 1e6:,.0f} MB ({name})" for name, size in memory)
     print(f"\n{report['rounds']} rounds in turn; peak memory {peaks}")
-
-
-def _device(name: str | None) -> "torch.device":
-    """The device asked for, or the first GPU, if there is one.
-
-    Raises:
-        UserError: it is none, or is not there.
-    """
-    import torch
-
-    from utils.distributed import start
-
-    if name is None:
-        return start(alone=True).device
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: it cannot be used here ({reason})") from None
-    return device
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

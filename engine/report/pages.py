@@ -6,7 +6,8 @@
         data.js                        numbers and a row a sentence,
         masks.js                       run lengths of every mask, read after the page is drawn
 
-Pages are fixed files. What a data set says reaches them as JSON and is set as text, never as HTML.
+Pages are fixed: head.html above page.html or results.html. What a data set says reaches them as
+JSON and is set as text, never as HTML.
 """
 
 import hashlib
@@ -220,8 +221,9 @@ def write_page(folder: Path, data: Mapping, masks: Mapping) -> None:
     try:
         _write_script(folder / "masks.js", "MASKS", masks)
         _write_script(folder / "data.js", "REPORT", data)
-        for source, name in [("page.html", INDEX), ("page.css",) * 2, ("page.js",) * 2]:
-            shutil.copyfile(TEMPLATES / source, folder / name)
+        _write_html(folder / INDEX, "Report", "page.html")
+        for name in ("page.css", "page.js"):
+            shutil.copyfile(TEMPLATES / name, folder / name)
     except BaseException:
         _remove(folder, names)
         raise
@@ -241,9 +243,17 @@ def write_results(folder: Path) -> None:
                 results.append({"page": path.stem, **json.loads(path.read_text())})
     with atomic_path(folder / RESULTS) as partial:
         _write_script(partial, "RESULTS", results)
-    for source, name in [("results.html", INDEX), ("page.css",) * 2, ("results_page.js",) * 2]:
+    with atomic_path(folder / INDEX) as partial:
+        _write_html(partial, "Results", "results.html")
+    for name in ("page.css", "results_page.js"):
         with atomic_path(folder / name) as partial:
-            shutil.copyfile(TEMPLATES / source, partial)
+            shutil.copyfile(TEMPLATES / name, partial)
+
+
+def _write_html(path: Path, title: str, body: str) -> None:
+    """The head that all pages share, above the body in a file that lies here."""
+    head, rest = ((TEMPLATES / name).read_text("utf-8") for name in ("head.html", body))
+    path.write_text(head.replace("TITLE", title) + rest, encoding="utf-8")
 
 
 def _write_script(path: Path, name: str, value: object) -> None:
