@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.dropout import Dropout, draw_kept
 from model.recompute import run
 
 
@@ -28,14 +29,14 @@ class DecoderLayer(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(channels, dim_ffn),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.LayerNorm(dim_ffn),
             nn.Linear(dim_ffn, channels),
         )
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, vis: Tensor, words: Tensor, vis_pos: Tensor, word_pos: Tensor, pad_mask: Tensor
@@ -99,35 +100,33 @@ class DroppedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None, dropout: float
     ) -> Tensor:
         """q (B, heads, N, D), k and v (B, heads, L, D), shown (B, 1, 1, L) bool -> as q."""
-        kept = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
-        draws = torch.empty(q.shape[2], k.shape[2])
+        kept, share = draw_kept((*q.shape[:3], k.shape[2]), dropout)
+        q = q * q.shape[-1] ** -0.5
         out = torch.empty_like(q)
         for b, h in head_indices(q):
-            torch.lt(draws.uniform_(), 1 - dropout, out=kept[b, h])  # bernoulli_ takes longer
             weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
             torch.mm(weights.mul_(kept[b, h]), v[b, h], out=out[b, h])
         ctx.save_for_backward(q, k, v, shown, kept)
-        ctx.dropout = dropout
-        return out.div_(1 - dropout)
+        ctx.share = share
+        return out.div_(share)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each head are computed once more."""
         q, k, v, shown, kept = ctx.saved_tensors
-        grad = grad / (1 - ctx.dropout)
+        grad = grad / ctx.share
         to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
-        scale = q.shape[-1] ** -0.5
         for b, h in head_indices(q):
             weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
-            to_weights = torch.mm(grad[b, h], v[b, h].T).mul_(kept[b, h])
-            torch.mm((weights * kept[b, h]).T, grad[b, h], out=to_v[b, h])
+            dropped = weights * kept[b, h]
+            torch.mm(dropped.T, grad[b, h], out=to_v[b, h])
             # Through the softmax: what each row's weights pull on together cancels.
-            to_scores = to_weights.mul_(weights)
-            to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1).mul_(scale)
+            to_scores = torch.mm(grad[b, h], v[b, h].T).mul_(dropped)
+            to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
             torch.mm(to_scores, k[b, h], out=to_q[b, h])
             torch.mm(to_scores.T, q[b, h], out=to_k[b, h])
-        return to_q, to_k, to_v, None, None
+        return to_q.mul_(q.shape[-1] ** -0.5), to_k, to_v, None, None
 
 
 def head_indices(q: Tensor) -> list[tuple[int, int]]:
@@ -136,8 +135,8 @@ def head_indices(q: Tensor) -> list[tuple[int, int]]:
 
 
 def attention_weights(q: Tensor, k: Tensor, shown: Tensor | None) -> Tensor:
-    """q (N, D), k (L, D), shown (1, L) bool -> softmax over keys (N, L)."""
-    scores = torch.mm(q, k.T).mul_(q.shape[-1] ** -0.5)
+    """Scaled q (N, D), k (L, D), shown (1, L) bool -> softmax over keys (N, L)."""
+    scores = torch.mm(q, k.T)
     if shown is not None:
         scores.masked_fill_(~shown, -math.inf)
     return scores.softmax(-1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.clip import DenseAttentionPool
 from model.clip_archive import ClipSizes, derive_sizes
 from model.decoder import DroppedAttention, attend, sequence_positions
+from model.dropout import draw_kept
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
 from utils.config import load_config
@@ -295,12 +296,12 @@ def test_attention_with_dropout_equals_the_plain_formula_on_what_it_kept(name):
     torch.manual_seed(3)
     found = DroppedAttention.apply(*ours, shown, 0.4)
     torch.manual_seed(3)
-    kept = torch.stack([torch.rand(7, keys) < 0.6 for _ in range(6)]).unflatten(0, (2, 3))
+    kept, share = draw_kept((2, 3, 7, keys), 0.4)
     q, k, v = theirs
     scores = q @ k.transpose(-1, -2) / 2
     if shown is not None:
         scores = scores.masked_fill(~shown, -torch.inf)
-    expected = (scores.softmax(-1) * kept / 0.6) @ v
+    expected = (scores.softmax(-1) * kept / share) @ v
     assert 0.3 < kept.double().mean() < 0.8
     assert_same_values_and_gradients(found, expected, ours, theirs)
 

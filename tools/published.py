@@ -176,14 +176,21 @@ def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Te
     for layer in decoder.layers:
         y = layer.norm1(x)
         y, _weights = layer.self_attn(y + map_pos, y + map_pos, y)
-        x = x + layer.dropout(layer.self_attn_norm(y))
+        x = x + drop(layer, layer.self_attn_norm(y))
         y = layer.norm2(x)
         y, _weights = layer.multihead_attn(
             y + map_pos, words + word_pos, words, key_padding_mask=pad_mask
         )
-        x = x + layer.dropout(layer.cross_attn_norm(y))
-        x = x + layer.dropout(layer.ffn(layer.norm3(x)))
+        x = x + drop(layer, layer.cross_attn_norm(y))
+        first, relu, _dropout, norm, second = layer.ffn
+        hidden = drop(layer, relu(first(layer.norm3(x))))
+        x = x + drop(layer, second(norm(hidden)))
     return decoder.norm(x).permute(0, 2, 1).reshape(batch, channels, height, width)
+
+
+def drop(layer: nn.Module, x: Tensor) -> Tensor:
+    """A decoder layer's dropout, drawn by torch."""
+    return F.dropout(x, layer.dropout.p, layer.training)
 
 
 def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:
