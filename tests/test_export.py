@@ -190,12 +190,15 @@ def test_the_example_of_the_documentation_gives_the_predictors_masks(
     (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "onnxruntime" in b]
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     shutil.copytree(graphs, tmp_path / "export")
-    Image.fromarray(draw_example(seed=3)[0]).save(tmp_path / "photo.jpg")
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
+    for seed in range(20):  # until the model, which has learnt little, marks something
+        Image.fromarray(draw_example(seed=seed)[0]).save("photo.jpg")
+        with on_cpu():
+            expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
+        if any(found.area for found in expected):
+            break
     runpy.run_path("example.py", run_name="__main__")
-    with on_cpu():
-        expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
     for found in expected:
         mask = np.asarray(Image.open(f"{found.sentence}.png"))
         assert mask.shape == found.mask.shape
