@@ -63,6 +63,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
+    from utils.machine import keep_freed_memory
     from utils.seed import deterministic, seed_everything
 
     if is_dry:
@@ -72,6 +73,8 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
+    if device.type == "cpu":
+        keep_freed_memory()
     state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
     goes_on = resume.goes_on(cfg, source)
     if source:

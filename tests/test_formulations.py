@@ -109,6 +109,7 @@ def args(data, tmp_path) -> Namespace:
         batch=4,
         sentences=9,
         by_images=True,
+        command="train",
         way=None,
     )
 
@@ -165,7 +166,7 @@ def test_batches_hold_each_ref_once_and_by_image_those_of_an_image(lmdb):
 
 
 def test_memory_is_measured_in_processes_of_their_own(args, lmdb):
-    args.rounds = 1
+    args.rounds, args.command = 1, "memory"
     result = formulations.compare_memory(args, lmdb)
     assert all(100e6 < way["bytes"]["median"] < 8e9 for way in result["ways"].values())
     assert result["ratios"][OURS]["median"] > 0

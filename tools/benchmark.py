@@ -60,9 +60,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     }
     lmdb = formulations.find_records(args.records, folder)
     if getattr(args, "way", None):
-        result = {"peak_memory": formulations.measure_memory(args, lmdb)}
-        print(json.dumps(result))
-        return result
+        return formulations.serve(args, lmdb)
     result = {"command": args.command, **ways[args.command](args, lmdb)}
     formulations.show(result)
     return result
@@ -99,10 +97,10 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for name in ("train", "memory"):
         both[name].add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
+        both[name].add_argument("--way", help=argparse.SUPPRESS)
     both["train"].add_argument(
         "--by-images", action="store_true", help="measure TRAIN.batch_by images as well"
     )
-    both["memory"].add_argument("--way", help=argparse.SUPPRESS)
     for name, command in (both | {"data": data}).items():
         rounds = ROUNDS[name]
         command.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")

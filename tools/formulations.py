@@ -1,7 +1,8 @@
 """This repository's network against the published formulation: rates, memory, and what they give.
 
 Both have the same random weights (or a checkpoint's) and see the same photos and sentences. The
-ways take turns, in one process.
+ways take turns: evaluation in one process, training steps in a process for each way, since
+train.py settles for a whole process how it uses memory.
 """
 
 import argparse
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.measure import count_flops, gemm_peak, machine, ratios, spread, take_turns
 from utils.errors import UserError
-from utils.machine import peak_memory
+from utils.machine import keep_freed_memory, peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -202,7 +204,9 @@ def compare_evaluation(args: argparse.Namespace, lmdb: Path) -> dict:
         counts[OURS] = {score.key: (score.intersection, score.union) for score in scores}
 
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
-    result = _measure(ways, args.rounds, sentences, "sentences/s")
+    flops = {name: count_flops(way) for name, way in ways.items()}
+    clocked = {name: partial(processor_seconds, way) for name, way in ways.items()}
+    result = _measure(clocked, flops, args.rounds, sentences, "sentences/s")
     assert counts[OURS].keys() == counts[PUBLISHED].keys()
     pairs = [(counts[OURS][key], counts[PUBLISHED][key]) for key in counts[OURS]]
     pixels = max(abs(a - b) for pair in pairs for a, b in zip(*pair, strict=True))
@@ -329,16 +333,13 @@ def compare_training(args: argparse.Namespace, lmdb: Path) -> dict:
     """Images (refs) a second of a training step, reading included."""
     setting = Setting(args, lmdb)
     by_refs = make_batches(setting.reader, args.batch, by_images=False)
-    steps = {
-        PUBLISHED: published_steps(setting, by_refs),
-        OURS: our_steps(setting, by_refs, by_images=False),
-    }
-    if args.by_images:
-        by_images = make_batches(setting.reader, args.batch, by_images=True)
-        steps[BY_IMAGES] = our_steps(setting, by_images, by_images=True)
     difference = _training_off(setting, by_refs[0])
-    ways = {name: step.__next__ for name, step in steps.items()}
-    result = _measure(ways, args.rounds, args.batch, "images/s")
+    names = [PUBLISHED, OURS, *([BY_IMAGES] if args.by_images else [])]
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(worker(args, lmdb, name)) for name in names}
+        flops = {name: ask(workers[name])["flops"] for name in names}
+        ways = {name: lambda name=name: ask(workers[name])["processor_seconds"] for name in names}
+        result = _measure(ways, flops, args.rounds, args.batch, "images/s")
     result |= {
         "what": f"training steps of {args.batch} refs at {setting.side} pixels, float32, dropout "
         f"{setting.cfg.TRAIN.dropout:g}, from the photos' bytes to the optimiser's step",
@@ -383,25 +384,12 @@ def _without_dropout(model: "nn.Module") -> None:
 
 def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
     """Peak memory of two training steps, each way in a process of its own."""
-    rows = {}
-    for name in (PUBLISHED, OURS):
-        values = []
+    rows: dict[str, list[int]] = {PUBLISHED: [], OURS: []}
+    for name, values in rows.items():
         for _ in range(args.rounds):
-            command = [sys.executable, "tools/benchmark.py", "memory", lmdb, "--way", name]
-            command += ["--config", args.config, "--batch", args.batch, "--device", args.device]
-            command += ["--threads", args.threads or 0, "--opts", *args.opts]
-            root = Path(__file__).resolve().parents[1]
-            ending = subprocess.run(
-                [str(word) for word in command],
-                cwd=root,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            if ending.returncode:
-                raise UserError(f"the process that measured {name!r} failed: see above")
-            values.append(json.loads(ending.stdout.splitlines()[-1])["peak_memory"])
-        rows[name] = values
+            with worker(args, lmdb, name) as process:
+                ask(process)
+                values.append(ask(process)["peak_memory"])
     side = find_config(args).TRAIN.input_size
     where = "resident size" if args.device == "cpu" else "memory allocated on the GPU"
     return {
@@ -413,41 +401,90 @@ def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
     }
 
 
-def measure_memory(args: argparse.Namespace, lmdb: Path) -> int:
-    """Peak memory of this process after two training steps of one way, in bytes."""
+# -------------------------------------------------------------------------- a way's process
+
+
+@contextmanager
+def worker(args: argparse.Namespace, lmdb: Path, name: str) -> Iterator[subprocess.Popen]:
+    """A process that makes a training step of one way whenever it is asked to (see `serve`)."""
+    command = [sys.executable, "tools/benchmark.py", args.command, lmdb, "--way", name]
+    command += ["--config", args.config, "--batch", args.batch, "--device", args.device]
+    command += ["--threads", args.threads or 0, "--opts", *args.opts]
+    with subprocess.Popen(
+        [str(word) for word in command],
+        cwd=Path(__file__).resolve().parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.stdin.close()  # which ends it
+
+
+def ask(process: subprocess.Popen) -> dict:
+    """Have a worker make a step; what `serve` says of it."""
+    with suppress(BrokenPipeError):  # it has ended: there is no answer either
+        print("step", file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    if not line:
+        raise UserError("the process that measured one of the ways failed: see above")
+    return json.loads(line)
+
+
+def serve(args: argparse.Namespace, lmdb: Path) -> dict:
+    """Make a training step of `args.way` for every line that comes in, and tell of it in one.
+
+    Of the first one operations are counted, in the others none. The way that trains here keeps
+    freed memory, as train.py does.
+    """
     import torch
 
     setting = Setting(args, lmdb)
-    batches = make_batches(setting.reader, args.batch, by_images=False)
+    is_on_gpu = setting.device.type == "cuda"
+    by_images = args.way == BY_IMAGES
+    batches = make_batches(setting.reader, args.batch, by_images)
     if args.way == PUBLISHED:
         steps = published_steps(setting, batches)
     else:
-        steps = our_steps(setting, batches, by_images=False)
-    next(steps)
-    setting.weights.clear()  # the model has its own now
-    next(steps)
-    if setting.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return peak_memory()
+        if not is_on_gpu:
+            keep_freed_memory()
+        steps = our_steps(setting, batches, by_images)
+    report: dict[str, float] = {}
+    for number, _ in enumerate(sys.stdin):
+        if number == 0:
+            report["flops"] = count_flops(steps.__next__)
+            setting.weights.clear()  # the model has its own now
+        else:
+            report["processor_seconds"] = processor_seconds(steps.__next__)
+        report["peak_memory"] = torch.cuda.max_memory_allocated() if is_on_gpu else peak_memory()
+        print(json.dumps(report), flush=True)
+    return report
+
+
+def processor_seconds(call: Callable[[], object]) -> float:
+    """Those of this process that a call takes, over all its threads."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 # ---------------------------------------------------------------------------------------- the table
 
 
 def _measure(
-    ways: Mapping[str, Callable[[], object]], rounds: int, count: int, unit: str
+    ways: Mapping[str, Callable[[], float]],
+    flops: Mapping[str, int],
+    rounds: int,
+    count: int,
+    unit: str,
 ) -> dict[str, Any]:
-    """Count the operations of each way in a first turn, then time them in turns."""
+    """Time the ways in turns; each gives the processor's seconds, and has run once before."""
     peak = gemm_peak()
-    flops = {name: count_flops(way) for name, way in ways.items()}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
-
-    def clocked(name: str) -> None:
-        start = time.process_time()
-        ways[name]()
-        cpu[name].append(time.process_time() - start)
-
-    seconds = take_turns({name: partial(clocked, name) for name in ways}, rounds, warmup=0)
+    turns = {name: lambda name=name, way=way: cpu[name].append(way()) for name, way in ways.items()}
+    seconds = take_turns(turns, rounds, warmup=0)
     peak = max(peak, gemm_peak())
     rows = {
         name: {

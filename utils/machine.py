@@ -14,6 +14,23 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees, instead of giving it back at once.
+
+    A training step on a CPU frees its maps and asks for them anew, and the system clears every
+    page of them again: an eighth of the step's time. Costs no memory at the peak but for what
+    cannot be fitted together again (3 %). For whole programs: it cannot be undone. Without effect
+    where the C library is not glibc.
+    """
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # mallopt's numbers for M_TRIM_THRESHOLD, M_MMAP_MAX
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
 def resident_memory() -> int:
     """Bytes of memory that this process holds; its peak where the system tells no more (macOS)."""
     try:
