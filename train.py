@@ -77,6 +77,8 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
         keep_freed_memory()
     state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
     goes_on = resume.goes_on(cfg, source)
+    # A checkpoint that was moved away takes up the records and pictures of its run again.
+    keeps = goes_on or (source is not None and not options.force)
     if source:
         model, state = restore_model(cfg, device, source, "TRAIN.resume")
         resume.check_resumable(state, source)
@@ -107,7 +109,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     # Nothing is written before everything that can be missing has been found.
     with (
         nullcontext() if is_dry else resume.alone(cfg, ranks, is_new=not goes_on),
-        tracker(to_dict(cfg), resume.records_until(state) if goes_on else None) as tracker,
+        tracker(to_dict(cfg), resume.records_until(state) if keeps else None) as tracker,
         deterministic(options.deterministic),
     ):
         setup_logging(None if is_dry else folder, ranks.is_main)
@@ -116,7 +118,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
         if ranks.is_main:
             report_records(cfg, train_loader.dataset.reader)
         if writes:
-            if not goes_on:
+            if not keeps:
                 resume.clear(folder)
             save_config(cfg, folder / "config.yaml")
         run = Run(

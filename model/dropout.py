@@ -14,7 +14,7 @@ LEVELS = 2**16  # of a draw: a probability is rounded to a multiple of 1 / LEVEL
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, drawn by `draw_kept` on a CPU."""
+    """`nn.Dropout`, not in place, of a probability below 1; drawn by `draw_kept` on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, elementwise."""
@@ -36,7 +36,7 @@ def draw_kept(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
     """
     count = math.prod(shape)
     dropped = min(round(dropout * LEVELS), LEVELS - 1)
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     levels = draws.view(torch.int16)[:count]
     kept = torch.ge(levels, dropped - LEVELS // 2).view(torch.uint8)
-    return kept.view(*shape), 1 - dropped / LEVELS
+    return kept.view(tuple(shape)), 1 - dropped / LEVELS

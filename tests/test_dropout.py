@@ -58,6 +58,11 @@ def test_evaluation_and_a_rate_of_0_change_nothing_and_draw_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 1, 3)])
+def test_any_shape_is_drawn(shape):
+    assert Dropout(0.5).train()(torch.ones(shape)).shape == shape
+
+
 def test_the_expectation_is_torchs():
     x = torch.rand(200_000) + 1
     torch.manual_seed(0)

@@ -172,6 +172,20 @@ def test_memory_is_measured_in_processes_of_their_own(args, lmdb):
     assert result["ratios"][OURS]["median"] > 0
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_process_that_dies_is_named_in_a_line(args, lmdb, is_asked):
+    def use() -> None:
+        with formulations.worker(args, lmdb, PUBLISHED) as process:
+            if is_asked:
+                formulations.ask(process)
+            process.kill()
+            process.wait()
+            formulations.ask(process)
+
+    with pytest.raises(UserError, match="that measured 'published' has ended"):
+        use()
+
+
 def test_the_command_packs_what_it_is_given_prints_a_table_and_writes_json(args, data, tmp_path):
     words = ["eval", data, "--config", args.config, "--rounds", "1", "--sentences", "4"]
     ending = run_command(

@@ -421,6 +421,18 @@ def test_the_remedies_of_an_earlier_training_work(straight, tmp_path, data, capf
 # ------------------------------------------------------------- from a checkpoint of another run
 
 
+def test_a_checkpoint_that_was_moved_away_takes_up_the_records_of_its_run(straight, tmp_path, data):
+    folder, number = tmp_path / "exp/tiny", steps_of(straight)[-1] // EPOCHS + 1
+    folder.mkdir(parents=True)
+    shutil.copy(straight / "metrics.jsonl", folder)
+    shutil.copy(straight / f"step_{number:08d}.pth", tmp_path / "archive.pth")
+    run_program("train.py", recipe(tmp_path, data), "TRAIN.resume", tmp_path / "archive.pth")
+    records = [read_jsonl(path / "metrics.jsonl") for path in (folder, straight)]
+    for record in itertools.chain(*records):
+        drop_measured(record)
+    assert records[0] == records[1]
+
+
 def test_a_run_from_anothers_checkpoint_does_not_write_over_its_own_folders(
     straight, tmp_path, data
 ):

@@ -407,12 +407,12 @@ def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
 @contextmanager
 def worker(args: argparse.Namespace, lmdb: Path, name: str) -> Iterator[subprocess.Popen]:
     """A process that makes a training step of one way whenever it is asked to (see `serve`)."""
-    command = [sys.executable, "tools/benchmark.py", args.command, lmdb, "--way", name]
+    program = Path(__file__).with_name("benchmark.py")
+    command = [sys.executable, program, args.command, lmdb, "--way", name]
     command += ["--config", args.config, "--batch", args.batch, "--device", args.device]
     command += ["--threads", args.threads or 0, "--opts", *args.opts]
     with subprocess.Popen(
         [str(word) for word in command],
-        cwd=Path(__file__).resolve().parents[1],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -420,7 +420,8 @@ def worker(args: argparse.Namespace, lmdb: Path, name: str) -> Iterator[subproce
         try:
             yield process
         finally:
-            process.stdin.close()  # which ends it
+            with suppress(BrokenPipeError):  # it has ended, and never read what it was asked
+                process.stdin.close()  # which ends it
 
 
 def ask(process: subprocess.Popen) -> dict:
@@ -429,7 +430,10 @@ def ask(process: subprocess.Popen) -> dict:
         print("step", file=process.stdin, flush=True)
     line = process.stdout.readline()
     if not line:
-        raise UserError("the process that measured one of the ways failed: see above")
+        way = process.args[process.args.index("--way") + 1]
+        raise UserError(
+            f"the process that measured {way!r} has ended: see above, or memory is short"
+        )
     return json.loads(line)
 
 

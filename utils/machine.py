@@ -18,8 +18,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep what this process frees, instead of giving it back at once.
 
     A training step on a CPU frees its maps and asks for them anew, and the system clears every
-    page of them again: an eighth of the step's time. Costs no memory at the peak but for what
-    cannot be fitted together again (3 %). For whole programs: it cannot be undone. Without effect
+    page of them again. Acts on the main thread's memory, which is where a step takes its own; the
+    process stays as large as it has once been, some per cent above what it would have been, for
+    what cannot be fitted together again. For whole programs: it cannot be undone. Without effect
     where the C library is not glibc.
     """
     import ctypes
