@@ -73,8 +73,8 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu" and not (options.recompute_backbone or options.recompute_decoder):
+        keep_freed_memory()  # who recomputes has less memory than time
     state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
     goes_on = resume.goes_on(cfg, source)
     # A checkpoint that was moved away takes up the records and pictures of its run again.
