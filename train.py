@@ -52,7 +52,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
 
     from engine import resume
     from engine.banner import announce
-    from engine.build import build_model, compile_model, restore_model
+    from engine.build import build_model, compile_model, restore_model, settle_memory
     from engine.checks import check_checkpoint, check_records
     from engine.dry_run import dry_run, without_writing
     from engine.evaluator import validation_protocol
@@ -63,7 +63,6 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     from utils.config import check_batch, save_config, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
-    from utils.machine import keep_freed_memory
     from utils.seed import deterministic, seed_everything
 
     if is_dry:
@@ -73,8 +72,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
-    if device.type == "cpu" and not (options.recompute_backbone or options.recompute_decoder):
-        keep_freed_memory()  # who recomputes has less memory than time
+    settle_memory(cfg, device)
     state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
     goes_on = resume.goes_on(cfg, source)
     # A checkpoint that was moved away takes up the records and pictures of its run again.

@@ -11,6 +11,7 @@ from utils.checkpoint import BEST, load_weights, read_checkpoint
 from utils.config import Config, check_clip_dims
 from utils.distributed import start
 from utils.errors import UserError
+from utils.machine import keep_freed_memory
 from utils.tokenizer import END_ID
 
 
@@ -97,6 +98,13 @@ def find_device(name: str | torch.device | None, purpose: str) -> torch.device:
             f"{purpose} {name}: it cannot be used here ({reason}); cpu always can"
         ) from None
     return device
+
+
+def settle_memory(cfg: Config, device: torch.device) -> None:
+    """Before training on a CPU: keep freed memory, unless the config recomputes to have more."""
+    recomputes = cfg.TRAIN.recompute_backbone or cfg.TRAIN.recompute_decoder
+    if device.type == "cpu" and not recomputes:
+        keep_freed_memory()
 
 
 def compile_model(model: Segmenter, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.measure import count_flops, gemm_peak, machine, ratios, spread, take_turns
 from utils.errors import UserError
-from utils.machine import keep_freed_memory, peak_memory
+from utils.machine import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -445,6 +445,8 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
     """
     import torch
 
+    from engine.build import settle_memory
+
     setting = Setting(args, lmdb)
     is_on_gpu = setting.device.type == "cuda"
     by_images = args.way == BY_IMAGES
@@ -452,8 +454,7 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
     if args.way == PUBLISHED:
         steps = published_steps(setting, batches)
     else:
-        if not is_on_gpu:
-            keep_freed_memory()
+        settle_memory(setting.cfg, setting.device)
         steps = our_steps(setting, batches, by_images)
     report: dict[str, float] = {}
     for number, _ in enumerate(sys.stdin):
