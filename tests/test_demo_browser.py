@@ -33,6 +33,9 @@ SIZE = (90, 120)
 # Of gradio's own, in every page of its; it says nothing of what was asked.
 KNOWN_COMPLAINT = "Method not implemented."
 API = "/gradio_api"
+# Each kind of part comes with a script of its own, so one may be there well before another.
+PARTS = ("photo input[type=file]", "sentence textarea", "threshold input[type=number]", "ask",
+         "mask", "heat", "mistake", "numbers", "times")  # fmt: skip
 
 
 class Demo(NamedTuple):
@@ -108,7 +111,8 @@ def photo(tmp_path) -> Path:
 
 def enter(page: "Page", demo: Demo) -> None:
     page.goto(demo.url)
-    page.wait_for_selector("#photo input[type=file]", state="attached")
+    for part in PARTS:
+        page.wait_for_selector(f"#{part}", state="attached")
 
 
 def drop(page: "Page", photo: Path) -> None:
