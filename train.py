@@ -48,19 +48,16 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     from contextlib import nullcontext
     from functools import partial
 
-    from loguru import logger
-
     from engine import resume
     from engine.banner import announce
-    from engine.build import build_model, compile_model, restore_model, settle_memory
-    from engine.checks import check_checkpoint, check_records
+    from engine.build import compile_model, settle_memory
     from engine.dry_run import dry_run, without_writing
     from engine.evaluator import validation_protocol
-    from engine.loaders import build_evaluation_loader, build_train_loader, report_records
+    from engine.loaders import build_loaders
     from engine.optim import build_optimizer, build_schedule, parameter_groups
     from engine.run import Run
     from engine.trainer import build_scaler, fit, resolve_precision
-    from utils.config import check_batch, save_config, to_dict
+    from utils.config import check_batch, to_dict
     from utils.distributed import wrap
     from utils.logger import Tracker, setup_logging
     from utils.seed import deterministic, seed_everything
@@ -73,25 +70,12 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
     settle_memory(cfg, device)
-    state, source = None, resume.choose_checkpoint(cfg, ranks, is_dry)
+    source = resume.choose_checkpoint(cfg, ranks, is_dry)
     goes_on = resume.goes_on(cfg, source)
     # A checkpoint that was moved away takes up the records and pictures of its run again.
     keeps = goes_on or (source is not None and not options.force)
-    if source:
-        model, state = restore_model(cfg, device, source, "TRAIN.resume")
-        resume.check_resumable(state, source)
-        check_checkpoint(cfg, state, source)
-    elif options.weight:
-        model, _ = restore_model(cfg, device, options.weight, "TRAIN.weight")
-    else:
-        model = build_model(cfg, device)
-    for lmdb in cfg.DATA.train_files:
-        check_records(cfg, lmdb, cfg.DATA.train_split)
-    check_records(cfg, cfg.DATA.val_lmdb, cfg.DATA.val_split)
-    train_loader = build_train_loader(cfg, micro_batch, ranks)
-    val_loader = build_evaluation_loader(
-        cfg, cfg.DATA.val_lmdb, ranks, sentences=options.val_sentences
-    )
+    model, state = resume.begin(cfg, device, source)
+    train_loader, val_loader = build_loaders(cfg, micro_batch, ranks)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     if options.compile:
         # Within DistributedDataParallel, which then hooks onto the parameters as ever.
@@ -111,14 +95,8 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
         deterministic(options.deterministic),
     ):
         setup_logging(None if is_dry else folder, ranks.is_main)
-        for notice in cfg.notices:
-            logger.info(notice)
-        if ranks.is_main:
-            report_records(cfg, train_loader.dataset.reader)
         if writes:
-            if not keeps:
-                resume.clear(folder)
-            save_config(cfg, folder / "config.yaml")
+            resume.prepare_folder(cfg, keeps)
         run = Run(
             cfg=cfg,
             ranks=ranks,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from engine.loaders import report_records
 from engine.run import Run
 from model.clip_archive import ClipSizes
 from utils.config import Config, to_dict
@@ -36,13 +37,16 @@ SAID = {
 
 
 def announce(run: Run, source: str | None) -> None:
-    """Log what `fit` is about to do with the run, a line a subject; rank 0 only.
+    """Log what stands out, then what `fit` is about to do, a line a subject; rank 0 only.
 
     Args:
         source: the checkpoint that the run goes on from, if any.
     """
     if not run.ranks.is_main:
         return
+    for notice in run.cfg.notices:
+        logger.info(notice)
+    report_records(run.cfg, run.train_loader.dataset.reader)
     for label, text in banner(run, source):
         logger.info(f"{label:<12}{text}".rstrip())
 

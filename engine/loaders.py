@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
+from engine.checks import check_records
 from utils.cache import SquareCache, SquareMaker, open_cache
 from utils.config import Config
 from utils.dataset import (
@@ -157,6 +158,23 @@ def training_records(cfg: Config, readers: Sequence[RecordReader]) -> Records:
     if len(records) == 0:
         raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
     return records
+
+
+def build_loaders(cfg: Config, micro_batch: int, ranks: Ranks) -> tuple[DataLoader, DataLoader]:
+    """Of training and of validation, on records that are what the config says they are.
+
+    Raises:
+        UserError: they are not, or cannot be read, or are fewer than a batch.
+    """
+    data = cfg.DATA
+    for lmdb in data.train_files:
+        check_records(cfg, lmdb, data.train_split)
+    check_records(cfg, data.val_lmdb, data.val_split)
+    sentences = cfg.TRAIN.val_sentences
+    return (
+        build_train_loader(cfg, micro_batch, ranks),
+        build_evaluation_loader(cfg, data.val_lmdb, ranks, sentences=sentences),
+    )
 
 
 def report_records(cfg: Config, records: Records) -> None:

@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 import torch
 from loguru import logger
 
+from engine.build import build_model, restore_model
+from engine.checks import check_checkpoint
 from engine.run import PICTURES, Run
+from model.segmenter import Segmenter
 from utils.checkpoint import find_newest, list_checkpoints, read_checkpoint, save_checkpoint
-from utils.config import AUTO, Config, to_dict
+from utils.config import AUTO, Config, save_config, to_dict
 from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop, unwrap
 from utils.errors import UserError
 from utils.lock import hold
@@ -132,7 +135,6 @@ def alone(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
         SystemExit: as `save_and_stop`.
     """
     folder = cfg.run_folder
-    # Launchers of several nodes may count restarts differently.
     if any_rank(is_restart())[0] and (folder / PREEMPTED).exists():
         raise SystemExit(EXIT_CODE)
     with ExitStack() as stack:
@@ -156,11 +158,20 @@ def _hold(folder: Path) -> AbstractContextManager[None]:
     return hold(folder / LOG, refuse, PATIENCE)
 
 
-def clear(folder: Path) -> None:
-    """Before a run that begins there: remove the checkpoints and pictures of one before it.
+def prepare_folder(cfg: Config, keeps: bool) -> None:
+    """Write the config to the run's folder; first remove what a run before it has left there.
 
-    Until it has some of its own, `TRAIN.resume auto` would take the others for them.
+    Until a run has checkpoints of its own, `TRAIN.resume auto` would take the others for them.
+
+    Args:
+        keeps: its checkpoints and pictures are those of this run.
     """
+    if not keeps:
+        _clear(cfg.run_folder)
+    save_config(cfg, cfg.run_folder / "config.yaml")
+
+
+def _clear(folder: Path) -> None:
     old = list_checkpoints(folder)
     if old:
         logger.warning(f"TRAIN.force: {len(old)} checkpoint(s) in {folder} are removed")
@@ -172,6 +183,7 @@ def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | 
     """The checkpoint to resume from, if any: the one that the config names, or the newest whole.
 
     A checkpoint of another folder is where a run begins; started again, it takes what it has saved.
+    A forced run begins anew each time that a person starts it, and goes on where torchrun does.
 
     Args:
         is_dry: look only; who trains there, and what a new training would remove, does not matter.
@@ -180,9 +192,11 @@ def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | 
             them; or another process holds the folder.
     """
     source = refusal = None
+    # Launchers of several nodes may count restarts differently.
+    (is_restarted,) = any_rank(is_restart())
     if ranks.is_main:
         try:
-            source = _choose(cfg, is_careful=not (cfg.TRAIN.force or is_dry))
+            source = _choose(cfg, not (cfg.TRAIN.force or is_dry), is_restarted)
         except (UserError, OSError) as error:
             refusal = error
     # On all ranks: who waits for a rank that has ended ends with a traceback.
@@ -193,7 +207,7 @@ def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | 
     return source
 
 
-def _choose(cfg: Config, is_careful: bool) -> str | None:
+def _choose(cfg: Config, is_careful: bool, is_restarted: bool) -> str | None:
     """`choose_checkpoint` on rank 0; careful of other processes, and of what is there."""
     folder, named = cfg.run_folder, cfg.TRAIN.resume
     if is_careful and (folder / LOG).is_file():
@@ -202,14 +216,16 @@ def _choose(cfg: Config, is_careful: bool) -> str | None:
             pass
     if named == AUTO:
         return _newest(cfg)
-    if goes_on(cfg, named) or not (is_careful and list_checkpoints(folder)):
+    if goes_on(cfg, named) or not list_checkpoints(folder):
         return named
-    # The same command may have saved them. Whether torchrun has restarted it would not tell: that
-    # restarts what was refused too.
-    newest = named and _newest(cfg)
+    # The same command may have saved them. That torchrun has restarted it tells so of a forced run
+    # only: it restarts what was refused too.
+    may_be_own = named is not None if is_careful else cfg.TRAIN.force and is_restarted
+    newest = _newest(cfg) if may_be_own else None
     if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
         return newest
-    if named is None or Path(named).is_file():  # who reads it tells that it is not there
+    # Who reads it tells that it is not there.
+    if is_careful and (named is None or Path(named).is_file()):
         _refuse_to_overwrite(cfg)
     return named
 
@@ -245,6 +261,24 @@ def _refuse_to_overwrite(cfg: Config) -> None:
             "go on with that run, give TRAIN.exp_name another name, or remove its checkpoints by "
             "TRAIN.force True"
         )
+
+
+def begin(cfg: Config, device: torch.device, source: str | None) -> tuple[Segmenter, dict | None]:
+    """The model that a run starts with, and the rest of the checkpoint, if it resumes one.
+
+    Args:
+        source: from `choose_checkpoint`; None: `TRAIN.weight`, or else CLIP's weights.
+    Raises:
+        UserError: what is named cannot be read, or does not belong to the config.
+    """
+    if source is None and cfg.TRAIN.weight:
+        return restore_model(cfg, device, cfg.TRAIN.weight, "TRAIN.weight")[0], None
+    if source is None:
+        return build_model(cfg, device), None
+    model, state = restore_model(cfg, device, source, "TRAIN.resume")
+    check_resumable(state, source)
+    check_checkpoint(cfg, state, source)
+    return model, state
 
 
 def check_resumable(state: dict, source: str) -> None:

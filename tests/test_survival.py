@@ -1,6 +1,7 @@
 """Ranks under torchrun that are killed, asked to stop or fail, and two launchers: all real."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,13 +147,31 @@ def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_pat
     assert_equal_runs(config, whole)
 
 
-def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
+def test_a_forced_run_that_is_restarted_goes_on_from_what_it_has_saved(
     data, tmp_path, start, whole
+):
+    config = recipe(tmp_path, data, epochs=EPOCHS, resume=None, force=True)
+    last = config.parent / "exp/tiny/last_model.pth"
+    last.parent.mkdir(parents=True)
+    shutil.copy(whole.parent / "exp/tiny/last_model.pth", last.with_name("step_00000099.pth"))
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, last.name)
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert err.count("TRAIN.force: 1 checkpoint(s)") == 1
+    assert err.count(f"{RESUMED}{last}") == 1
+    assert_equal_runs(config, whole)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
+    data, tmp_path, start, whole, force
 ):
     first = recipe(tmp_path / "first", data, epochs=1)
     assert torchrun(2, "train.py", "--config", first).returncode == 0
     other = first.parent / "exp/tiny/last_model.pth"
-    config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other))
+    config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other), force=force)
     last = config.parent / "exp/tiny/last_model.pth"
     process = start(config, *ONE, "--max-restarts=1")
     wait_for(process, config, last.name)
