@@ -5,6 +5,7 @@ with the mask at that size. An image is encoded once for all its sentences, and 
 and compared in threads while the model computes the next batch.
 """
 
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from utils.transforms import (
 
 # More at a time leave the CPU's caches, and gain nothing.
 CPU_SENTENCES = 4
+# Sentences whose maps may wait: they pile up where threads are slower than the model.
+MAX_PENDING = 512
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,19 @@ def evaluate(
         RuntimeError: a sentence was scored twice or not at all.
     """
     model = fold_batch_norm(model)
-    pending: list[Future] = []
-    with ThreadPoolExecutor(max_workers=threads) as pool:
+    pending: deque[Future] = deque()
+    rows: list[dict[str, SentenceScore]] = []
+    pool = ThreadPoolExecutor(max_workers=threads)
+    try:
         for batch in islice(loader if progress is None else progress, batches):
             for tasks, squares in _predict(model, batch, device, protocols, sentences_per_batch):
                 for row, task in enumerate(tasks):
                     maps = {name: square[row] for name, square in squares.items()}
                     pending.append(pool.submit(_score, task, maps, protocols, ceiling, rle))
-            _bound(pending)
-        rows = [future.result() for future in pending]
+            rows += _take(pending, MAX_PENDING)
+        rows += _take(pending, 0)
+    finally:
+        pool.shutdown(cancel_futures=True)  # who is stopped, or fails, leaves the rest unscored
     scores = {name: [row[name] for row in rows] for name in protocols}
     expected = loader.dataset.keys() if batches is None else None
     return {name: _gather(scores[name], expected) for name in protocols}
@@ -294,10 +301,13 @@ def encode_rle(mask: np.ndarray) -> str:
     return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
 
 
-def _bound(pending: list[Future], limit: int = 512) -> None:
-    """Wait for old results, so that maps do not pile up when threads are slower than the model."""
-    if len(pending) > limit:
-        pending[-limit].result()
+def _take(pending: deque[Future], left: int) -> Iterator[dict[str, SentenceScore]]:
+    """The oldest results: those that are there, and as many more as leave no more than `left`.
+
+    What a thread raised is raised here, soon after.
+    """
+    while pending and (len(pending) > left or pending[0].done()):
+        yield pending.popleft().result()
 
 
 def _gather(

@@ -1,6 +1,7 @@
 """The one evaluation loop, and what test.py makes of it."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from model.loss import resize_target
 from utils.config import Config, load_config
 from utils.dataset import SentenceTask, collate_images, load_mask
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader, RecordWriter
 from utils.tokenizer import token_lengths
@@ -251,6 +253,56 @@ def test_a_sentence_scored_twice_or_never_is_an_error(trained, cfg, data, images
     loader = DataLoader(dataset, sampler=images, collate_fn=collate_images)
     with on_cpu(), pytest.raises(RuntimeError, match=message):
         evaluate(trained, loader, ALONE.device, resolve_protocols("aligned"), 16)
+
+
+class Slow:
+    """A set of keys that takes its time to say that a key is not in it; it counts the keys."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.asked += 1
+        time.sleep(0.2)
+        return False
+
+
+def test_what_is_stopped_does_not_wait_for_masks_that_nobody_will_see(trained, cfg, data):
+    def stop_after_a_batch(loader: DataLoader) -> Iterator[dict]:
+        for batch in loader:
+            yield batch
+            assert len(batch["tasks"]) > 8
+            raise KeyboardInterrupt
+
+    loader, slow = build_evaluation_loader(cfg, val_lmdb(data), ALONE), Slow()
+    bar, protocols = stop_after_a_batch(loader), resolve_protocols("aligned")
+    with on_cpu(), pytest.raises(KeyboardInterrupt):
+        evaluate(trained, loader, ALONE.device, protocols, 16, rle=slow, progress=bar)
+    assert slow.asked <= 6  # those that two threads had begun
+
+
+def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(trained, cfg, data, tmp_path):
+    reader, lmdb = RecordReader(val_lmdb(data)), tmp_path / "cut.lmdb"
+    refs = [reader.ref(position) for position in range(len(reader))]
+    with RecordWriter(lmdb, "shapes", "cut") as writer:
+        for ref in refs:
+            writer.add_image(ref.image_key, reader.image(ref.image_key))
+            mask = b"no PNG" if ref is refs[0] else ref.mask
+            writer.add_ref(replace(ref, mask=mask), token_lengths(ref.sentences))
+    seen = []
+
+    def walk(loader: DataLoader) -> Iterator[dict]:
+        for batch in loader:
+            seen.append(batch)
+            yield batch
+            time.sleep(0.1)
+
+    loader = build_evaluation_loader(with_train(cfg, batch_size_val=1), str(lmdb), ALONE)
+    protocols = resolve_protocols("aligned")
+    assert len(loader) > 3
+    with on_cpu(), pytest.raises(UserError, match=f"mask of ref {refs[0].ref_id} cannot"):
+        evaluate(trained, loader, ALONE.device, protocols, 1, progress=walk(loader))
+    assert len(seen) <= 2
 
 
 def test_the_model_is_left_as_it_was(trained, cfg, data):
