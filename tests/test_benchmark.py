@@ -121,6 +121,7 @@ def test_an_epoch_of_a_config_is_timed_with_its_memory(data, tmp_path, workers):
         (["data", "--config", "no.yaml"], 1, "error: config file no.yaml"),
         (["eval", "no.lmdb"], 1, "error: no.lmdb does not exist: give an LMDB or a folder"),
         (["train", "--batch", "1"], 2, "--batch 1: give a number from 2"),
+        (["train", "tests", "--device", "gpu"], 1, "error: --device gpu: it cannot be used here"),
         ([], 2, "the following arguments are required: command"),
     ],
     ids=[
@@ -131,6 +132,7 @@ def test_an_epoch_of_a_config_is_timed_with_its_memory(data, tmp_path, workers):
         "no config",
         "no photos",
         "one",
+        "no device",
         "no command",
     ],
 )

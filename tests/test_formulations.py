@@ -134,6 +134,14 @@ def test_evaluation_compares_the_same_sentences_and_counts_the_same_pixels(args,
     assert json.loads(json.dumps(result)) == result
 
 
+def test_the_peak_is_that_of_the_device_that_is_measured(args, lmdb):
+    ways = {PUBLISHED: lambda: 0.1, OURS: lambda: 0.1}
+    flops = dict.fromkeys(ways, 10**9)
+    # Nothing is computed on the meta device, at a rate that no processor has.
+    result = formulations._measure(ways, flops, 1, 1, "images/s", torch.device("meta"))
+    assert result["gemm_gflops"] > 1e5
+
+
 def test_masks_of_the_random_weights_have_outlines(args, lmdb):
     setting = formulations.Setting(args, lmdb)
     images, tokens, _ = setting.published_batch([0, 1, 2])

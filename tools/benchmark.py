@@ -51,8 +51,10 @@ def measure_data(args: argparse.Namespace, folder: Path) -> dict:
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     """This repository against the published formulation."""
+    from engine.build import find_device
     from tools import formulations
 
+    find_device(args.device, "--device")  # before anything is packed
     ways = {
         "eval": formulations.compare_evaluation,
         "train": formulations.compare_training,

@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.machine import peak_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from engine.run import Run
@@ -206,7 +207,7 @@ def compare_evaluation(args: argparse.Namespace, lmdb: Path) -> dict:
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
     flops = {name: count_flops(way) for name, way in ways.items()}
     clocked = {name: partial(processor_seconds, way) for name, way in ways.items()}
-    result = _measure(clocked, flops, args.rounds, sentences, "sentences/s")
+    result = _measure(clocked, flops, args.rounds, sentences, "sentences/s", setting.device)
     assert counts[OURS].keys() == counts[PUBLISHED].keys()
     pairs = [(counts[OURS][key], counts[PUBLISHED][key]) for key in counts[OURS]]
     pixels = max(abs(a - b) for pair in pairs for a, b in zip(*pair, strict=True))
@@ -339,7 +340,7 @@ def compare_training(args: argparse.Namespace, lmdb: Path) -> dict:
         workers = {name: stack.enter_context(worker(args, lmdb, name)) for name in names}
         flops = {name: ask(workers[name])["flops"] for name in names}
         ways = {name: lambda name=name: ask(workers[name])["processor_seconds"] for name in names}
-        result = _measure(ways, flops, args.rounds, args.batch, "images/s")
+        result = _measure(ways, flops, args.rounds, args.batch, "images/s", setting.device)
     result |= {
         "what": f"training steps of {args.batch} refs at {setting.side} pixels, float32, dropout "
         f"{setting.cfg.TRAIN.dropout:g}, from the photos' bytes to the optimiser's step",
@@ -484,13 +485,14 @@ def _measure(
     rounds: int,
     count: int,
     unit: str,
+    device: "torch.device",
 ) -> dict[str, Any]:
     """Time the ways in turns; each gives the processor's seconds, and has run once before."""
-    peak = gemm_peak()
+    peak = gemm_peak(device=device)
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     turns = {name: lambda name=name, way=way: cpu[name].append(way()) for name, way in ways.items()}
     seconds = take_turns(turns, rounds, warmup=0)
-    peak = max(peak, gemm_peak())
+    peak = max(peak, gemm_peak(device=device))
     rows = {
         name: {
             unit: spread(count / s for s in values)._asdict(),

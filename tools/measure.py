@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 REST = "the rest"
@@ -141,7 +142,9 @@ def _counter():
     )
 
 
-def gemm_peak(side: int = 2048, seconds: float = 1.0, device: str = "cpu") -> float:
+def gemm_peak(
+    side: int = 2048, seconds: float = 1.0, device: "str | torch.device" = "cpu"
+) -> float:
     """The best rate of a square float32 matrix product, in operations a second.
 
     With torch's present number of threads; the best of as many tries as fit into `seconds`.
