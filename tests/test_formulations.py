@@ -14,7 +14,7 @@ from test_golden import case_config
 
 from model.loss import text_to_pixel_loss
 from model.segmenter import Segmenter, build_segmenter
-from tools import formulations
+from tools import formulations, published
 from tools.formulations import BY_IMAGES, OURS, PUBLISHED
 from tools.measure import count_flops, flops_by_part
 from tools.published import Published
@@ -132,6 +132,17 @@ def test_evaluation_compares_the_same_sentences_and_counts_the_same_pixels(args,
     found = re.match(r"evaluation of (\d+) sentences on (\d+) photos", result["what"])
     assert int(found[1]) >= 9
     assert json.loads(json.dumps(result)) == result
+
+
+def test_the_published_formulation_evaluates_photos_in_nchw(args, lmdb):
+    setting, layouts = formulations.Setting(args, lmdb), []
+    model = setting.published()
+    model.register_forward_pre_hook(lambda _, given: layouts.append(given[0].is_contiguous()))
+    published.evaluate(
+        model, setting.reader, [0, 1], setting.side, setting.word_len, setting.device
+    )
+    assert layouts
+    assert all(layouts)
 
 
 def test_the_peak_is_that_of_the_device_that_is_measured(args, lmdb):

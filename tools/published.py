@@ -275,7 +275,8 @@ def evaluate(
     counts = {}
     for position in positions:
         ref = reader.ref(position)
-        image = read_image(reader.image(ref.image_key), side)[None].to(device)
+        # Stacked, as its loader makes a batch of one: decoded pixels lie with channels last.
+        image = torch.stack([read_image(reader.image(ref.image_key), side)]).to(device)
         for place, sentence in enumerate(ref.sentences):
             tokens = tokenize(sentence, word_len).to(device)
             counts[position, place] = score(model(image, tokens), ref, side)
