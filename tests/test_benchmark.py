@@ -1,5 +1,6 @@
 """tools/benchmark.py: the ways of reading are the same and are told apart; an epoch is timed."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -100,8 +101,12 @@ def test_reading_real_photos_from_the_cache_is_at_least_five_times_as_fast(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_of_a_config_is_timed_with_its_memory(data, tmp_path, workers):
     config = write_config(tmp_path, data, workers=workers)
-    ending = run_command(sys.executable, "tools/benchmark.py", "data", "--config", config)
+    words, written = ["--config", config], tmp_path / "epoch.json"
+    ending = run_command(sys.executable, "tools/benchmark.py", "data", *words, "--json", written)
     assert ending.returncode == 0, ending.stderr
+    result = json.loads(written.read_text())
+    assert (result["command"], result["refs"], result["workers"]) == ("data", 40, workers)
+    assert result["machine"]["threads"] == 1
     assert re.search(
         rf"40 refs with 40 images in [\d.]+ s: [\d.]+ refs/s; {workers} workers; [\d.]+ s to beg",
         ending.stdout,

@@ -42,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure_data(args: argparse.Namespace, folder: Path) -> dict:
     """One epoch of a config's training loader, or ways of reading LMDB files."""
+    from tools.measure import machine
     from tools.reading import compare_readers, time_epoch
 
     if args.config:
-        return time_epoch(args.config, args.opts)
-    return compare_readers(args, args.cache or folder)
+        found = time_epoch(args.config, args.opts)
+    else:
+        found = compare_readers(args, args.cache or folder)
+    return {"command": args.command, "machine": machine(), **found}
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:

@@ -39,7 +39,7 @@ def compare_readers(args: argparse.Namespace, cache: Path) -> dict:
         print(f"{name:<44}{rate.median:>10.1f}{times.median:>17.2f}{bounds:>15}")
         rows[name] = {"samples_per_second": rate._asdict(), "ratio": times._asdict()}
     print(f"\none core, medians of {args.rounds} rounds in turn, {args.input_size} pixels")
-    return {"compared": compared, "ways": rows}
+    return {"compared": compared, "rounds": args.rounds, "ways": rows}
 
 
 def ways_of_reading(lmdbs: Sequence[Path], cache: Path, side: int, word_len: int) -> dict:
