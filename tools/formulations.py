@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.machine import peak_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from engine.run import Run
@@ -92,6 +93,7 @@ class Setting:
         import cv2
         import torch
 
+        from engine.build import find_device
         from utils.distributed import Ranks
         from utils.records import RecordReader
 
@@ -99,7 +101,7 @@ class Setting:
             torch.set_num_threads(args.threads)
         cv2.setNumThreads(1)
         self.cfg = find_config(args)
-        self.device = torch.device(args.device)
+        self.device = find_device(args.device, "--device")
         self.ranks = Ranks(0, 1, 0, 1, self.device)
         self.reader: RecordReader = RecordReader(lmdb)
         self.side, self.word_len = self.cfg.TRAIN.input_size, self.cfg.TRAIN.word_len
@@ -206,7 +208,7 @@ def compare_evaluation(args: argparse.Namespace, lmdb: Path) -> dict:
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
     flops = {name: count_flops(way) for name, way in ways.items()}
     clocked = {name: partial(processor_seconds, way) for name, way in ways.items()}
-    result = _measure(clocked, flops, args.rounds, sentences, "sentences/s")
+    result = _measure(clocked, flops, args.rounds, sentences, "sentences/s", setting.device)
     assert counts[OURS].keys() == counts[PUBLISHED].keys()
     pairs = [(counts[OURS][key], counts[PUBLISHED][key]) for key in counts[OURS]]
     pixels = max(abs(a - b) for pair in pairs for a, b in zip(*pair, strict=True))
@@ -339,7 +341,7 @@ def compare_training(args: argparse.Namespace, lmdb: Path) -> dict:
         workers = {name: stack.enter_context(worker(args, lmdb, name)) for name in names}
         flops = {name: ask(workers[name])["flops"] for name in names}
         ways = {name: lambda name=name: ask(workers[name])["processor_seconds"] for name in names}
-        result = _measure(ways, flops, args.rounds, args.batch, "images/s")
+        result = _measure(ways, flops, args.rounds, args.batch, "images/s", setting.device)
     result |= {
         "what": f"training steps of {args.batch} refs at {setting.side} pixels, float32, dropout "
         f"{setting.cfg.TRAIN.dropout:g}, from the photos' bytes to the optimiser's step",
@@ -384,6 +386,9 @@ def _without_dropout(model: "nn.Module") -> None:
 
 def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
     """Peak memory of two training steps, each way in a process of its own."""
+    from engine.build import find_device
+
+    device = find_device(args.device, "--device")
     rows: dict[str, list[int]] = {PUBLISHED: [], OURS: []}
     for name, values in rows.items():
         for _ in range(args.rounds):
@@ -391,11 +396,11 @@ def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
                 ask(process)
                 values.append(ask(process)["peak_memory"])
     side = find_config(args).TRAIN.input_size
-    where = "resident size" if args.device == "cpu" else "memory allocated on the GPU"
+    where = "resident size" if device.type == "cpu" else "memory allocated on the GPU"
     return {
         "what": f"peak {where} in two training steps of {args.batch} refs at {side} pixels",
         "unit": "bytes",
-        "machine": machine(),
+        "machine": machine(device),
         "ways": {name: {"bytes": spread(values)._asdict()} for name, values in rows.items()},
         "ratios": {OURS: ratios(rows[OURS], rows[PUBLISHED])._asdict()},
     }
@@ -449,6 +454,7 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
 
     setting = Setting(args, lmdb)
     is_on_gpu = setting.device.type == "cuda"
+    taken = partial(torch.cuda.max_memory_allocated, setting.device) if is_on_gpu else peak_memory
     by_images = args.way == BY_IMAGES
     batches = make_batches(setting.reader, args.batch, by_images)
     if args.way == PUBLISHED:
@@ -463,7 +469,7 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
             setting.weights.clear()  # the model has its own now
         else:
             report["processor_seconds"] = processor_seconds(steps.__next__)
-        report["peak_memory"] = torch.cuda.max_memory_allocated() if is_on_gpu else peak_memory()
+        report["peak_memory"] = taken()
         print(json.dumps(report), flush=True)
     return report
 
@@ -484,13 +490,14 @@ def _measure(
     rounds: int,
     count: int,
     unit: str,
+    device: "torch.device",
 ) -> dict[str, Any]:
     """Time the ways in turns; each gives the processor's seconds, and has run once before."""
-    peak = gemm_peak()
+    peak = gemm_peak(device=device)
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     turns = {name: lambda name=name, way=way: cpu[name].append(way()) for name, way in ways.items()}
     seconds = take_turns(turns, rounds, warmup=0)
-    peak = max(peak, gemm_peak())
+    peak = max(peak, gemm_peak(device=device))
     rows = {
         name: {
             unit: spread(count / s for s in values)._asdict(),
@@ -506,7 +513,7 @@ def _measure(
         if name != PUBLISHED
     }
     hints = {name: ratios(cpu[PUBLISHED], cpu[name])._asdict() for name in others}
-    result = {"unit": unit, "rounds": rounds, "machine": machine(), "gemm_gflops": peak / 1e9}
+    result = {"unit": unit, "rounds": rounds, "machine": machine(device), "gemm_gflops": peak / 1e9}
     return result | {"ways": rows, "ratios": others, "ratios_of_cpu_time": hints}
 
 
