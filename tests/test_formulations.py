@@ -191,6 +191,20 @@ def test_memory_is_measured_in_processes_of_their_own(args, lmdb):
     assert result["ratios"][OURS]["median"] > 0
 
 
+COMPARISONS = (
+    formulations.compare_evaluation,
+    formulations.compare_training,
+    formulations.compare_memory,
+)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_a_device_that_is_not_there_is_named(args, lmdb, comparison):
+    args.device = "cuda:99"
+    with pytest.raises(UserError, match=r"--device cuda:99: it cannot be used here"):
+        comparison(args, lmdb)
+
+
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_a_process_that_dies_is_named_in_a_line(args, lmdb, is_asked):
     def use() -> None:

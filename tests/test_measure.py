@@ -19,6 +19,7 @@ from tools.measure import (
     ratios,
     spread,
     take_turns,
+    waiting_for,
 )
 
 
@@ -40,6 +41,19 @@ def test_ways_take_turns_and_the_first_rounds_are_not_kept():
     assert calls == ["slow", "quick"] * 3
     assert [len(values) for values in seconds.values()] == [2, 2]
     assert min(seconds["slow"]) >= 0.02 > max(seconds["quick"])
+
+
+def test_what_is_waited_for_and_named_is_the_gpu_that_is_measured(monkeypatch):
+    waited, second = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"name of {device}")
+    waiting_for(torch.device("cpu"))()
+    assert waited == []
+    waiting_for(second)()
+    assert waited == [second]
+    assert machine(second)["gpu"] == "name of cuda:1"
+    assert machine(torch.device("cpu"))["gpu"] == machine()["gpu"] == "name of None"
 
 
 def test_operations_of_known_layers_are_counted_forward_and_backward():

@@ -66,6 +66,7 @@ def test_memory_on_the_cpu_is_that_of_the_process():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_on_a_gpu_is_the_most_that_tensors_took():
     device = torch.device("cuda", 0)
+    torch.cuda.init()  # a test that runs alone is the first to use the device
     torch.cuda.reset_peak_memory_stats(device)
     before = memory_in_use(device)
     block = torch.ones(2**26, dtype=torch.uint8, device=device)

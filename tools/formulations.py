@@ -93,6 +93,7 @@ class Setting:
         import cv2
         import torch
 
+        from engine.build import find_device
         from utils.distributed import Ranks
         from utils.records import RecordReader
 
@@ -100,7 +101,7 @@ class Setting:
             torch.set_num_threads(args.threads)
         cv2.setNumThreads(1)
         self.cfg = find_config(args)
-        self.device = torch.device(args.device)
+        self.device = find_device(args.device, "--device")
         self.ranks = Ranks(0, 1, 0, 1, self.device)
         self.reader: RecordReader = RecordReader(lmdb)
         self.side, self.word_len = self.cfg.TRAIN.input_size, self.cfg.TRAIN.word_len
@@ -385,6 +386,9 @@ def _without_dropout(model: "nn.Module") -> None:
 
 def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
     """Peak memory of two training steps, each way in a process of its own."""
+    from engine.build import find_device
+
+    device = find_device(args.device, "--device")
     rows: dict[str, list[int]] = {PUBLISHED: [], OURS: []}
     for name, values in rows.items():
         for _ in range(args.rounds):
@@ -392,11 +396,11 @@ def compare_memory(args: argparse.Namespace, lmdb: Path) -> dict:
                 ask(process)
                 values.append(ask(process)["peak_memory"])
     side = find_config(args).TRAIN.input_size
-    where = "resident size" if args.device == "cpu" else "memory allocated on the GPU"
+    where = "resident size" if device.type == "cpu" else "memory allocated on the GPU"
     return {
         "what": f"peak {where} in two training steps of {args.batch} refs at {side} pixels",
         "unit": "bytes",
-        "machine": machine(),
+        "machine": machine(device),
         "ways": {name: {"bytes": spread(values)._asdict()} for name, values in rows.items()},
         "ratios": {OURS: ratios(rows[OURS], rows[PUBLISHED])._asdict()},
     }
@@ -450,6 +454,7 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
 
     setting = Setting(args, lmdb)
     is_on_gpu = setting.device.type == "cuda"
+    taken = partial(torch.cuda.max_memory_allocated, setting.device) if is_on_gpu else peak_memory
     by_images = args.way == BY_IMAGES
     batches = make_batches(setting.reader, args.batch, by_images)
     if args.way == PUBLISHED:
@@ -464,7 +469,7 @@ def serve(args: argparse.Namespace, lmdb: Path) -> dict:
             setting.weights.clear()  # the model has its own now
         else:
             report["processor_seconds"] = processor_seconds(steps.__next__)
-        report["peak_memory"] = torch.cuda.max_memory_allocated() if is_on_gpu else peak_memory()
+        report["peak_memory"] = taken()
         print(json.dumps(report), flush=True)
     return report
 
@@ -508,7 +513,7 @@ def _measure(
         if name != PUBLISHED
     }
     hints = {name: ratios(cpu[PUBLISHED], cpu[name])._asdict() for name in others}
-    result = {"unit": unit, "rounds": rounds, "machine": machine(), "gemm_gflops": peak / 1e9}
+    result = {"unit": unit, "rounds": rounds, "machine": machine(device), "gemm_gflops": peak / 1e9}
     return result | {"ways": rows, "ratios": others, "ratios_of_cpu_time": hints}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.measure import REST, flops_by_part, machine, take_turns
+from tools.measure import REST, flops_by_part, machine, take_turns, waiting_for
 from utils.errors import UserError, run
 from utils.machine import peak_memory
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "input_size": cfg.TRAIN.input_size,
             "word_len": cfg.TRAIN.word_len,
             "device": str(device),
-            "machine": machine(),
+            "machine": machine(device),
             "parameters": parameters_by_part(model),
             "flops": operations_by_part(model, cfg, device),
             "sentences": args.sentences,
@@ -203,7 +203,7 @@ def measure(
     """Time calls that take turns, after `warmup` rounds that are not kept."""
     import numpy as np
 
-    wait = _wait(device)
+    wait = waiting_for(device)
 
     def waited(call: Callable[[], object]) -> Callable[[], None]:
         def way() -> None:
@@ -218,13 +218,6 @@ def measure(
         p10, median, p90 = (float(v) for v in np.quantile(values, (0.1, 0.5, 0.9)))
         found[name] = Times(median, p10, p90)
     return found
-
-
-def _wait(device: "torch.device") -> Callable[[], object]:
-    """What to call until the device has done its work."""
-    import torch
-
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def _peak(device: "torch.device") -> dict[str, int]:

@@ -7,6 +7,7 @@ the ways take turns. Operations are counted as executed, a multiplication and an
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -54,6 +55,13 @@ def take_turns(
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def waiting_for(device: "torch.device") -> Callable[[], object]:
+    """What to call until the device has done its work, which need not be the current GPU."""
+    import torch
+
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 # --------------------------------------------------------------------------------------- operations
@@ -152,7 +160,7 @@ def gemm_peak(
     import torch
 
     a, b = torch.rand(2, side, side, device=device)
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait = waiting_for(torch.device(device))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         wait()
@@ -166,14 +174,19 @@ def gemm_peak(
 # ------------------------------------------------------------------------------------------ machine
 
 
-def machine() -> dict[str, str | int]:
-    """What a figure depends on: processor, threads, versions."""
+def machine(device: "torch.device | None" = None) -> dict[str, str | int]:
+    """What a figure depends on: processor, threads, versions.
+
+    Args:
+        device: where was measured; if it is none of the GPUs, the current one is named.
+    """
     import torch
 
+    gpu = device if device is not None and device.type == "cuda" else None
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else "none",
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
