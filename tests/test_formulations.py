@@ -16,7 +16,9 @@ from model.loss import text_to_pixel_loss
 from model.segmenter import Segmenter, build_segmenter
 from tools import formulations, published
 from tools.formulations import BY_IMAGES, OURS, PUBLISHED
+from tools.latency import PARTS
 from tools.measure import count_flops, flops_by_part
+from tools.parts import OPTIMIZER, training_parts
 from tools.published import Published
 from utils.errors import UserError
 from utils.records import RecordReader
@@ -109,6 +111,7 @@ def args(data, tmp_path) -> Namespace:
         batch=4,
         sentences=9,
         by_images=True,
+        parts=True,
         command="train",
         way=None,
     )
@@ -167,6 +170,32 @@ def test_training_compares_the_first_step_and_measures_batches_by_image_apart(ar
     assert result["difference"]["loss of the first step, relative"] <= 1e-3
     assert result["ways"][OURS]["GFLOP"] < result["ways"][PUBLISHED]["GFLOP"]
     assert result["ways"][BY_IMAGES]["GFLOP"] < result["ways"][OURS]["GFLOP"]
+    parts = result["parts"]
+    assert list(parts) == [*PARTS, OPTIMIZER]
+    # Each part alone executes what it does within the step, and nothing is left over.
+    whole = sum(row["GFLOP"] for row in parts.values())
+    assert whole / 4 == pytest.approx(result["ways"][OURS]["GFLOP"], rel=1e-12)
+    assert all(row["seconds"]["low"] > 0 for row in parts.values())
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_part_alone_has_the_gradients_that_it_has_in_the_step():
+    model = small_segmenter().train()
+    photos, tokens, mask = random_batch(3, 64)
+    image = normalize_images(photos)
+    text_to_pixel_loss(model(image, tokens), mask).backward()
+    # The projector is last, so that one is the gradient of what it makes in the step as well.
+    expected = [parameter.grad for parameter in model.proj.parameters()]
+    for way in training_parts(model, image, tokens, mask).values():
+        way()
+    for gradient, parameter in zip(expected, model.proj.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_another_precision_than_that_of_both_ways_is_refused(args, lmdb):
+    args.opts = ["TRAIN.precision", "bf16"]
+    with pytest.raises(UserError, match=r"TRAIN\.precision: both ways are measured in float32"):
+        formulations.compare_training(args, lmdb)
 
 
 def test_batches_hold_each_ref_once_and_by_image_those_of_an_image(lmdb):

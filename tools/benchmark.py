@@ -106,6 +106,9 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     both["train"].add_argument(
         "--by-images", action="store_true", help="measure TRAIN.batch_by images as well"
     )
+    both["train"].add_argument(
+        "--parts", action="store_true", help="measure each part of the model alone as well"
+    )
     for name, command in (both | {"data": data}).items():
         rounds = ROUNDS[name]
         command.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")

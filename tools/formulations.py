@@ -16,7 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.measure import count_flops, gemm_peak, machine, ratios, spread, take_turns
+from tools.measure import (
+    count_flops,
+    gemm_peak,
+    machine,
+    ratios,
+    spread,
+    take_turns,
+    waiting_for,
+)
+from tools.parts import measure_parts, show_parts
 from utils.errors import UserError
 from utils.machine import peak_memory
 
@@ -77,6 +86,8 @@ def find_config(args: argparse.Namespace) -> "Config":
     """The config that is measured; where CLIP's archive is not at hand, RN50's sizes do."""
     from utils.config import load_config
 
+    if "TRAIN.precision" in args.opts:
+        raise UserError("TRAIN.precision: both ways are measured in float32; leave it out")
     opts = [*args.opts, "TRAIN.precision", "fp32", "TRAIN.accumulation_steps", "1"]
     opts += ["TRAIN.workers_val", "0"]
     cfg = load_config(args.config, opts)
@@ -333,6 +344,8 @@ def make_batches(reader: "RecordReader", size: int, by_images: bool) -> list[lis
 
 def compare_training(args: argparse.Namespace, lmdb: Path) -> dict:
     """Images (refs) a second of a training step, reading included."""
+    from engine.build import settle_memory
+
     setting = Setting(args, lmdb)
     by_refs = make_batches(setting.reader, args.batch, by_images=False)
     difference = _training_off(setting, by_refs[0])
@@ -347,6 +360,11 @@ def compare_training(args: argparse.Namespace, lmdb: Path) -> dict:
         f"{setting.cfg.TRAIN.dropout:g}, from the photos' bytes to the optimiser's step",
         "difference": difference,
     }
+    if args.parts:
+        batch, run = setting.published_batch(by_refs[0]), build_run(setting)
+        settle_memory(setting.cfg, setting.device)
+        wait = waiting_for(setting.device)
+        result["parts"] = measure_parts(run.model, run.optimizer, batch, wait, args.rounds)
     return result
 
 
@@ -541,6 +559,8 @@ def show(result: dict) -> None:
         print(f"processor time, which other programs disturb less, {name}: {middle} {bounds}")
     for name, value in result.get("difference", {}).items():
         print(f"largest difference, {name}: {value:.2g}")
+    if "parts" in result:
+        show_parts(result["parts"], result["gemm_gflops"])
 
 
 def _bounds(values: Mapping[str, float], digits: int, scale: float = 1) -> list[str]:

@@ -128,16 +128,21 @@ def with_published_sizes(cfg: "Config") -> "Config":
     return replace(cfg, TRAIN=replace(cfg.TRAIN, clip_pretrain=None, clip_arch=arch))
 
 
+def part_of(name: str) -> str:
+    """Which of `PARTS` a parameter of the model belongs to."""
+    (part,) = (
+        part
+        for part, modules in PARTS.items()
+        if any(f"{name}.".startswith(f"{module}.") for module in modules)
+    )
+    return part
+
+
 def parameters_by_part(model: "Segmenter") -> dict[str, int]:
     """Numbers in each part's parameters; together all there are."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        (part,) = (
-            part
-            for part, modules in PARTS.items()
-            if any(f"{name}.".startswith(f"{module}.") for module in modules)
-        )
-        counts[part] += parameter.numel()
+        counts[part_of(name)] += parameter.numel()
     return counts
 
 
