@@ -270,7 +270,7 @@ def test_tensor_that_lies_outside_its_storage_is_an_error(archive, tmp_path, off
         number = b"\x8a\x08" + offset.to_bytes(8, "little", signed=True)
         return re.sub(rb"(Qq.)K\0", lambda found: found[1] + number, content, flags=re.DOTALL)
 
-    with pytest.raises(ArchiveError, match=r"damaged.*(storage|offset)"):
+    with pytest.raises(ArchiveError, match=r"damaged.*([Ss]torage|offset)"):
         read_clip(rewritten(archive, tmp_path / "outside.pt", doctored))
 
 
