@@ -119,7 +119,7 @@ def descend(
     ranks: Ranks, config: Path, *opts: object, optimizer: type = torch.optim.SGD, lr: float = 0.01
 ) -> tuple[list[float], Run]:
     """The first steps of a training, by plain gradient descent or another: losses, and the run."""
-    with mock.patch("engine.build.build_model", build_double):
+    with mock.patch("engine.resume.build_model", build_double):
         run = build_run(config, *opts, ranks=ranks)
     parameters = {"params": run.model.parameters(), "name": "all"}
     run.optimizer = optimizer([parameters], lr=lr, fused=True)
