@@ -33,6 +33,7 @@ from engine.trainer import Run, forward_backward, train_one_epoch, validate
 from utils import distributed
 from utils.config import Config
 from utils.distributed import GlooBatchNorm, Ranks, name_start, synchronize_batchnorm, unwrap, wrap
+from utils.errors import UserError
 from utils.transforms import normalize_images
 
 STEPS = 5
@@ -312,6 +313,15 @@ def test_a_plain_start_takes_all_visible_gpus(monkeypatch):
     assert distributed.wants_launch()
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun has done it already
     assert not distributed.wants_launch()
+
+
+def test_more_ranks_than_gpus_are_told_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    message = r"rank 2 of this machine has no GPU, .* torchrun --nproc_per_node=2, or "
+    with pytest.raises(UserError, match=message):
+        distributed.start()
 
 
 # ------------------------------------------------------------------------------------- torchrun

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import UserError
+
 
 class Ranks(NamedTuple):
     """Where this process stands."""
@@ -36,9 +38,16 @@ def start(alone: bool = False) -> Ranks:
 
     Args:
         alone: stay a single process whatever the environment says.
+    Raises:
+        UserError: there are GPUs, and fewer than ranks on this machine.
     """
     local_rank = 0 if alone else int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU, since {count} can be seen: give "
+            f"torchrun --nproc_per_node={count}, or show more in CUDA_VISIBLE_DEVICES"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
