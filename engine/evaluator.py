@@ -23,6 +23,7 @@ from model.neck import ImageFeatures
 from utils.config import Config
 from utils.dataset import EvaluationBatch, EvaluationDataset, SentenceTask, load_mask
 from utils.distributed import gather_objects
+from utils.machine import available_cores
 from utils.metrics import intersection_and_union, iou, summarize
 from utils.transforms import (
     PROTOCOLS,
@@ -36,6 +37,7 @@ from utils.transforms import (
 
 # More at a time leave the CPU's caches, and gain nothing.
 CPU_SENTENCES = 4
+MAX_THREADS = 8  # that score; a GPU outruns two
 # Sentences whose maps may wait: they pile up where threads are slower than the model.
 MAX_PENDING = 512
 
@@ -121,7 +123,7 @@ def evaluate(
     *,
     ceiling: bool = False,
     rle: bool | Container[tuple[int, int]] = False,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Iterable | None = None,
     batches: int | None = None,
 ) -> Scores:
@@ -135,7 +137,7 @@ def evaluate(
         sentences_per_batch: at most so many at a time.
         ceiling: fill these fields of the scores.
         rle: fill this field of all scores, or of those with these keys.
-        threads: that restore and compare masks.
+        threads: that restore and compare masks; None: half of the cores, from 2 to `MAX_THREADS`.
         progress: wraps the loader, to show how far it is.
         batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
@@ -146,6 +148,7 @@ def evaluate(
     model = fold_batch_norm(model)
     pending: deque[Future] = deque()
     rows: list[dict[str, SentenceScore]] = []
+    threads = threads or min(max(available_cores() // 2, 2), MAX_THREADS)
     pool = ThreadPoolExecutor(max_workers=threads)
     try:
         for batch in islice(loader if progress is None else progress, batches):

@@ -336,9 +336,27 @@ def test_a_traceback_is_shown_on_demand(monkeypatch):
         run(fail)
 
 
+def test_too_little_memory_is_told_with_its_remedy(monkeypatch):
+    def on_a_gpu() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    told = "error: there is not enough memory for {} more; lower TRAIN.batch_size or "
+    with pytest.raises(SystemExit, match=told.format("20.00 MiB")):
+        run(on_a_gpu)
+    with pytest.raises(SystemExit, match=told.format("4000000000000000 bytes")):
+        run(lambda: torch.empty(10**15))
+    with pytest.raises(SystemExit, match="error: there is not enough memory; lower"):
+        run(lambda: bytearray(2**62))
+    monkeypatch.setenv("CRIS_TRACEBACK", "1")
+    with pytest.raises(torch.OutOfMemoryError):
+        run(on_a_gpu)
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="must match"):
+        run(lambda: torch.ones(2) + torch.ones(3))
 
 
 def test_stopping_by_hand_is_no_error():

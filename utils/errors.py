@@ -13,8 +13,8 @@ class UserError(ValueError):
 def run(main: Callable[[], None]) -> None:
     """Run an entry point, turning foreseen failures into `error: ...` and exit code 1.
 
-    Foreseen are `UserError`, and what the system refuses to do with a named file (no permission,
-    no space, a file where a folder should be).
+    Foreseen are `UserError`, what the system refuses to do with a named file (no permission, no
+    space, a file where a folder should be), and that memory is short.
 
     Args:
         main: the program; takes no arguments.
@@ -30,8 +30,24 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, OSError):
             sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("CRIS_TRACEBACK") or not _is_out_of_memory(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        what = f" for {asked[1]} more" if asked else ""
+        sys.exit(
+            f"error: there is not enough memory{what}; lower TRAIN.batch_size or "
+            "TRAIN.batch_size_val, or see docs/memory.md"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no room: on a GPU, for Python, or for torch on the CPU."""
+    # By name, since what answers at once does not import torch.
+    kind = type(error).__name__
+    return kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def _line(error: Exception) -> str:
