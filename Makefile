@@ -30,8 +30,8 @@ test-full: install ## Run all the tests
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
-	@$(BIN)/python -m pytest tests/test_demo.py tests/test_demo_browser.py tests/test_answers.py \
-	    tests/test_photos.py tests/test_predict.py tests/test_predictor.py tests/test_visualize.py
+	@$(BIN)/python -m pytest tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/engine/test_answers.py \
+	    tests/utils/test_photos.py tests/tools/test_predict.py tests/engine/test_predictor.py tests/utils/test_visualize.py
 
 lint: install ## Check style, and that the files are formatted
 	@$(BIN)/ruff check .

@@ -9,7 +9,7 @@ a sentence to the .jsonl beside it, and a page to look at to report/index.html t
 """
 
 from utils.arguments import parse_config_arguments
-from utils.errors import run as run_main
+from utils.errors import run_entry_point
 
 
 def main() -> None:
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_entry_point(main)

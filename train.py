@@ -12,7 +12,7 @@ first form starts one rank on each. Everything is written to <output_folder>/<ex
 import sys
 
 from utils.arguments import parse_config_arguments
-from utils.errors import run as run_main
+from utils.errors import run_entry_point
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     goes_on = resume.goes_on(cfg, source)
     # A checkpoint that was moved away takes up the records and pictures of its run again.
     keeps = goes_on or (source is not None and not options.force)
-    model, state = resume.begin(cfg, device, source)
+    model, state = resume.load_start(cfg, device, source)
     train_loader, val_loader = build_loaders(cfg, micro_batch, ranks)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     if options.compile:
@@ -90,7 +90,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     tracker = partial(Tracker, folder if writes else None, options.wandb, options.exp_name)
     # Nothing is written before everything that can be missing has been found.
     with (
-        nullcontext() if is_dry else resume.alone(cfg, ranks, is_new=not goes_on),
+        nullcontext() if is_dry else resume.hold_run_folder(cfg, ranks, is_new=not goes_on),
         tracker(to_dict(cfg), resume.records_until(state) if keeps else None) as tracker,
         deterministic(options.deterministic),
     ):
@@ -119,4 +119,4 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_entry_point(main)

@@ -80,7 +80,7 @@ def _note(faults: Tensor, is_bad: Tensor, position: int) -> None:
     first += (first == 0) * is_bad * position
 
 
-def look(run: Run) -> int:
+def log_skipped_steps(run: Run) -> int:
     """Tell of the steps that were left out since the last look. Waits for the device.
 
     Returns:

@@ -122,7 +122,7 @@ def save_and_stop(run: Run) -> NoReturn:
 
 
 @contextmanager
-def alone(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
+def hold_run_folder(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
     """Hold the run's folder, so that no second run writes there (`TRAIN.force` lets it).
 
     The mark of an earlier start that was asked to stop is removed; torchrun restarting ranks that
@@ -263,7 +263,9 @@ def _refuse_to_overwrite(cfg: Config) -> None:
         )
 
 
-def begin(cfg: Config, device: torch.device, source: str | None) -> tuple[Segmenter, dict | None]:
+def load_start(
+    cfg: Config, device: torch.device, source: str | None
+) -> tuple[Segmenter, dict | None]:
     """The model that a run starts with, and the rest of the checkpoint, if it resumes one.
 
     Args:

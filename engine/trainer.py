@@ -8,7 +8,7 @@ from loguru import logger
 from torch import Tensor
 
 from engine.evaluator import describe_scores, evaluate, summarize_scores
-from engine.guard import apply_step, finite_statistics, look
+from engine.guard import apply_step, finite_statistics, log_skipped_steps
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
 from engine.resume import save, save_if_due, stoppable
@@ -116,7 +116,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
         if run.position % train.print_freq == 0 or run.position == steps:
             passes = (run.position - 1) % train.print_freq + 1
             values = means(window, passes * train.accumulation_steps)
-            values["skipped_steps"] = look(run)
+            values["skipped_steps"] = log_skipped_steps(run)
             values |= pace.lap(train.batch_size // train.accumulation_steps)
             log_step(run, epoch, run.position, steps, values)
             bar.set_postfix_str(describe_step(values))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.recompute import run
+from model.recompute import checkpointed
 
 HEAD_WIDTH = 64  # channels per attention head, in CLIP's attention pool and text transformer
 
@@ -117,7 +117,8 @@ class DenseResNet(nn.Module):
             width: channels after the stem.
             embed_dim: channels of the last map, CLIP's joint embedding width.
             resolution: image side that CLIP was trained at, in pixels; sets the positional table.
-            recompute: keep what enters stem, bottlenecks and attention pool alone, see `run`.
+            recompute: keep what enters stem, bottlenecks and attention pool alone, see
+                `checkpointed`.
         """
         super().__init__()
         self.recompute = recompute
@@ -150,14 +151,14 @@ class DenseResNet(nn.Module):
         Returns:
             C3 (B, 8·width, S/8, S/8), C4 (B, 16·width, S/16, S/16), C5 (B, embed_dim, S/32, S/32).
         """
-        x = run(self.stem, image, recompute=self.recompute)
+        x = checkpointed(self.stem, image, recompute=self.recompute)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = run(block, x, recompute=self.recompute)
+                x = checkpointed(block, x, recompute=self.recompute)
             maps.append(x)
         _, c3, c4, c5 = maps
-        return c3, c4, run(self.attnpool, c5, recompute=self.recompute)
+        return c3, c4, checkpointed(self.attnpool, c5, recompute=self.recompute)
 
 
 class QuickGELU(nn.Module):
@@ -201,7 +202,7 @@ class TextTransformer(nn.Module):
         length = x.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         for block in self.resblocks:
-            x = run(block, x, hidden, recompute=self.recompute)
+            x = checkpointed(block, x, hidden, recompute=self.recompute)
         return x
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.dropout import Dropout, draw_kept
-from model.recompute import run
+from model.recompute import checkpointed
 
 
 class DecoderLayer(nn.Module):
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         word_pos = sequence_positions(words.shape[1], channels, vis.device).to(words.dtype)
         x = vis.flatten(2).transpose(1, 2)
         for layer in self.layers:
-            x = run(layer, x, words, vis_pos, word_pos, pad_mask, recompute=self.recompute)
+            x = checkpointed(layer, x, words, vis_pos, word_pos, pad_mask, recompute=self.recompute)
         return self.norm(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
 

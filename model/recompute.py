@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def run(function: Callable, *inputs: Tensor, recompute: bool) -> Any:
+def checkpointed(function: Callable, *inputs: Tensor, recompute: bool) -> Any:
     """`function(*inputs)`; with `recompute` only the inputs are kept for the backward pass.
 
     It then calls the function a second time, with the same dropout; outputs, gradients and

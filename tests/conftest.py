@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_helpers import make_shapes
+from helpers import ROOT, make_shapes, threads, write_records
 from loguru import logger
-from samples import ROOT, threads, write_records
 
 
 @pytest.fixture(scope="session")

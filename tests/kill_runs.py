@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-from engine_helpers import run_program
+from helpers import run_program
 
 from engine import resume, trainer
 

@@ -16,10 +16,9 @@ from pathlib import Path
 import lmdb
 import pytest
 import torch
-from engine_helpers import error_of, run_command, run_program, write_config
-from samples import ROOT, with_bad_image
+from helpers import ROOT, error_of, run_command, run_program, with_bad_image, write_config
 
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RecordWriter
 
 
@@ -330,10 +329,10 @@ def test_a_traceback_is_shown_on_demand(monkeypatch):
 
     monkeypatch.setenv("CRIS_TRACEBACK", "1")
     with pytest.raises(UserError, match="no such thing"):
-        run(fail)
+        run_entry_point(fail)
     monkeypatch.delenv("CRIS_TRACEBACK")
     with pytest.raises(SystemExit, match="error: no such thing"):
-        run(fail)
+        run_entry_point(fail)
 
 
 def test_too_little_memory_is_told_with_its_remedy(monkeypatch):
@@ -342,21 +341,21 @@ def test_too_little_memory_is_told_with_its_remedy(monkeypatch):
 
     told = "error: there is not enough memory for {} more; lower TRAIN.batch_size or "
     with pytest.raises(SystemExit, match=told.format("20.00 MiB")):
-        run(on_a_gpu)
+        run_entry_point(on_a_gpu)
     with pytest.raises(SystemExit, match=told.format("4000000000000000 bytes")):
-        run(lambda: torch.empty(10**15))
+        run_entry_point(lambda: torch.empty(10**15))
     with pytest.raises(SystemExit, match="error: there is not enough memory; lower"):
-        run(lambda: bytearray(2**62))
+        run_entry_point(lambda: bytearray(2**62))
     monkeypatch.setenv("CRIS_TRACEBACK", "1")
     with pytest.raises(torch.OutOfMemoryError):
-        run(on_a_gpu)
+        run_entry_point(on_a_gpu)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 // 0)
+        run_entry_point(lambda: 1 // 0)
     with pytest.raises(RuntimeError, match="must match"):
-        run(lambda: torch.ones(2) + torch.ones(3))
+        run_entry_point(lambda: torch.ones(2) + torch.ones(3))
 
 
 def test_stopping_by_hand_is_no_error():
@@ -364,7 +363,7 @@ def test_stopping_by_hand_is_no_error():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ending:
-        run(stop)
+        run_entry_point(stop)
     assert ending.value.code == 130
 
 

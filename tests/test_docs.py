@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from samples import ROOT
+from helpers import ROOT
 
 PAGES = sorted(chain(*(ROOT.glob(p) for p in ("*.md", "docs/*.md", "tools/*.md", "datasets/*.md"))))
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -4,13 +4,12 @@ import ast
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 import pytest
-from samples import ROOT
+from helpers import ROOT
 
 LEAVES = {
     "utils.arguments",
@@ -43,13 +42,6 @@ def module_files() -> dict[str, str]:
 
 
 SOURCES = module_files()
-TOOLS = sorted(
-    name for name, text in SOURCES.items() if name.startswith("tools.") and "def main(" in text
-)
-
-
-# Run without arguments, by make; it shares its pictures and metrics with what it starts.
-LOADS_TORCH = {"tools.quickstart"}
 
 
 class Import(NamedTuple):
@@ -220,29 +212,3 @@ def test_importing_any_module_does_nothing_and_loads_neither_wandb_nor_torchvisi
     assert result.stderr == ""
     assert not {"wandb", "torchvision"} & set(json.loads(result.stdout))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", sorted({*ENTRIES, *TOOLS} - LOADS_TORCH))
-def test_help_is_printed_without_loading_torch(name):
-    path = f"{name.replace('.', '/')}.py"
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{path!r}, '--help']\n"
-        f"try: runpy.run_path({path!r}, run_name='__main__')\n"
-        "except SystemExit as end: assert end.code in (0, None), end.code\n"
-        "assert not {'torch', 'wandb', 'torchvision'} & set(sys.modules)\n"
-    )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
-    assert "usage:" in result.stdout
-
-
-def test_help_of_train_comes_at_once():
-    seconds = []
-    for _ in range(3):  # the best of three, as others may be using the machine
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "train.py", "--help"], cwd=ROOT, check=True, capture_output=True
-        )
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from engine_helpers import (
+from helpers import (
+    ROOT,
     load,
     pack,
     read_jsonl,
@@ -16,7 +17,6 @@ from engine_helpers import (
     write_config,
 )
 from PIL import Image
-from samples import ROOT
 
 from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
     from engine.report.pages import Scored
@@ -335,4 +335,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import Refer
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.tokenizer import token_lengths
 
@@ -180,4 +180,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.demo_server import MB, listen, serve
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
     from utils.config import Config
@@ -134,4 +134,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
     from engine.export import Case, Difference
@@ -179,4 +179,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
 from tools.refer import check_fields, load_plain
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.photos import decode
 from utils.records import (
     LARGEST,
@@ -482,4 +482,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

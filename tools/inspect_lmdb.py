@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -360,4 +360,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

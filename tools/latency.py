@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.measure import REST, flops_by_part, machine, take_turns, waiting_for
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.machine import peak_memory
 
 if TYPE_CHECKING:
@@ -282,4 +282,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -24,7 +24,7 @@ from tools.data_process import encode_mask
 from tools.download import check_space
 from tools.folder2lmdb import packed_summary, read_file
 from tools.refer import draw_segmentation
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
 from utils.photos import decode
 from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
@@ -392,4 +392,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.config import load_config
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import METRICS
 
@@ -391,4 +391,4 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.download import UnfitError, check_file, check_space, fetch, members, show_bytes, unzip
 from tools.inspect_lmdb import PUBLISHED
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 
 MB = 10**6
@@ -564,4 +564,4 @@ def _address(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

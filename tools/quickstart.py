@@ -29,7 +29,7 @@ from engine.tester import REPORT, print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, KINDS, blind_baselines, is_complete, kind_of
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.logger import METRICS, duration
 from utils.metrics import summarize
 from utils.records import RecordReader
@@ -273,4 +273,4 @@ def example(record: Mapping, reader: RecordReader, position: int) -> Image.Image
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import load_refs
-from utils.errors import UserError, run
+from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.machine import available_cores
 
@@ -773,4 +773,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

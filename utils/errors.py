@@ -10,7 +10,7 @@ class UserError(ValueError):
     """Something that the person at the terminal can put right; its text is one line saying how."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_entry_point(main: Callable[[], None]) -> None:
     """Run an entry point, turning foreseen failures into `error: ...` and exit code 1.
 
     Foreseen are `UserError`, what the system refuses to do with a named file (no permission, no

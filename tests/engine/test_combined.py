@@ -1,0 +1,420 @@
+"""Several data sets in one run: what is left out, what is kept, and that nothing is mixed up."""
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import (
+    ALONE,
+    CPU,
+    ROOT,
+    encoded,
+    error_of,
+    loader_config,
+    pack,
+    run_program,
+    sample_ref,
+    smooth_photo,
+    write_config,
+)
+from torch.utils.data import DataLoader
+
+from engine.loaders import build_train_loader, report_records, training_records
+from tools.inspect_lmdb import PUBLISHED
+from utils.config import load_config
+from utils.dataset import TrainingDataset, group_by_image, load_image
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.records import ImageSet, JoinedReader, RecordReader, RecordWriter
+
+SIZE = (40, 60)
+
+
+def write(path: Path, images: Sequence[tuple[int, int | None]], seed: int) -> Path:
+    """Records of images (number in the key, id) with 1-3 refs each; pixels by seed and number."""
+    position = 0
+    with RecordWriter(path, path.parent.name, path.stem) as writer:
+        for number, image_id in images:
+            photo = smooth_photo(np.random.default_rng([seed, number]), *SIZE)
+            key = f"image_{number}.jpg"
+            writer.add_image(key, encoded(photo, ".jpg"))
+            for _ in range(1 + number % 3):
+                ref = sample_ref(position, number, SIZE, 1 + position % 4)
+                fields = {**vars(ref), "image_key": key, "image_id": image_id}
+                writer.add_ref(type(ref)(**fields), [4] * len(ref.sentences))
+                position += 1
+    return path
+
+
+def numbered(*numbers: int) -> list[tuple[int, int]]:
+    return [(number, number) for number in numbers]
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    """Two training files that share photos with each other, with val and with test."""
+    return {
+        "one": write(tmp_path / "one/train.lmdb", numbered(*range(12)), seed=0),
+        "two": write(tmp_path / "two/train.lmdb", numbered(*range(6, 20)), seed=0),
+        "val": write(tmp_path / "one/val.lmdb", numbered(3, 7, 30), seed=0),
+        "test": write(tmp_path / "two/test.lmdb", numbered(8, 15, 31), seed=0),
+    }
+
+
+def joined(files: dict[str, Path], **more: object):
+    """A config over both files that leaves out the images of val and test."""
+    return loader_config(
+        files["val"],
+        files=[str(files["one"]), str(files["two"])],
+        exclude=[str(files["val"]), str(files["test"])],
+        **more,
+    )
+
+
+# ---------------------------------------------------------------------------------------- left out
+
+
+@pytest.mark.parametrize("batch_by", ["refs", "images"])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", [False, True])
+def test_no_excluded_image_is_trained_on(files, tmp_path, batch_by, workers, cache):
+    """Neither a ref nor a pixel of one, in three epochs."""
+    folder = tmp_path / "cache" if cache else "null"
+    cfg = joined(files, batch_by=batch_by, workers=workers, batch_size=2, cache=folder)
+    loader = build_train_loader(cfg, 2, ALONE)
+    records = loader.dataset.reader
+    excluded = [RecordReader(files[name]) for name in ("val", "test")]
+    forbidden_ids = {i for reader in excluded for i in reader.index.image_ids}
+    forbidden_pixels = {
+        load_image(reader, reader.ref(i), 32).tobytes()
+        for reader in excluded
+        for i in range(len(reader))
+    }
+    assert len(forbidden_pixels) == 6
+    trained: Counter = Counter()
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            trained.update(records.ref(p).image_id for p in batch["positions"].tolist())
+            for image in batch["images"]:
+                assert image.numpy().tobytes() not in forbidden_pixels
+    assert not forbidden_ids & trained.keys()
+    assert trained.keys() == set(range(20)) - {3, 7, 8, 15}
+
+
+def test_everything_else_is_trained_on_once_an_epoch(files):
+    loader = build_train_loader(joined(files, batch_size=2), 2, ALONE)
+    records = loader.dataset.reader
+    seen = [records.locate(p) for batch in loader for p in batch["positions"].tolist()]
+    assert len(seen) == len(set(seen)) == len(records) - len(records) % 2
+    kept = {
+        (reader.path, i)
+        for reader in (RecordReader(files["one"]), RecordReader(files["two"]))
+        for i in range(len(reader))
+        if reader.ref(i).image_id not in {3, 7, 8, 15}
+    }
+    assert len(records) == len(kept)
+    assert {(reader.path, i) for reader, i in seen} <= kept
+
+
+def test_what_is_left_out_is_counted(files, log_lines):
+    cfg = joined(files)
+    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_files]))
+    one = [3, 7, 8]  # each with 1 + number % 3 refs
+    two = [7, 8, 15]
+    for name, numbers in (("one", one), ("two", two)):
+        total = len(RecordReader(files[name]))
+        out = sum(1 + number % 3 for number in numbers)
+        line = f"{files[name]}: {total - out} of {total} refs, {out} left out on images of DATA"
+        assert any(text.startswith(line) for text in log_lines)
+    assert log_lines[-1].startswith("0 of ")
+    assert log_lines[-1].endswith(f"training refs are on images of {files['val']}")
+
+
+def test_an_image_without_an_id_is_known_by_its_name(tmp_path):
+    train = RecordReader(
+        write(tmp_path / "train.lmdb", [(0, None), (1, None), (2, 2), (3, 3), (4, 4)], seed=0)
+    )
+    val = RecordReader(write(tmp_path / "val.lmdb", [(0, None), (2, None), (1, 77), (9, 3)], 0))
+    held = ImageSet([val]).holds(train)
+    by_key = {train.ref(i).image_key: bool(held[i]) for i in range(len(train))}
+    assert by_key == {
+        "image_0.jpg": True,  # neither side has an id
+        "image_1.jpg": True,  # the excluded one has an id, this has not
+        "image_2.jpg": True,  # the other way round
+        "image_3.jpg": True,  # the same id under another name
+        "image_4.jpg": False,
+    }
+
+
+def test_two_ids_decide_whatever_the_names_say(tmp_path):
+    train = RecordReader(write(tmp_path / "train.lmdb", [(0, 10), (1, 11)], seed=0))
+    val = RecordReader(write(tmp_path / "val.lmdb", [(0, 20), (5, 11)], seed=1))
+    assert ImageSet([val]).holds(train).tolist() == [False, True, True]
+
+
+def test_an_overlap_with_val_that_is_not_excluded_is_a_warning(files, log_lines):
+    cfg = loader_config(files["val"], files=[str(files["one"]), str(files["two"])])
+    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_files]))
+    shared = 1 + 3 % 3 + 2 * (1 + 7 % 3)
+    assert log_lines[-1] == (
+        f"{shared} of {2 * 12 + 27} training refs are on images of {files['val']}; "
+        "name it in DATA.exclude_lmdb to leave them out"
+    )
+
+
+def test_a_single_data_set_is_never_thinned_out_and_its_overlap_is_said(files, log_lines):
+    for train in (files["one"], [str(files["one"])]):
+        cfg = loader_config(files["val"], files=train, exclude=[str(files["val"])], batch_size=2)
+        loader = build_train_loader(cfg, 2, ALONE)
+        assert len(loader.dataset) == len(RecordReader(files["one"])) == 24
+        report_records(cfg, loader.dataset.reader)
+        assert log_lines[-2:] == [
+            "DATA.exclude_lmdb does nothing with a single DATA.train_lmdb",
+            f"3 of 24 training refs are on images of {files['val']}; they are kept, as published",
+        ]
+
+
+def test_a_list_of_one_trains_on_the_same_batches_as_its_entry(shapes_lmdb):
+    loaders = [
+        build_train_loader(loader_config(shapes_lmdb, files=files), 4, ALONE)
+        for files in (shapes_lmdb, [str(shapes_lmdb)])
+    ]
+    for a, b in zip(*loaders, strict=True):
+        assert a["positions"].tolist() == b["positions"].tolist()
+        assert torch.equal(a["tokens"], b["tokens"])
+        assert torch.equal(a["images"], b["images"])
+
+
+@pytest.mark.parametrize("excluded", [["refcoco"], ["refcoco+"], ["refcocog_u"]])
+def test_real_photos_of_val_and_test_are_left_out(mini_root, tmp_path, excluded):
+    for dataset, split_by, name in (
+        ("refcoco", "unc", "refcoco"),
+        ("refcoco+", "unc", "refcoco+"),
+        ("refcocog", "umd", "refcocog_u"),
+    ):
+        pack(mini_root, tmp_path, dataset, split_by, name)
+    lmdb = tmp_path / "lmdb"
+    train = [lmdb / "refcoco/train.lmdb", lmdb / "refcocog_u/train.lmdb", lmdb / "refcoco/val.lmdb"]
+    exclude = [p for n in excluded for p in (lmdb / n).glob("*.lmdb") if p.stem != "train"]
+    cfg = loader_config(train[0], files=[str(p) for p in train], exclude=[str(p) for p in exclude])
+    loader = build_train_loader(cfg, 4, ALONE)
+    records = loader.dataset.reader
+    ids = {records.ref(p).image_id for batch in loader for p in batch["positions"].tolist()}
+    forbidden = {i for path in exclude for i in RecordReader(path).index.image_ids}
+    held = sum(i in forbidden for path in train for i in RecordReader(path).index.image_ids)
+    assert not ids & forbidden
+    assert len(records) == sum(len(RecordReader(path)) for path in train) - held
+    if "refcocog_u" not in excluded:
+        assert held >= 13  # all of RefCOCO's val, which RefCOCO+'s has too
+
+
+# ------------------------------------------------------------------------------ kept, not mixed up
+
+
+@pytest.fixture
+def strangers(tmp_path) -> list[Path]:
+    """Two files with other photos under the same names and ids."""
+    return [write(tmp_path / f"{s}/train.lmdb", numbered(*range(8)), seed=s) for s in (1, 2)]
+
+
+@pytest.mark.parametrize("batch_by", ["refs", "images"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_photos_of_one_name_in_two_files_are_two_photos(strangers, tmp_path, batch_by, cache):
+    cfg = loader_config(
+        strangers[0],
+        files=[str(path) for path in strangers],
+        batch_by=batch_by,
+        batch_size=8,
+        cache=tmp_path / "cache" if cache else "null",
+    )
+    loader = build_train_loader(cfg, 8, ALONE)
+    dataset = loader.dataset
+    checked = 0
+    for batch in loader:
+        index = batch["image_index"]
+        images = batch["images"] if index is None else batch["images"][index]
+        for image, position in zip(images, batch["positions"].tolist(), strict=True):
+            reader, place = dataset.reader.locate(position)
+            assert np.array_equal(image, load_image(reader, reader.ref(place), 32))
+            checked += 1
+    assert checked == 24
+    groups = group_by_image(dataset.reader)
+    assert len(groups) == 16
+    assert all(dataset.reader.locate(a)[0] is dataset.reader.locate(b)[0]
+               for group in groups for a, b in pairwise(group))  # fmt: skip
+
+
+def test_positions_run_through_the_files_in_order(strangers):
+    readers = [RecordReader(path) for path in strangers]
+    count = len(readers[0])
+    records = JoinedReader([(readers[0], range(count)), (readers[1], np.array([1, 4]))])
+    assert len(records) == count + 2
+    assert [records.locate(i) for i in (0, count - 1, count, count + 1)] == [
+        (readers[0], 0), (readers[0], count - 1), (readers[1], 1), (readers[1], 4),
+    ]  # fmt: skip
+    assert records.ref(count + 1) == readers[1].ref(4)
+    for position in (-1, count + 2):
+        with pytest.raises(IndexError, match=rf"2 files have {count + 2} refs, no position"):
+            records.locate(position)
+
+
+def test_a_file_of_which_nothing_is_left_is_passed_over(strangers):
+    readers = [RecordReader(path) for path in strangers]
+    records = JoinedReader(
+        [(readers[0], []), (readers[1], [2]), (readers[0], []), (readers[0], [1])]
+    )
+    assert [records.locate(i) for i in range(2)] == [(readers[1], 2), (readers[0], 1)]
+
+
+def test_the_sentence_depends_on_seed_epoch_and_position_alone(files):
+    drawn = []
+    for workers, batch_by in ((0, "refs"), (1, "images")):
+        loader = build_train_loader(joined(files, workers=workers, batch_by=batch_by), 4, ALONE)
+        tokens: dict[tuple[int, int], list[int]] = {}
+        for epoch in range(2):
+            loader.batch_sampler.set_epoch(epoch)
+            for batch in loader:
+                rows = zip(batch["positions"].tolist(), batch["tokens"].tolist(), strict=True)
+                tokens |= {(epoch, position): row for position, row in rows}
+        drawn.append(tokens)
+    common = drawn[0].keys() & drawn[1].keys()
+    assert len(common) > 60
+    assert all(drawn[0][visit] == drawn[1][visit] for visit in common)
+    by_position = {p: drawn[0][0, p] != drawn[0].get((1, p)) for e, p in common if e == 0}
+    assert any(by_position.values())  # epochs differ
+
+
+def test_two_ranks_together_see_the_batch_of_one(files):
+    whole = [b["positions"].tolist() for b in build_train_loader(joined(files), 4, ALONE)]
+    halves = [build_train_loader(joined(files), 2, Ranks(r, 2, r, 2, CPU)) for r in range(2)]
+    for expected, a, b in zip(whole, *halves, strict=True):
+        assert sorted(expected) == sorted(a["positions"].tolist() + b["positions"].tolist())
+
+
+def test_spawned_workers_read_several_files(files):
+    records = build_train_loader(joined(files), 4, ALONE).dataset.reader
+    assert len(pickle.dumps(records)) < 2_000
+    dataset = TrainingDataset(records, 32, 9, 0)
+    visits = [(position, 0) for position in range(len(records))]
+    loader = DataLoader(
+        dataset, None, sampler=visits, num_workers=1, multiprocessing_context="spawn"
+    )
+    for sample, visit in zip(loader, visits, strict=True):
+        assert torch.equal(sample["image"], dataset[visit]["image"])
+
+
+# ------------------------------------------------------------------------------- configs and faults
+
+
+@pytest.mark.parametrize("model", ["r50", "r101"])
+def test_the_combined_config_leaves_out_every_val_and_test_split_that_is_published(model):
+    cfg = load_config(ROOT / f"config/combined/cris_{model}.yaml")
+    names = ("refcoco", "refcoco+", "refcocog_u")
+    assert cfg.DATA.train_files == tuple(f"datasets/lmdb/{name}/train.lmdb" for name in names)
+    assert set(cfg.DATA.exclude_lmdb) == {
+        f"datasets/lmdb/{name}/{split}.lmdb"
+        for name, splits in PUBLISHED.items()
+        for split in splits
+        if split != "train"
+    }
+    assert cfg.DATA.val_lmdb in cfg.DATA.exclude_lmdb
+    single = load_config(ROOT / f"config/refcocog_u/cris_{model}.yaml")
+    differs = {"output_folder": cfg.TRAIN.output_folder}
+    assert vars(cfg.TRAIN) == {**vars(single.TRAIN), **differs}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.lmdb", ("a.lmdb",)),
+        ("[a.lmdb, b c.lmdb]", ("a.lmdb", "b c.lmdb")),
+        ("['a.lmdb']", ("a.lmdb",)),
+        ("('a.lmdb', 'b.lmdb')", ("a.lmdb", "b.lmdb")),
+    ],
+)
+def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
+    cfg = load_config(ROOT / "config/base.yaml", ["DATA.train_lmdb", text])
+    assert cfg.DATA.train_files == expected
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"DATA": {"train_lmdb": list(expected)}}))
+    assert load_config(path).DATA.train_files == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("DATA.train_lmdb", "[]", "DATA.train_lmdb is an empty list; name one LMDB or several"),
+        ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "DATA.train_lmdb names a.lmdb twice"),
+        ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be text"),
+        ("DATA.train_lmdb", "null", "DATA.train_lmdb must be text, not null"),
+        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb must be text"),
+        ("DATA.exclude_lmdb", "a.lmdb", "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
+    ],
+)
+def test_values_that_cannot_be_are_named(key, text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(ROOT / "config/base.yaml", [key, text])
+
+
+def test_a_file_that_is_missing_among_several_is_named(files, data, tmp_path):
+    cfg = write_config(tmp_path, data)
+    train = str(data / "lmdb/shapes/train.lmdb")
+    line = error_of("train.py", cfg, "DATA.train_lmdb", [train, "no/t.lmdb"])
+    assert line.startswith("no/t.lmdb does not exist")
+    opts = ("DATA.train_lmdb", [train, str(files["one"])], "DATA.exclude_lmdb", ["no/v.lmdb"])
+    assert error_of("train.py", cfg, *opts).startswith("no/v.lmdb does not exist")
+
+
+def test_another_split_among_several_is_refused(data, tmp_path):
+    files = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testA")]
+    line = error_of("train.py", write_config(tmp_path, data), "DATA.train_lmdb", files)
+    assert line.startswith(f"{files[1]} holds shapes testA, the config says shapes train")
+
+
+def test_leaving_out_everything_is_an_error(files):
+    cfg = loader_config(
+        files["val"],
+        files=[str(files["val"]), str(files["test"])],
+        exclude=[str(files["val"]), str(files["test"])],
+    )
+    with pytest.raises(UserError, match=r"every ref of DATA\.train_lmdb is on an image of DATA\.e"):
+        build_train_loader(cfg, 4, ALONE)
+
+
+def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(data, tmp_path):
+    shapes, other = data / "lmdb/shapes", tmp_path / "lmdb/other"
+    copy_records(shapes / "train.lmdb", other / "train.lmdb")
+    both = [str(shapes / "train.lmdb"), str(other / "train.lmdb")]
+    held_out = write(tmp_path / "lmdb/other/val.lmdb", numbered(1, 2, 3), seed=0)
+    config = write_config(tmp_path, data)
+    run_program(
+        "train.py",
+        config,
+        *("DATA.dataset", "combined", "DATA.train_lmdb", both, "DATA.cache", tmp_path / "cache"),
+        *("DATA.exclude_lmdb", [str(held_out), str(shapes / "val.lmdb")]),
+    )
+    log = (tmp_path / "exp/tiny/train.log").read_text()
+    ids = RecordReader(shapes / "train.lmdb").index.image_ids
+    out = sum(i in (1, 2, 3) for i in ids)
+    assert out > 3
+    for path in both:
+        assert f"{path}: {len(ids) - out} of {len(ids)} refs, {out} left out on images of" in log
+    run_program("test.py", config)  # of one of the data sets
+    assert (tmp_path / "exp/tiny/test_shapes_val.json").exists()
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """The same refs and images under another data set's name."""
+    reader = RecordReader(source)
+    with RecordWriter(target, target.parent.name, target.stem) as writer:
+        for ref in (reader.ref(position) for position in range(len(reader))):
+            writer.add_image(ref.image_key, reader.image(ref.image_key))
+            writer.add_ref(ref, [4] * len(ref.sentences))

@@ -1,0 +1,239 @@
+"""tools/export.py: what is written loads and computes the same, or is not written."""
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import ROOT, assert_same, load, make_trained, on_cpu, run_program, smooth_photo
+from PIL import Image
+
+import engine.export
+from engine.build import restore_trained
+from engine.export import IMAGE_ENCODER, NAMES, TEXT_HEAD, Difference, compare, random_cases
+from engine.predictor import Predictor
+from tools import export
+from tools.refshapes import draw_example
+from utils.checkpoint import read_checkpoint
+from utils.config import Config, load_config, to_dict
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def cfg(config) -> Config:
+    return load_config(config)
+
+
+def export_as(kind: str, config: Path, *args: object) -> None:
+    with on_cpu():
+        export.main(["--config", str(config), "--format", kind, *map(str, args)])
+
+
+# -------------------------------------------------------------------------------------- safetensors
+
+
+@pytest.fixture
+def saved(tmp_path, config) -> Path:
+    export_as("safetensors", config, "-o", tmp_path / "out")
+    return tmp_path / "out/model.safetensors"
+
+
+def test_safetensors_hold_the_weights_to_the_bit_and_the_config(saved, cfg):
+    assert {path.name for path in saved.parent.iterdir()} == {"model.safetensors", "config.yaml"}
+    state = read_checkpoint(saved, "TEST.weights")
+    assert state.keys() == {"state_dict", "config"}
+    assert_same(state["state_dict"], dict(load(cfg.run_folder / "best_model.pth")["state_dict"]))
+    assert state["config"]["TRAIN"]["word_len"] == to_dict(cfg)["TRAIN"]["word_len"]
+    assert load_config(saved.with_name("config.yaml")) == cfg
+
+
+def test_safetensors_predict_and_are_scored_like_the_checkpoint(saved, cfg, tmp_path):
+    photo = smooth_photo(np.random.default_rng(0), 70, 100)
+    with on_cpu():
+        expected = Predictor(cfg)(photo, ["the red star"])[0]
+        found = Predictor(saved.with_name("config.yaml"), saved)(photo, ["the red star"])[0]
+    assert np.array_equal(found.probability, expected.probability)
+    opts = ["TEST.weights", saved, "TRAIN.output_folder", tmp_path / "scored"]
+    run_program("test.py", saved.with_name("config.yaml"), *opts)
+    assert (tmp_path / "scored/tiny/test_shapes_val.threshold0.15.json").is_file()
+
+
+def test_safetensors_of_another_length_of_sentences_are_refused(saved, config):
+    other = load_config(config, ["TRAIN.word_len", "9"])
+    with pytest.raises(UserError, match=r"was trained with TRAIN\.word_len 17, the config says 9"):
+        Predictor(other, saved)
+
+
+def test_foreign_safetensors_without_a_config_are_read(tmp_path, cfg):
+    from safetensors.torch import save_file
+
+    weights = load(cfg.run_folder / "best_model.pth")["state_dict"]
+    path = tmp_path / "other.safetensors"
+    save_file({f"module.{k}": v.contiguous() for k, v in weights.items()}, path, {"format": "pt"})
+    assert_same(read_checkpoint(path, "x"), {"state_dict": dict(weights)})
+
+
+@pytest.mark.parametrize("size", [5, 9, 500, -1])
+def test_torn_safetensors_are_one_line(saved, size):
+    saved.write_bytes(saved.read_bytes()[:size])
+    with pytest.raises(UserError, match="is cut off, damaged or no checkpoint") as error:
+        read_checkpoint(saved, "TEST.weights")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be_used_leave_no_folder(tmp_path, config):
+    for kind in ("safetensors", "onnx"):
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            export_as(kind, config, "--weights", tmp_path / "none.pth", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------- onnx
+
+
+@pytest.fixture(scope="module")
+def graphs(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export_as("onnx", config, "-o", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_graphs_take_any_number_of_images_and_sentences(graphs, cfg):
+    assert {path.name for path in graphs.iterdir()} == {IMAGE_ENCODER, TEXT_HEAD, "config.yaml"}
+    shapes = {}
+    for kind, (inputs, outputs) in NAMES.items():
+        graph = onnx.load(graphs / kind)
+        onnx.checker.check_model(graph)
+        ends = [*graph.graph.input, *graph.graph.output]
+        assert [end.name for end in ends] == [*inputs, *outputs]
+        for end in ends:
+            dims = end.type.tensor_type.shape.dim
+            shapes[kind, end.name] = [d.dim_param or d.dim_value for d in dims]
+        about = {entry.key: entry.value for entry in graph.metadata_props}
+        assert about == {
+            "input_size": "64", "word_len": "17", "protocol": "published", "threshold": "0.15",
+        }  # fmt: skip
+    assert shapes[IMAGE_ENCODER, "images"] == ["images", 64, 64, 3]
+    assert shapes[IMAGE_ENCODER, "v3"] == shapes[TEXT_HEAD, "v3"] == ["images", 32, 4, 4]
+    assert shapes[TEXT_HEAD, "tokens"] == ["sentences", 17]
+    assert shapes[TEXT_HEAD, "image_index"] == ["sentences"]
+    assert shapes[TEXT_HEAD, "logits"] == ["sentences", 1, 16, 16]
+    assert shapes[TEXT_HEAD, "probability"] == ["sentences", 64, 64]
+
+
+@pytest.mark.slow
+def test_graphs_compute_what_the_model_does_and_the_check_sees_when_not(
+    graphs, cfg, record_property
+):
+    paths = {kind: graphs / kind for kind in NAMES}
+    with on_cpu():
+        model, _ = restore_trained(cfg, torch.device("cpu"), None, "weights")
+        model.eval()
+        found = list(compare(model, cfg, paths, random_cases(cfg, seed=7)))
+        assert len(found) == 3 * 5
+        worst = max(d.relative for d in found)
+        record_property("difference", ("tiny", "ONNX from PyTorch, relative", worst, 1e-5))
+        assert 0 < worst < 1e-5
+        with torch.no_grad():
+            model.proj.txt.bias[-1] += 0.1  # the kernel's bias
+        changed = {d.output: d.relative for d in compare(model, cfg, paths, random_cases(cfg))}
+    assert changed["v5"] < 1e-5
+    assert changed["logits"] > 1e-3
+
+
+@pytest.mark.slow
+def test_an_image_and_its_sentences_can_be_given(tmp_path, config, capsys):
+    path = tmp_path / "photo.png"
+    Image.fromarray(smooth_photo(np.random.default_rng(0), 50, 90)).save(path)
+    out = tmp_path / "out"
+    export_as("onnx", config, "-o", out, "--image", path, "--text", "red star", "--text", "🐕")
+    table = capsys.readouterr().out
+    assert len(re.findall(r"photo\.png, sentences 2 +(?:v3|v4|v5|logits|probability) ", table)) == 5
+
+
+@pytest.mark.slow
+def test_graphs_that_differ_are_not_left_and_those_before_stay(
+    tmp_path, config, graphs, monkeypatch
+):
+    def copy_graphs(model, cfg, paths):  # what an export would write, without waiting for it
+        for kind, path in paths.items():
+            shutil.copyfile(graphs / kind, path)
+
+    monkeypatch.setattr(engine.export, "export_graphs", copy_graphs)
+    kept = tmp_path / "kept"
+    export_as("onnx", config, "-o", kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    assert len(before) == 3
+    for out in (tmp_path / "new", kept):
+        with pytest.raises(UserError, match="more than --tolerance 1e-12: nothing was written"):
+            export_as("onnx", config, "-o", out, "--tolerance", 1e-12)
+    assert not (tmp_path / "new").exists()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation_gives_the_predictors_masks(
+    tmp_path, config, graphs, monkeypatch
+):
+    text = (ROOT / "docs/predict.md").read_text("utf-8")
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "onnxruntime" in b]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 25
+    shutil.copytree(graphs, tmp_path / "export")
+    (tmp_path / "example.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    for seed in range(20):  # until the model, which has learnt little, marks something
+        Image.fromarray(draw_example(seed=seed)[0]).save("photo.jpg")
+        with on_cpu():
+            expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
+        if any(found.area for found in expected):
+            break
+    runpy.run_path("example.py", run_name="__main__")
+    for found in expected:
+        mask = np.asarray(Image.open(f"{found.sentence}.png"))
+        assert mask.shape == found.mask.shape
+        assert (mask != found.mask).sum() <= 2
+    assert any(found.area for found in expected)
+
+
+def test_what_differs_too_much_is_named_with_its_case(capsys):
+    fine = Difference("noise", "logits", 1e-6, 10.0)
+    export.check([fine, Difference("photo", "v3", 1e-6, 1.0)], 1e-4)
+    for bad in (1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=r"v4 differs .* \(photo\)"):
+            export.check([fine, Difference("photo", "v4", bad, 10.0)], 1e-4)
+    assert "noise" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, config, monkeypatch):
+    def found(name: str) -> object | None:
+        return None if name == "onnxscript" else object()
+
+    monkeypatch.setattr(engine.export, "find_spec", found)
+    with pytest.raises(UserError, match="needs the package onnxscript: pip install -r"):
+        export_as("onnx", config, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_without_sentences_is_refused(config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export_as("onnx", config, "--image", "photo.jpg")
+    assert "--image and --text go together" in capsys.readouterr().err
+
+
+def test_an_example_picture_is_drawn_with_what_is_true_of_it():
+    pixels, sentences = draw_example(seed=0)
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert len(sentences) == len({*sentences}) > 2
+    assert np.array_equal(draw_example(seed=0)[0], pixels)
+    assert not np.array_equal(draw_example(seed=1)[0], pixels)

@@ -1,0 +1,160 @@
+"""What runs on CUDA, tried without it: on tensors of a device, type and shape, and without values.
+
+torch refuses what mixes devices then, and whatever reads a value, for which the host would wait.
+Kernels and the backward pass need a device, and are not run.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers import build_run, write_config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine import evaluator, predictor
+from engine.evaluator import evaluate, resolve_protocols
+from engine.optim import build_optimizer, parameter_groups
+from engine.predictor import Predictor
+from engine.run import Run
+from engine.trainer import build_scaler, forward_backward, optimizer_step, resolve_precision
+from utils.distributed import Ranks
+from utils.transforms import _clip_statistics
+
+GPU = torch.device("cuda", 0)
+CUDA, META = 1, 14  # places in torch's table of devices
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Tensors that are made meanwhile have no values, and may be on CUDA."""
+    with ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(_lent_guard())
+        # Where there is no GPU, autocast and loss scaling turn themselves off.
+        for name, value in (("amp.common.amp_definitely_not_available", False),
+                            ("is_bf16_supported", True)):  # fmt: skip
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=value))
+        stack.callback(_clip_statistics.cache_clear)
+        _clip_statistics.cache_clear()
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+@contextmanager
+def _lent_guard() -> Iterator[None]:
+    """Let what sets the current device do nothing for CUDA, as it does for `meta`."""
+    if sys.platform != "linux":
+        pytest.skip("torch's table of devices is known by its name on Linux")
+    if torch.backends.cuda.is_built() and not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        pytest.skip(f"torch {torch.__version__} with CUDA wants a GPU even for such tensors")
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    symbol = "_ZN3c104impl26device_guard_impl_registryE"
+    table = (ctypes.c_void_p * (META + 1)).in_dll(library, symbol)
+    before, table[CUDA] = table[CUDA], table[META]
+    try:
+        yield
+    finally:
+        table[CUDA] = before
+
+
+def move(model: nn.Module) -> None:
+    """`model.to(GPU)`, in place."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(_like(value), value.requires_grad)
+        module._buffers |= {name: _like(value) for name, value in module._buffers.items()}
+
+
+def _like(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
+
+
+def put_on_cuda(run: Run) -> None:
+    """What train.py builds of a run's parts where there is a GPU."""
+    move(run.model)
+    run.ranks = Ranks(0, 1, 0, 1, GPU)
+    run.dtype = resolve_precision(run.cfg.TRAIN.precision, GPU)
+    run.optimizer = build_optimizer(parameter_groups(run.model, run.cfg), run.cfg)
+    run.scaler = build_scaler(run.dtype, GPU)
+    run.__post_init__()
+
+
+RECOMPUTED = {"recompute_backbone": True, "recompute_decoder": True}
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected", "options"),
+    [
+        ("auto", torch.float16, {"max_norm": 1.0}),
+        ("auto", torch.float16, RECOMPUTED | {"batch_by": "images"}),
+        ("bf16", torch.bfloat16, RECOMPUTED | {"target": "area"}),
+        ("fp32", torch.float32, {"max_norm": 1.0, "batch_by": "images"}),
+    ],
+)
+def test_training_steps_mix_no_devices_and_wait_for_nothing(
+    tmp_path, data, monkeypatch, precision, expected, options
+):
+    config = write_config(tmp_path, data, dropout=0.1, precision=precision, **options)
+    run = build_run(config)
+    batch = next(iter(run.train_loader))
+    types = []
+    run.model.register_forward_hook(lambda *call: types.append(call[-1].dtype))
+
+    def backward(loss: Tensor) -> None:
+        assert (loss.shape, loss.dtype, loss.device) == ((), torch.float32, GPU)
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with fake_cuda():
+        put_on_cuda(run)
+        for _ in range(2):
+            run.sums[1] += forward_backward(run, batch, synchronize=True)
+            optimizer_step(run)
+        states = [value for state in run.optimizer.state.values() for value in state.values()]
+        held = (*states, run.sums, run.faults)
+        assert {value.device for value in held} == {GPU}
+        assert {value.dtype for value in states} == {torch.float32}
+    assert types == [expected] * 2
+    assert run.scaler.is_enabled() == (expected is torch.float16)
+
+
+def as_zeros(value: Tensor) -> np.ndarray:
+    """In place of `Tensor.numpy`, which needs values."""
+    assert value.device.type == "cpu"
+    assert value.dtype == torch.float32
+    return np.zeros(value.shape, np.float32)
+
+
+def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
+    tmp_path, data, monkeypatch
+):
+    run = build_run(write_config(tmp_path, data, batch_size_val=6))
+    batch = next(iter(run.val_loader))
+    monkeypatch.setattr(Tensor, "numpy", as_zeros)
+    monkeypatch.setattr(evaluator, "_score", lambda task, maps, *_: dict.fromkeys(maps, maps))
+    monkeypatch.setattr(evaluator, "_gather", lambda scores, _: scores)
+    monkeypatch.setattr(predictor, "find_device", lambda *_: GPU)
+    monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none"))
+    photo = np.zeros((50, 70, 3), np.uint8)
+    with fake_cuda():
+        move(run.model)
+        protocols = resolve_protocols("both")
+        batch |= {k: v.clone() for k, v in batch.items() if isinstance(v, Tensor)}  # fakes too
+        scores = evaluate(run.model.train(), [batch], GPU, protocols, 4, batches=1)
+        predict = Predictor(run.cfg)
+        found = predict.predict([photo, predict.encode(photo)], [["red star", "blue"], "a"])
+    assert {name: len(lines) for name, lines in scores.items()} == dict.fromkeys(
+        protocols, len(batch["tasks"])
+    )
+    assert {m.shape for line in scores["aligned"] for m in line.values()} == {(64, 64)}
+    assert [[p.mask.shape for p in each] for each in found] == [[(50, 70)] * 2, [(50, 70)]]

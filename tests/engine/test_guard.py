@@ -1,0 +1,266 @@
+"""Gradients that are not finite: they never reach the weights, are told of, and may end a run.
+
+Nor do BatchNorm's running statistics keep what is not finite.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    assert_same,
+    build_run,
+    error_of,
+    largest_file,
+    load,
+    on_cpu,
+    read_jsonl,
+    run_program,
+    write_config,
+)
+
+from engine import guard, trainer
+from engine.run import Run
+from engine.trainer import forward_backward, optimizer_step
+from utils.records import RecordReader
+
+
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    return write_config(tmp_path, data, print_freq=1, epochs=2)
+
+
+def learnt(run: Run) -> dict:
+    """Copies of the weights, and of what the optimiser knows."""
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    states = [
+        {key: value.clone() for key, value in state.items()}
+        for state in run.optimizer.state.values()
+    ]
+    return {"weights": weights, "optimizer": states}
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+    config, precision, max_norm, fault
+):
+    run = build_run(config, "TRAIN.precision", precision, "TRAIN.max_norm", max_norm)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+    batch = next(iter(run.train_loader))
+    with on_cpu():
+        forward_backward(run, batch, True)
+        optimizer_step(run)
+        before = learnt(run)
+        assert run.faults.tolist() == [0, 0, 0]
+        run.position = 4
+        forward_backward(run, batch, True)
+        next(p for p in run.model.parameters() if p.grad is not None).grad.flatten()[0] = fault
+        optimizer_step(run)
+        assert_same(learnt(run), before)
+        assert run.faults.tolist() == [1, 1, 5]
+        run.position = 5
+        forward_backward(run, batch, True)
+        optimizer_step(run)
+    after = learnt(run)["weights"]
+    assert any(not torch.equal(after[name], value) for name, value in before["weights"].items())
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert run.faults.tolist() == [1, 0, 5]
+
+
+def faulty(monkeypatch, is_faulty) -> None:
+    """The loss is not a number at the given calls, counted from 1."""
+    loss, calls = trainer.text_to_pixel_loss, []
+
+    def wrapper(*args):
+        calls.append(None)
+        return loss(*args) * (math.nan if is_faulty(len(calls)) else 1.0)
+
+    monkeypatch.setattr(trainer, "text_to_pixel_loss", wrapper)
+
+
+def refs_of_step(config: Path, step: int) -> set[int]:
+    """ref_ids of a step of the first epoch."""
+    run = build_run(config, "TRAIN.exp_name", "other")
+    visits = list(run.train_loader.batch_sampler)[step - 1]
+    reader = run.train_loader.dataset.reader
+    return {reader.ref(position).ref_id for position, _ in visits}
+
+
+def test_one_bad_step_is_told_with_its_refs_and_training_goes_on(
+    config, tmp_path, monkeypatch, capfd
+):
+    faulty(monkeypatch, lambda call: call == 2)
+    run_program("train.py", config, "TRAIN.print_freq", 3)
+    folder = tmp_path / "exp/tiny"
+    steps = [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "step"]
+    skipped = [record["skipped_steps"] for record in steps]
+    assert steps[0]["loss"] is None  # JSON has no NaN
+    assert skipped == [1] + [0] * (len(skipped) - 1)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert "1 steps left out since the last line" in line
+    assert "the first is step 2: ref " in line
+    assert all(f"ref {ref_id} “" in line for ref_id in refs_of_step(config, 2))
+    weights = load(folder / "last_model.pth")["state_dict"].values()
+    assert all(torch.isfinite(w).all() for w in weights)
+
+
+def test_a_fault_that_stays_ends_the_run_with_the_batch_and_a_file(
+    config, tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr(guard, "PERSISTENT", 3)
+    faulty(monkeypatch, lambda call: call >= 2)
+    line = error_of("train.py", config)
+    assert "not finite in 3 steps in a row, and nothing was learnt since step 2; step 4: " in line
+    path = tmp_path / "exp/tiny/not_finite.pth"
+    assert str(path) in line
+    content = load(path)
+    sentences = {}
+    reader = RecordReader(data / "lmdb/shapes/train.lmdb")
+    for position in range(len(reader)):
+        ref = reader.ref(position)
+        sentences[ref.ref_id] = ref.sentences
+    assert {ref_id for ref_id, _ in content["refs"]} == refs_of_step(config, content["step"])
+    assert all(sentence in sentences[ref_id] for ref_id, sentence in content["refs"])
+    ((batch,),) = content["batches"]
+    # The file is enough to compute that step again.
+    monkeypatch.undo()
+    run = build_run(config)
+    run.model.load_state_dict(content["state_dict"])
+    with on_cpu():
+        assert math.isfinite(forward_backward(run, batch, True)[0])
+    assert len(batch["tokens"]) == len(content["refs"])
+
+
+def test_a_fault_that_stays_over_epochs_is_told_since_its_first_step(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "PERSISTENT", 4)  # of 5 steps an epoch
+    faulty(monkeypatch, lambda call: call >= 3)
+    line = error_of("train.py", config)
+    assert "not finite in 4 steps in a row, and nothing was learnt since step 3; step 6: " in line
+    assert load(tmp_path / "exp/tiny/not_finite.pth")["step"] == 6
+
+
+def test_a_fault_that_stays_is_told_on_a_full_disk_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "PERSISTENT", 3)
+    faulty(monkeypatch, lambda call: call >= 2)
+    with largest_file(1_000_000):
+        line = error_of("train.py", config)
+    assert "not finite in 3 steps in a row, and nothing was learnt since step 2; step 4: " in line
+    assert "not_finite.pth could not be written (File too large)" in line
+    assert not (tmp_path / "exp/tiny/not_finite.pth").exists()
+
+
+def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):
+    run = build_run(config, "TRAIN.precision", "fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    with on_cpu():
+        for batch in list(run.train_loader)[:2]:
+            before = statistics(run)
+            forward_backward(run, batch, True)
+            optimizer_step(run)
+            # The pass itself was sound: it counts, as published.
+            assert all(not torch.equal(v, before[name]) for name, v in statistics(run).items())
+            run.step, run.position = run.step + 1, run.position + 1
+        assert guard.look(run) == 2
+        assert guard.look(run) == 0
+    assert run.scaler.get_scale() == 2.0**58
+
+
+# ------------------------------------------------------------------- BatchNorm's running statistics
+
+
+def poison(monkeypatch, is_bad: Callable[[int, dict], bool], fault: float = math.nan) -> None:
+    """The first pixel of some batches is not finite: of those for which `is_bad(call, batch)`."""
+    forward_backward, normalize, calls = trainer.forward_backward, trainer.normalize_images, []
+
+    def noted(run: Run, batch: dict, synchronize: bool) -> torch.Tensor:
+        calls.append(is_bad(len(calls) + 1, batch))
+        return forward_backward(run, batch, synchronize)
+
+    def poisoned(images: torch.Tensor) -> torch.Tensor:
+        images = normalize(images)
+        if calls[-1]:
+            images[0, 0, 0, 0] = fault
+        return images
+
+    monkeypatch.setattr(trainer, "forward_backward", noted)
+    monkeypatch.setattr(trainer, "normalize_images", poisoned)
+
+
+def statistics(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of BatchNorm's running means and variances."""
+    buffers = run.model.named_buffers()
+    return {name: b.clone() for name, b in buffers if name.rsplit(".")[-1].startswith("running_")}
+
+
+def step(run: Run, *batches: dict) -> None:
+    """A training step over so many micro-batches."""
+    with on_cpu():
+        for number, batch in enumerate(batches, start=1):
+            trainer.forward_backward(run, batch, number == len(batches))
+        optimizer_step(run)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_were(
+    config, monkeypatch, precision, fault
+):
+    poison(monkeypatch, lambda call, _: call == 2, fault)
+    run = build_run(config, "TRAIN.precision", precision)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+    batch = next(iter(run.train_loader))
+    step(run, batch)
+    before = learnt(run) | {"statistics": statistics(run)}
+    step(run, batch)
+    assert_same(learnt(run) | {"statistics": statistics(run)}, before)
+    assert run.faults[0] == 1
+    step(run, batch)
+    after = statistics(run)
+    assert after
+    for name, values in after.items():
+        assert values.isfinite().all()
+        assert not torch.equal(values, before["statistics"][name]), name
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_bad_micro_batch_leaves_the_statistics_to_the_others_of_its_step(
+    config, monkeypatch, bad
+):
+    poison(monkeypatch, lambda call, _: call == bad)
+    opts = ("TRAIN.accumulation_steps", 2, "TRAIN.dropout", 0.0)
+    run, expected = build_run(config, *opts), build_run(config, *opts)
+    before = learnt(run)["weights"]
+    first, second = list(run.train_loader)[:2]
+    step(run, first, second)
+    monkeypatch.undo()
+    with on_cpu():
+        forward_backward(expected, second if bad == 1 else first, True)
+    assert_same(statistics(run), statistics(expected))
+    assert_same(learnt(run)["weights"], before)
+
+
+def test_a_run_with_a_bad_batch_has_finite_statistics_and_resumes_exactly(
+    config, tmp_path, monkeypatch
+):
+    keys = ("TRAIN.save_every", 1, "TRAIN.keep_checkpoints", 99, "TRAIN.dropout", 0.2)
+    batch = list(build_run(config).train_loader)[1]
+    bad = batch["masks"][0]
+    poison(monkeypatch, lambda _, batch: any(torch.equal(mask, bad) for mask in batch["masks"]))
+    run_program("train.py", config, *keys)
+    folder = tmp_path / "exp/tiny"
+    straight, records = load(folder / "last_model.pth"), read_jsonl(folder / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [bool(record["skipped_steps"]) for record in steps[:2]] == [False, True]
+    assert not all(record["skipped_steps"] for record in steps)
+    assert all(values.isfinite().all() for values in straight["state_dict"].values())
+    assert all(math.isfinite(r["mIoU"]) for r in records if r["kind"] == "epoch")
+    run_program("train.py", config, *keys, "TRAIN.resume", folder / "step_00000002.pth")
+    resumed = load(folder / "last_model.pth")
+    for state in (straight, resumed):
+        del state["config"]
+        state["sums"] = [sums.nan_to_num(-1.0) for sums in state["sums"]]  # NaN equals no NaN
+    assert_same(resumed, straight)

@@ -1,0 +1,150 @@
+"""Groups and rates of the published recipe; the official table itself is in test_golden.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import small_segmenter
+from torch import nn
+
+from engine.optim import BACKBONE, HEAD, build_optimizer, build_schedule, parameter_groups
+
+STEPS = 100  # an epoch
+
+
+def recipe(**changes: object) -> SimpleNamespace:
+    """A config with the published values."""
+    published = {
+        "base_lr": 1e-4,
+        "lr_multi": 0.1,
+        "weight_decay": 0.0,
+        "milestones": (35,),
+        "lr_decay": 0.1,
+        "warmup_steps": 0,
+        "backbone_start": "published",
+        "schedule": "milestones",
+        "epochs": 50,
+    }
+    return SimpleNamespace(TRAIN=SimpleNamespace(**published | changes))
+
+
+def small_optimizer(cfg: SimpleNamespace) -> torch.optim.Optimizer:
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "neck": nn.Linear(2, 2)})
+    return build_optimizer(parameter_groups(model, cfg), cfg)
+
+
+def rates(cfg: SimpleNamespace, epoch: int, step: int = 0) -> list[float]:
+    return build_schedule(small_optimizer(cfg), cfg, STEPS).rates(epoch, step)
+
+
+def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_the_head():
+    model = small_segmenter()
+    groups = {g["name"]: g for g in parameter_groups(model, recipe())}
+    assert list(groups) == [BACKBONE, HEAD]
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {name: [names[id(p)] for p in group["params"]] for name, group in groups.items()}
+    in_both = found[BACKBONE] + found[HEAD]
+    assert len(in_both) == len(set(in_both))
+    assert set(names.values()) - set(in_both) == {"backbone.logit_scale"}
+    assert [n for n in found[HEAD] if n.startswith("backbone")] == [
+        "backbone.positional_embedding",
+        "backbone.visual.attnpool.positional_embedding",
+    ]
+    assert all(name.startswith("backbone") for name in found[BACKBONE])
+    assert "backbone.token_embedding.weight" in found[BACKBONE]
+    assert groups[BACKBONE]["initial_lr"] == pytest.approx(1e-5)
+    assert groups[HEAD]["initial_lr"] == 1e-4
+
+
+def test_first_epoch_trains_both_groups_at_the_base_rate():
+    assert rates(recipe(), epoch=0) == [1e-4, 1e-4]
+    assert rates(recipe(), epoch=1) == pytest.approx([1e-5, 1e-4])
+
+
+def test_backbone_may_have_its_own_rate_from_the_start():
+    cfg = recipe(backbone_start="lr_multi")
+    assert rates(cfg, epoch=0) == pytest.approx([1e-5, 1e-4])
+    assert [rates(cfg, epoch) for epoch in range(1, 50)] == [
+        rates(recipe(), epoch) for epoch in range(1, 50)
+    ]
+
+
+def test_each_milestone_multiplies_both_rates_once_more():
+    cfg = recipe(milestones=(3, 5), lr_decay=0.5, lr_multi=0.2)
+    heads = [rates(cfg, epoch)[1] for epoch in range(8)]
+    assert heads == pytest.approx([1e-4] * 3 + [0.5e-4] * 2 + [0.25e-4] * 3)
+    assert rates(cfg, 7)[0] == pytest.approx(0.2 * heads[7])
+
+
+def test_cosine_falls_from_the_groups_own_rates_to_nothing_over_all_steps():
+    cfg = recipe(schedule="cosine", backbone_start="lr_multi", epochs=4, milestones=(1,))
+    table = {step: rates(cfg, step // STEPS, step) for step in (0, 100, 200, 300, 399)}
+    heads = {step: head for step, (_, head) in table.items()}
+    assert heads[0] == 1e-4
+    assert heads[200] == pytest.approx(0.5e-4)
+    assert heads[100] + heads[300] == pytest.approx(1e-4)
+    assert 0 < heads[399] < 1e-8
+    assert all(backbone == pytest.approx(0.1 * head) for backbone, head in table.values())
+    warm = rates(recipe(schedule="cosine", epochs=4, warmup_steps=50), 0, 24)
+    assert warm[1] == pytest.approx(0.5 * rates(recipe(schedule="cosine", epochs=4), 0, 24)[1])
+
+
+def test_warm_up_rises_linearly_over_optimiser_steps_and_then_changes_nothing():
+    cfg = recipe(warmup_steps=4)
+    first = [rates(cfg, 0, step)[1] for step in range(6)]
+    assert first == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4])
+    assert rates(cfg, 40, 1000) == rates(recipe(), 40)
+    assert rates(recipe(), 0, 0) == [1e-4, 1e-4]
+
+
+def test_schedule_keeps_no_state_so_any_order_of_epochs_gives_the_same_rates():
+    cfg = recipe()
+    optimizer = small_optimizer(cfg)
+    schedule = build_schedule(optimizer, cfg, STEPS)
+    seen = {}
+    for epoch in [49, 0, 34, 35, 1, 0, 49, 35]:
+        schedule.set(epoch, 0)
+        now = [group["lr"] for group in optimizer.param_groups]
+        assert seen.setdefault(epoch, now) == now
+    assert seen[35] == pytest.approx([1e-6, 1e-5])
+
+
+def test_backbone_rate_of_zero_leaves_it_as_it_was_from_the_second_epoch():
+    cfg = recipe(lr_multi=0.0)
+    optimizer = small_optimizer(cfg)
+    schedule = build_schedule(optimizer, cfg, STEPS)
+    schedule.set(1, 0)
+    before = [[p.clone() for p in group["params"]] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    changed = [
+        any(not torch.equal(a, b) for a, b in zip(old, group["params"], strict=True))
+        for old, group in zip(before, optimizer.param_groups, strict=True)
+    ]
+    assert changed == [False, True]
+
+
+def test_optimizer_is_adam_with_the_configs_weight_decay():
+    optimizer = small_optimizer(recipe(weight_decay=0.01))
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert not isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01]
+
+
+def test_steps_equal_those_of_plain_adam():
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(50, generator=draw)
+    ours, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [
+        build_optimizer([{"params": [ours]}], recipe(base_lr=0.01)),
+        torch.optim.Adam([plain], lr=0.01, foreach=False, fused=False),
+    ]
+    for _ in range(5):
+        ours.grad = torch.randn(50, generator=draw)
+        plain.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, plain)
+    assert (ours - start).abs().mean() > 1e-2

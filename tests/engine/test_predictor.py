@@ -1,0 +1,253 @@
+"""Predictions on anybody's photos: the same masks as test.py's, however they are asked for."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_trained, on_cpu, read_jsonl, run_program, smooth_photo
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from engine.predictor import MAX_CHARACTERS, Predictor, check_sentence
+from utils.config import load_config
+from utils.errors import UserError
+from utils.records import RecordReader
+
+SENTENCES = ["the red circle", "biggest square", "star on the left"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def predictor(config) -> Predictor:
+    return Predictor(config, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reader(data) -> RecordReader:
+    return RecordReader(data / "lmdb/shapes/val.lmdb")
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    return smooth_photo(np.random.default_rng(1), 70, 100)
+
+
+def same(a, b) -> bool:
+    return np.array_equal(a.probability, b.probability) and np.array_equal(a.mask, b.mask)
+
+
+# ------------------------------------------------------------------------------- as test.py does it
+
+
+@pytest.mark.parametrize("protocol", ["published", "aligned"])
+def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(
+    tmp_path, config, reader, protocol
+):
+    opts = [
+        "TEST.protocol",
+        protocol,
+        "TEST.weights",
+        load_config(config).run_folder / "best_model.pth",
+    ]
+    run_program("test.py", config, *opts, "TRAIN.output_folder", tmp_path)
+    stem = "test_shapes_val" + (".aligned" if protocol == "aligned" else "")
+    lines = read_jsonl(tmp_path / f"tiny/{stem}.threshold0.15.jsonl")
+    with on_cpu():
+        predictor = Predictor(load_config(config, [str(opt) for opt in opts]))
+        areas = []
+        for image in {line["image"] for line in lines}:
+            path = tmp_path / image
+            path.write_bytes(reader.image(image))
+            expected = [line for line in lines if line["image"] == image]
+            found = predictor(path, [line["sentence"] for line in expected])
+            for line, prediction in zip(expected, found, strict=True):
+                mask = coco_mask.decode(line["pred_rle"]) > 0
+                assert np.array_equal(prediction.mask, mask)
+                areas.append(prediction.area)
+    assert len(areas) == len(lines) > 20
+    assert np.mean([0 < area < mask.size / 2 for area in areas]) > 0.4  # there is something to err
+
+
+def test_of_two_protocols_the_first_counts_as_in_validation(config):
+    cfg = load_config(config, ["TEST.protocol", "both", "TEST.threshold", "null"])
+    predictor = Predictor(cfg, device="cpu")
+    assert (predictor.protocol, predictor.threshold) == ("aligned", 0.5)
+
+
+# ---------------------------------------------------------------------------------- what comes back
+
+
+def test_a_prediction_measures_its_own_mask(predictor, photo):
+    for found in predictor(photo, SENTENCES):
+        threshold = float(np.quantile(found.probability, 0.9))
+        assert np.array_equal(found.mask, found.probability > 0.15)
+        found = found.at(threshold)
+        assert found.probability.shape == found.mask.shape == (70, 100)
+        assert (found.probability.dtype, found.mask.dtype) == (np.float32, bool)
+        assert 0 <= found.probability.min() <= found.probability.max() <= 1
+        assert np.array_equal(found.mask, found.probability > threshold)
+        assert found.area == found.mask.sum() > 0
+        x1, y1, x2, y2 = found.box
+        assert found.mask[y1:y2, x1:x2].sum() == found.area
+        for inner in (np.s_[y1 + 1 : y2, x1:x2], np.s_[y1 : y2 - 1, x1:x2],
+                      np.s_[y1:y2, x1 + 1 : x2], np.s_[y1:y2, x1 : x2 - 1]):  # fmt: skip
+            assert found.mask[inner].sum() < found.area
+        assert found.mean_probability == pytest.approx(found.probability[found.mask].mean())
+        assert not found.is_cut
+    assert [found.sentence for found in predictor(photo, SENTENCES)] == SENTENCES
+
+
+def test_a_threshold_is_changed_without_the_model(predictor, photo):
+    found = predictor(photo, SENTENCES[0])[0]
+    middle = float(np.median(found.probability))
+    half = found.at(middle)
+    assert half.threshold == middle
+    assert half.area == pytest.approx(3500, abs=5)
+    assert np.array_equal(half.probability, found.probability)
+    again = half.at(0.15)
+    assert (again.area, again.box) == (found.area, found.box)
+
+
+def test_an_empty_mask_has_no_box(predictor, photo):
+    empty = predictor(photo, SENTENCES[0])[0].at(0.9999)
+    assert (empty.area, empty.box, empty.mean_probability) == (0, None, None)
+    assert not empty.mask.any()
+
+
+def test_a_sentence_that_does_not_fit_says_so(predictor, photo):
+    fits, cut, emoji = predictor(photo, ["red " * 15, "red " * 16, "the 🐕"])
+    assert (fits.is_cut, cut.is_cut, emoji.is_cut) == (False, True, False)
+    assert same(fits, cut)
+    with on_cpu():
+        long = "word " * (MAX_CHARACTERS // 5)
+        assert predictor(photo, long)[0].is_cut
+
+
+# ----------------------------------------------------------------------------- however it is asked
+
+
+def test_path_array_and_pillow_image_give_the_same(tmp_path, predictor, photo, one_thread):
+    path = tmp_path / "photo.png"
+    Image.fromarray(photo).save(path)
+    expected = predictor(photo, SENTENCES)
+    for source in (path, str(path), Image.fromarray(photo), Image.open(path)):
+        assert all(map(same, predictor(source, SENTENCES), expected))
+
+
+def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo, one_thread):
+    expected = predictor(photo, SENTENCES)
+    with torch.no_grad():
+        encoded = predictor.encode(photo)
+    assert encoded.size == (70, 100)
+    calls = []
+    handle = predictor.model.backbone.visual.register_forward_hook(lambda *_: calls.append(1))
+    assert all(map(same, predictor(encoded, SENTENCES), expected))
+    assert calls == []
+    predictor(photo, SENTENCES * 4)
+    assert calls == [1]
+    handle.remove()
+    assert not predictor.model.training
+
+
+def test_photos_in_a_batch_give_what_each_gives_alone(predictor, one_thread):
+    photos = [smooth_photo(np.random.default_rng(n), 60 + 9 * n, 80 - 7 * n) for n in range(4)]
+    asked = [SENTENCES, SENTENCES[:1], [], SENTENCES[1:]]
+    photos[1] = predictor.encode(photos[1])
+    found = predictor.predict(photos, asked)
+    assert [len(row) for row in found] == [3, 1, 0, 2]
+    for photo, sentences, row in zip(photos, asked, found, strict=True):
+        for alone, together in zip(predictor(photo, sentences), row, strict=True):
+            assert alone.sentence == together.sentence
+            assert alone.mask.shape == together.mask.shape
+            assert np.abs(alone.probability - together.probability).max() < 1e-5
+
+
+def test_more_sentences_than_a_batch_keep_their_order(config, photo, one_thread):
+    small = load_config(config, ["TRAIN.batch_size_val", "2"])
+    many = SENTENCES + [f"thing {n}" for n in range(6)]
+    found = Predictor(small, device="cpu")(photo, many)
+    assert [p.sentence for p in found] == many
+    alone = Predictor(config, device="cpu")(photo, many[5])[0]
+    assert np.abs(found[5].probability - alone.probability).max() < 1e-5
+
+
+def test_lists_that_do_not_fit_are_a_mistake_of_the_program(predictor, photo):
+    with pytest.raises(ValueError, match="2 images with 1 lists"):
+        predictor.predict([photo, photo], [SENTENCES])
+
+
+# ------------------------------------------------------------------------------------ what is wrong
+
+
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [
+        ("", "'' has no words"),
+        (" \t\n ", "has no words"),
+        ("a" * (MAX_CHARACTERS + 1), "has 10,001 characters: give at most 10,000"),
+        ("caf\udce9", "is no valid text"),
+        (7, "a sentence is text, not int"),
+        (None, "a sentence is text, not NoneType"),
+    ],
+)
+def test_a_sentence_that_cannot_be_read_is_named(predictor, photo, sentence, message):
+    with pytest.raises(UserError, match=message):
+        check_sentence(sentence)
+    with pytest.raises(UserError, match=message):
+        predictor(photo, ["fine", sentence])
+
+
+@pytest.mark.parametrize("sentences", [3, None, 2.5])
+def test_a_sentence_alone_that_is_no_text_is_named_too(predictor, photo, sentences):
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor(photo, sentences)
+    with pytest.raises(UserError, match=f"a sentence is text, not {type(sentences).__name__}"):
+        predictor.predict([photo, photo], [SENTENCES, sentences])
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=NO_GPU), "cuda:99", torch.device("cuda", 99), "gpu", 2.5]
+)
+def test_a_device_that_is_not_there_is_named(config, device):
+    with pytest.raises(UserError) as caught:
+        Predictor(config, device=device)
+    line = str(caught.value)
+    assert line.startswith(f"device {device}: it cannot be used here (")
+    assert line.endswith("; cpu always can")
+    assert len(line.splitlines()) == 1
+
+
+def test_a_photo_larger_than_allowed_is_refused(config, photo):
+    with pytest.raises(UserError, match=r"at most 0\.0069 million"):
+        Predictor(config, device="cpu", max_pixels=6_900)(photo, SENTENCES)
+
+
+def test_weights_that_do_not_belong_to_the_config_are_named(config, tmp_path):
+    best = load_config(config).run_folder / "best_model.pth"
+    with pytest.raises(UserError, match=r"weights: there is no checkpoint .*none\.pth"):
+        Predictor(config, tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"was trained with TRAIN\.word_len 17, the config says 12"):
+        Predictor(load_config(config, ["TRAIN.word_len", "12"]), best)
+    with pytest.raises(
+        UserError, match=r"does not fit the config's model: missing decoder\.layers\.1"
+    ):
+        Predictor(load_config(config, ["TRAIN.num_layers", "2"]), best)
+    with pytest.raises(UserError, match=r"config file .*none\.yaml: No such file"):
+        Predictor(tmp_path / "none.yaml", best)
+
+
+def test_weights_default_to_those_of_the_config_then_of_the_run(config, tmp_path):
+    cfg = load_config(config)
+    assert Predictor(cfg).weights == str(cfg.run_folder / "best_model.pth")
+    last = str(cfg.run_folder / "last_model.pth")
+    named = replace(cfg, TEST=replace(cfg.TEST, weights=last))
+    assert Predictor(named).weights == last

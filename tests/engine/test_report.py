@@ -1,0 +1,366 @@
+"""Reports: their numbers by hand, and what is written, shared, replaced or left out."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    ODD_SENTENCES,
+    ROOT,
+    all_refs,
+    largest_file,
+    read_jsonl,
+    read_script,
+    run_program,
+    write_config,
+    write_odd_records,
+    write_result,
+)
+from loguru import logger
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from engine.build import build_model
+from engine.report import statistics
+from engine.report.categories import NAMES, category_name
+from engine.report.pages import choose_shown, write_pictures
+from engine.report.statistics import Counts, Grouping
+from tools.refer import Refer
+from tools.refshapes import SHAPES
+from utils.checkpoint import save_checkpoint
+from utils.config import load_config, to_dict
+from utils.errors import UserError
+from utils.records import RecordReader
+from utils.transforms import decode_mask
+
+
+def model(*pixels: tuple[int, int]) -> Counts:
+    """Counts of (intersection, union) a sentence."""
+    return Counts(*np.array(pixels).T)
+
+
+# ----------------------------------------------------------------------------------------- numbers
+
+
+def test_histogram_has_twenty_bins_and_a_perfect_answer_is_in_the_last():
+    counts = statistics.histogram(np.array([0, 0.049, 0.05, 0.51, 0.96, 1.0]))
+    assert len(counts) == 20
+    assert {i: n for i, n in enumerate(counts) if n} == {0: 2, 1: 1, 10: 1, 19: 2}
+
+
+def test_curve_is_the_share_strictly_above_each_x():
+    curve = statistics.precision_curve(np.array([0.0, 0.5, 0.6, 1.0]))
+    assert len(curve) == 51
+    assert curve[0] == 0.75  # 0 is not above 0
+    assert curve[25] == 0.5  # nor 0.5 above 0.5
+    assert curve[24] == 0.75
+    assert curve[50] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kinds"),
+    [
+        ("man on the LEFT", ["position"]),
+        ("red  shirt", ["colour"]),
+        ("tallest guy, second from left", ["position", "size"]),
+        ("triangle under the blue circle", ["colour", "relation"]),
+        ("woman next\tto the van", ["relation"]),
+        ("left of the grey car", ["position", "colour", "relation"]),
+        ("biggest", ["size"]),
+        ("leftover bread, reddish, overall", ["other"]),  # words, not parts of words
+        ("", ["other"]),
+        ("犬", ["other"]),
+    ],
+)
+def test_kinds_are_told_by_whole_words(sentence, kinds):
+    assert statistics.sentence_kinds(sentence) == kinds
+
+
+def record(sentence: str, area: int, category: int | None = None) -> dict:
+    """As far as the groups read it; the photo has 1,000 pixels."""
+    size = {"height": 20, "width": 50, "target_area": area}
+    return {"sentence": sentence, "category": category, **size}
+
+
+def test_sentences_are_grouped_by_kind_category_size_and_length():
+    lines = [record("red man", 9, 5), record("it", 10, 0), record("man on the far left", 999, 5)]
+    groups = {g.key: g for g in statistics.group_sentences(lines, "refcoco")}
+    assert list(groups) == ["kind", "category", "size", "length"]
+    assert groups["kind"].labels == ["position", "colour", "other"]
+    assert groups["kind"].members == [(1,), (2,), (0,)]
+    assert groups["category"].labels == ["person", "bus"]
+    assert groups["category"].members == [(1,), (0,), (1,)]
+    assert groups["size"].labels == ["under 1 %", "1–2 %", "from 40 %"]
+    assert groups["size"].members == [(0,), (1,), (2,)]
+    assert groups["length"].labels == ["1", "2", "5–6"]
+    assert groups["length"].members == [(1,), (0,), (2,)]
+
+
+def test_without_categories_there_is_no_such_group_and_a_few_without_are_in_none():
+    lines = [record("a", 9), record("b", 9)]
+    assert [g.key for g in statistics.group_sentences(lines, "own")] == ["kind", "size", "length"]
+    groups = statistics.group_sentences([record("a", 9), record("b", 9, 7)], "own")
+    assert groups[1].labels == ["category 7"]
+    assert groups[1].members == [(), (0,)]
+
+
+def test_scores_of_a_group_are_those_of_its_sentences():
+    grouping = Grouping("kind", "kind", ["a", "b"], [(0,), (0, 1), (1,)])
+    first = model((1, 4), (3, 4), (0, 8))
+    second = model((4, 4), (4, 4), (4, 8))
+    rows = statistics.group_scores(grouping, [first, second])
+    assert [row["sentences"] for row in rows] == [2, 2]
+    assert rows[0]["models"][0] == pytest.approx({"mIoU": 0.5, "oIoU": 0.5, "Pr@0.5": 0.5})
+    assert rows[1]["models"][0] == pytest.approx({"mIoU": 0.375, "oIoU": 0.25, "Pr@0.5": 0.5})
+    assert rows[1]["models"][1] == pytest.approx(
+        {"mIoU": 0.75, "oIoU": 8 / 12, "Pr@0.5": 0.5}, abs=1e-6
+    )
+
+
+def test_closer_than_the_margin_is_a_tie():
+    first = model((50, 100), (50, 100), (50, 100), (50, 100))
+    second = model((52, 100), (48, 100), (51, 100), (50, 100))
+    assert statistics.outcomes(first, second, 0.015).tolist() == [1, -1, 0, 0]
+    assert statistics.outcomes(first, second, 0.0).tolist() == [1, -1, 1, 0]
+
+
+def test_names_of_categories_are_those_of_the_data_sets():
+    assert tuple(NAMES["refshapes"]) == tuple(SHAPES)
+    coco = NAMES["refcoco"]
+    assert len(coco) == len(set(coco)) == 80
+    assert (coco[0], coco[15], coco[79]) == ("person", "cat", "toothbrush")
+    assert category_name("refcoco+", 9) == "traffic light"
+    assert category_name("refcocog_u", 80) == "category 80"
+    assert category_name("own", 3) == "category 3"
+
+
+def test_names_of_cocos_categories_are_those_in_its_annotations(mini_root):
+    refer = Refer(mini_root, "refcoco", "unc")
+    content = json.loads((mini_root / "refcoco/instances.json").read_text())
+    names = {item["id"]: item["name"] for item in content["categories"]}
+    for ref in refer.refs:
+        assert category_name("refcoco", refer.category(ref)) == names[ref["category_id"]]
+
+
+# --------------------------------------------------------------------------------------- intervals
+
+
+def random_models(count: int) -> tuple[Counts, Counts]:
+    rng = np.random.default_rng(5)
+    unions = rng.integers(50, 100, (2, count))
+    return tuple(Counts((u * rng.random(count)).astype(int), u) for u in unions)
+
+
+def test_a_difference_is_that_of_the_whole_set_for_every_metric():
+    first, second = random_models(40)
+    found = statistics.paired_bootstrap(first, second, range(40), draws=50)
+    a, b = (statistics.summarize(*m) for m in (first, second))
+    assert list(found) == list(a)
+    for name, interval in found.items():
+        assert interval.difference == pytest.approx(b[name] - a[name], abs=1e-12)
+        assert interval.low <= interval.high
+
+
+def test_two_equal_models_differ_by_nothing_in_any_draw():
+    first, _ = random_models(30)
+    for interval in statistics.paired_bootstrap(first, first, range(30), draws=200).values():
+        assert interval == (0, 0, 0)
+
+
+def test_the_interval_is_that_of_the_mean_where_photos_are_many():
+    first, second = random_models(400)
+    found = statistics.paired_bootstrap(first, second, range(400))["mIoU"]
+    difference = second.ious - first.ious
+    half = 1.96 * difference.std() / 20
+    assert found.low == pytest.approx(difference.mean() - half, abs=0.05 * half)
+    assert found.high == pytest.approx(difference.mean() + half, abs=0.05 * half)
+
+
+def test_more_sentences_of_the_same_photos_do_not_make_it_surer():
+    first, second = random_models(50)
+    once = statistics.paired_bootstrap(first, second, range(50))
+    copies = np.tile(np.arange(50), 9)
+    repeated = statistics.paired_bootstrap(first.of(copies), second.of(copies), copies)
+    alone = statistics.paired_bootstrap(first.of(copies), second.of(copies), range(450))
+    for name in once:
+        # (The epsilon of the IoU counts once for all unions together.)
+        assert repeated[name] == pytest.approx(once[name], abs=1e-9)
+    width = [i["mIoU"].high - i["mIoU"].low for i in (once, alone)]
+    assert width[0] == pytest.approx(3 * width[1], rel=0.1)
+
+
+def test_two_photos_give_the_interval_that_can_be_counted():
+    # Both photos, either one twice: the mean difference is 0, 0.5 or 1.
+    first, second = model((0, 10), (0, 10)), model((0, 10), (10, 10))
+    found = statistics.paired_bootstrap(first, second, ["a", "b"])["mIoU"]
+    assert found == pytest.approx((0.5, 0, 1), abs=1e-6)
+
+
+def test_the_seed_decides_the_draws():
+    models = random_models(30)
+    same = [statistics.paired_bootstrap(*models, range(30), draws=600, seed=1) for _ in range(2)]
+    other = statistics.paired_bootstrap(*models, range(30), draws=600, seed=2)
+    assert same[0] == same[1] != other
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def test_a_page_has_every_sentence_and_each_photo_once(tmp_path, shapes_lmdb):
+    jsonl = write_result(tmp_path / "run", shapes_lmdb)
+    lines, refs = read_jsonl(jsonl), all_refs(shapes_lmdb)
+    page = tmp_path / "run/report" / jsonl.stem
+    data, masks = read_script(page / "data.js"), read_script(page / "masks.js")
+    rows = data["rows"]
+    for name in ("ref_id", "sent_id", "sentence"):
+        assert rows[name] == [line[name] for line in lines]
+    assert rows["iou"] == [[line["iou"] for line in lines]]
+    assert [data["photos"][i][-1] for i in rows["photo"]] == [line["image"] for line in lines]
+    assert masks["predictions"] == [[line["pred_rle"]["counts"] for line in lines]]
+    for ref in refs:
+        rle = {"size": [ref.height, ref.width], "counts": masks["truth"][str(ref.ref_id)]}
+        assert (coco_mask.decode(rle) > 0).tolist() == (decode_mask(ref.mask, "") > 0).tolist()
+    files = [photo[0] for photo in data["photos"]]
+    photos = tmp_path / "run/report/photos"
+    assert sorted(files) == sorted(p.name for p in photos.iterdir())
+    assert len(files) == len({ref.image_key for ref in refs})
+    for file, height, width, shown_height, shown_width, _ in data["photos"]:
+        with Image.open(photos / file) as image:
+            assert (image.format, image.size) == ("JPEG", (shown_width, shown_height))
+        assert (shown_height, shown_width) == (height, width)  # small ones stay as they are
+
+
+def test_numbers_of_a_page_are_those_of_its_result(tmp_path, shapes_lmdb):
+    jsonl = write_result(tmp_path / "run", shapes_lmdb)
+    result = json.loads(jsonl.with_suffix(".json").read_text())
+    data = read_script(tmp_path / "run/report" / jsonl.stem / "data.js")
+    assert data["models"] == [{"name": "published", **result}]
+    assert sum(data["histogram"][0]) == data["sentences"] == result["sentences"]
+    assert data["curve"][0][25] == result["Pr@0.5"]
+    for grouping in data["groupings"]:
+        assert len(grouping["rows"]) == len(grouping["labels"])
+    categories = next(g for g in data["groupings"] if g["key"] == "category")
+    assert sum(row["sentences"] for row in categories["rows"]) == result["sentences"]
+
+
+def test_results_of_a_run_stand_side_by_side_share_photos_and_are_listed(tmp_path, shapes_lmdb):
+    folder = tmp_path / "run"
+    write_result(folder, shapes_lmdb, ("aligned", "published"))
+    photos = {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()}
+    write_result(folder, shapes_lmdb, ("published",), step=3, is_swapped=True)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()} == photos
+    listed = read_script(folder / "report/results.js")
+    stem = "test_shapes_train"
+    assert [r["page"] for r in listed] == [f"{stem}{s}" for s in (".aligned", "", ".swapped")]
+    for result in listed:
+        page = folder / "report" / result["page"]
+        assert (page / "index.html").is_file()
+        models = read_script(page / "data.js")["models"]
+        assert models[0]["mIoU"] == result["mIoU"]
+        assert models[0]["swapped_sentences"] == result["swapped_sentences"]
+
+
+def test_a_second_test_replaces_the_page(tmp_path, shapes_lmdb):
+    pages = []
+    for step in (7, 2):
+        jsonl = write_result(tmp_path / "run", shapes_lmdb, step=step)
+        pages.append(read_script(tmp_path / "run/report" / jsonl.stem / "data.js"))
+    assert pages[0]["models"][0]["mIoU"] < pages[1]["models"][0]["mIoU"]
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_limit_leaves_the_numbers_and_shows_worst_to_best(tmp_path, shapes_lmdb):
+    jsonl = write_result(tmp_path / "run", shapes_lmdb, report_limit=5)
+    ious = [line["iou"] for line in read_jsonl(jsonl)]
+    data = read_script(tmp_path / "run/report" / jsonl.stem / "data.js")
+    assert data["sentences"] == len(ious) == sum(data["histogram"][0])
+    shown = data["rows"]["iou"][0]
+    assert len(shown) == 5
+    assert (min(shown), max(shown)) == (min(ious), max(ious))
+
+
+def test_limits_beyond_the_sentences_show_all_and_one_shows_the_worst():
+    lines = [{"iou": iou} for iou in (0.5, 0.1, 0.9)]
+    assert choose_shown(lines, None) == choose_shown(lines, 99) == [0, 1, 2]
+    assert choose_shown(lines, 2) == [1, 2]
+    assert choose_shown(lines, 1) == [1]
+
+
+def test_photos_are_shrunk_and_odd_names_and_sentences_survive(tmp_path):
+    lmdb = write_odd_records(tmp_path / "val.lmdb")
+    jsonl = write_result(tmp_path / "run", lmdb, report_photo_size=120)
+    page = tmp_path / "run/report" / jsonl.stem
+    data = read_script(page / "data.js")
+    assert data["rows"]["sentence"] == list(ODD_SENTENCES)
+    assert [photo[1:5] for photo in data["photos"]] == [[600, 900, 80, 120], [40, 50, 40, 50]]
+    for photo in data["photos"]:
+        assert not set(photo[0]) & set("/%#? ")
+        assert (tmp_path / "run/report/photos" / photo[0]).is_file()
+    # No sentence is in the HTML, and the scripts are plain ASCII.
+    assert "mine" not in (page / "index.html").read_text()
+
+
+def test_another_photo_under_the_same_name_is_another_file(tmp_path, shapes_lmdb):
+    lines = [{"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 100}]
+    reader = RecordReader(shapes_lmdb)
+    names = set()
+    for size in (384, 50, 384):
+        pictures = write_pictures(reader, lines, tmp_path, size)
+        names.add(pictures.photos["image_0.jpg"].file)
+    assert len(names) == 2
+    assert sorted(names) == sorted(p.name for p in tmp_path.iterdir())
+
+
+def test_records_that_were_not_scored_are_refused(tmp_path, shapes_lmdb):
+    lines = [{"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 7}]
+    with pytest.raises(UserError, match=r"train.lmdb has no ref 7: it is not what was scored"):
+        write_pictures(RecordReader(shapes_lmdb), lines, tmp_path, 384)
+
+
+def test_a_full_disk_costs_the_report_in_one_line_and_leaves_the_scores(tmp_path, shapes_lmdb):
+    folder = tmp_path / "run"
+    jsonl = write_result(folder, shapes_lmdb)
+    page = folder / "report" / jsonl.stem
+    size = (ROOT / "engine/report/page.js").stat().st_size
+    assert size > jsonl.stat().st_size, "the scores must fit, the page must not"
+    told: list[str] = []
+    handler = logger.add(told.append, format="{message}")
+    try:
+        with largest_file(size - 1):
+            write_result(folder, shapes_lmdb, step=2)
+    finally:
+        logger.remove(handler)
+    assert told == [f"no report in {folder / 'report'}: File too large\n"]
+    assert json.loads(jsonl.with_suffix(".json").read_text())["mIoU"] > 0
+    assert list(page.iterdir()) == []  # nothing of the old one either, which has other numbers
+
+
+def test_pages_ask_for_nothing_beyond_their_folder():
+    for path in (ROOT / "engine/report").glob("*.*"):
+        if path.suffix != ".py":
+            text = path.read_text().replace("http://www.w3.org/2000/svg", "")
+            assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text), path
+            assert "innerHTML" not in text
+
+
+def test_the_program_writes_a_report_unless_told_not_to(tmp_path, shapes_lmdb):
+    data = tmp_path / "lmdb/shapes"
+    data.mkdir(parents=True)
+    for name in ("train", "val"):
+        (data / f"{name}.lmdb").symlink_to(shapes_lmdb)
+    config = write_config(tmp_path, tmp_path)
+    folder = tmp_path / "exp/tiny"
+    cfg = load_config(config)
+    state = {"state_dict": build_model(cfg, "cpu").state_dict(), "config": to_dict(cfg)}
+    folder.mkdir(parents=True)
+    save_checkpoint(state, folder, is_best=True)
+    split = ("TEST.test_split", "train", "TEST.protocol", "both")
+    run_program("test.py", config, *split, "TEST.report", False)
+    assert not (folder / "report").exists()
+    run_program("test.py", config, *split)
+    pages = [r["page"] for r in read_script(folder / "report/results.js")]
+    assert pages == ["test_shapes_train.aligned", "test_shapes_train"]
+    result = json.loads((folder / f"{pages[1]}.json").read_text())
+    assert Path(result["lmdb"]) == data / "val.lmdb"

@@ -1,0 +1,296 @@
+"""Reports in a real browser, opened from the disk: filter, sort, turn pages, look closely."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from browser import Visit, open_browser
+from helpers import (
+    HOSTILE,
+    ODD_SENTENCES,
+    all_refs,
+    read_jsonl,
+    write_odd_records,
+    write_records,
+    write_result,
+)
+from pycocotools import mask as coco_mask
+
+from tools import compare_runs
+from utils.transforms import decode_mask
+
+pytestmark = pytest.mark.slow
+
+PAGE = 24  # cards
+
+
+@pytest.fixture(scope="module")
+def visit():
+    with open_browser() as visit:
+        yield visit
+
+
+@pytest.fixture
+def result(tmp_path, shapes_lmdb) -> Path:
+    return write_result(tmp_path / "run", shapes_lmdb)
+
+
+@pytest.fixture
+def lines(result) -> list[dict]:
+    return read_jsonl(result)
+
+
+def go(visit: Visit, path: Path, choices: str = "") -> None:
+    """Open a page from the disk and wait until its masks are drawn."""
+    visit.requests.clear()
+    visit.complaints.clear()
+    visit.page.goto("about:blank")  # else another fragment of the same page would not load it
+    visit.page.goto(path.as_uri() + choices)
+    visit.page.wait_for_selector("canvas[data-drawn]")
+
+
+def page_of(result: Path) -> Path:
+    return result.parent / "report" / result.stem / "index.html"
+
+
+def shown(visit: Visit) -> list[str]:
+    """Sentences on the visible cards, in order."""
+    cards = visit.page.locator(".card .sentence")
+    return [text[1:-1] for text in cards.all_text_contents()]
+
+
+def expected(
+    lines: list[dict],
+    keep: Callable[[dict], bool] = lambda line: True,
+    key: Callable[[dict], float] = lambda line: line["iou"],
+    page: int = 1,
+) -> list[str]:
+    """What has to be on a page, by the `.jsonl` alone."""
+    chosen = sorted(filter(keep, lines), key=key)
+    return [line["sentence"] for line in chosen[(page - 1) * PAGE : page * PAGE]]
+
+
+def count(visit: Visit) -> int:
+    return int(visit.page.inner_text("#count").split()[0].replace(",", ""))
+
+
+def assert_quiet(visit: Visit) -> None:
+    """Nothing was asked of a network, and nothing went wrong."""
+    assert visit.requests
+    assert [url for url in visit.requests if not url.startswith(("file://", "data:"))] == []
+    assert visit.complaints == []
+
+
+def test_the_worst_come_first_and_pages_turn(visit, result, lines):
+    go(visit, page_of(result))
+    assert len(lines) > 2 * PAGE
+    assert shown(visit) == expected(lines)
+    assert count(visit) == len(lines)
+    assert visit.page.is_disabled("#previous")
+    visit.page.click("#next")
+    assert shown(visit) == expected(lines, page=2)
+    visit.page.click("#last")
+    assert shown(visit) == expected(lines, page=-(-len(lines) // PAGE))
+    assert visit.page.is_disabled("#next")
+    visit.page.click("#first")
+    assert shown(visit) == expected(lines)
+    assert_quiet(visit)
+
+
+def test_filters_leave_what_fits_all_of_them(visit, result, lines):
+    go(visit, page_of(result))
+    visit.page.fill("#low", "0.2")
+    visit.page.fill("#high", "0.8")
+
+    def middling(line: dict) -> bool:
+        return 0.2 <= line["iou"] <= 0.8
+
+    assert 0 < count(visit) == sum(map(middling, lines)) < len(lines)
+    assert shown(visit) == expected(lines, middling)
+    visit.page.select_option("#category", label=_option(visit, "#category", "category 2"))
+    assert shown(visit) == expected(lines, lambda x: middling(x) and x["category"] == 2)
+    words = next(x["sentence"] for x in lines if middling(x) and x["category"] == 2)[:-2]
+    visit.page.fill("#text", f"  {words.upper()}")
+
+    def fits(line: dict) -> bool:
+        return middling(line) and line["category"] == 2 and words in line["sentence"]
+
+    assert 0 < count(visit) == sum(map(fits, lines))
+    assert shown(visit) == expected(lines, fits)
+    visit.page.fill("#text", "no such words")
+    assert shown(visit) == []
+    assert "no sentence fits" in visit.page.inner_text("#cards")
+    visit.page.click("button[type=reset]")
+    assert shown(visit) == expected(lines)
+    assert_quiet(visit)
+
+
+def _option(visit: Visit, select: str, start: str) -> str:
+    options = visit.page.locator(f"{select} option").all_inner_texts()
+    return next(text for text in options if text.startswith(start))
+
+
+def test_sorting(visit, result, lines):
+    go(visit, page_of(result))
+    visit.page.select_option("#sort", "best")
+    assert shown(visit) == expected(lines, key=lambda line: -line["iou"])
+    visit.page.select_option("#sort", "smallest")
+    share = [line["target_area"] / (line["height"] * line["width"]) for line in lines]
+    assert shown(visit) == expected(lines, key=lambda line: share[lines.index(line)])
+    visit.page.select_option("#sort", "data")
+    assert shown(visit) == [line["sentence"] for line in lines[:PAGE]]
+
+
+def test_charts_and_tables_choose_sentences(visit, result, lines):
+    go(visit, page_of(result))
+    visit.page.locator(".chart").first.locator(".hit").first.click()
+    assert shown(visit) == expected(lines, lambda line: line["iou"] <= 0.05)
+    visit.page.click("button[type=reset]")
+    visit.page.click("#tables summary")
+    visit.page.click("#table-category button:text-is('category 4')")
+    assert shown(visit) == expected(lines, lambda line: line["category"] == 4)
+
+
+def test_an_address_keeps_the_choices(visit, result, lines):
+    go(visit, page_of(result))
+    visit.page.fill("#text", "red")
+    visit.page.select_option("#sort", "best")
+    address = visit.page.url
+    assert "#text=red&sort=best" in address
+    visit.page.goto("about:blank")
+    visit.page.goto(address)
+    assert shown(visit) == expected(lines, lambda x: "red" in x["sentence"], lambda x: -x["iou"])
+    assert visit.page.input_value("#text") == "red"
+    go(visit, page_of(result), "#nonsense=1&sort=nonsense&page=99&low=abc")
+    assert visit.complaints == []
+
+
+def _alpha(visit: Visit, card: int, panel: int) -> np.ndarray:
+    """(H, W) opacity of what is drawn over a photo."""
+    picture = visit.page.locator(".card").nth(card).locator(".picture").nth(panel)
+    canvas = picture.locator("canvas[data-drawn]")
+    values = canvas.evaluate("""canvas => {
+        const area = [0, 0, canvas.width, canvas.height];
+        const pixels = canvas.getContext("2d").getImageData(...area).data;
+        return [canvas.height, canvas.width, Array.from(pixels.filter((_, i) => i % 4 === 3))];
+    }""")
+    return np.array(values[2]).reshape(values[:2])
+
+
+def test_ground_truth_is_drawn_where_it_is(visit, result, shapes_lmdb):
+    go(visit, page_of(result), "#sort=data")
+    ref = all_refs(shapes_lmdb)[0]
+    mask = decode_mask(ref.mask, "") > 0
+    drawn = _alpha(visit, card=0, panel=1) > 0
+    wider = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3))) > 0  # the outline is two pixels
+    assert drawn[mask].all()
+    assert not drawn[~wider].any()
+
+
+def test_predictions_are_drawn_where_they_are(visit, result, lines):
+    go(visit, page_of(result), "#sort=data&view=panels")
+    for card in range(5):
+        pred = coco_mask.decode(lines[card]["pred_rle"]) > 0
+        alpha = _alpha(visit, card, panel=2)
+        tinted = (alpha > 0) & (alpha < 255)  # the outline of the ground truth is opaque
+        assert (pred | (alpha == 255))[tinted].all()
+        assert tinted[pred & (alpha < 255)].all()
+        assert tinted.any()
+
+
+def test_a_sentence_can_be_enlarged_and_walked_on_from(visit, result, lines):
+    go(visit, page_of(result))
+    order = expected(lines)
+    visit.page.locator(".open").nth(1).click()
+    assert visit.page.inner_text("#enlarged .sentence")[1:-1] == order[1]
+    visit.page.keyboard.press("ArrowRight")
+    assert visit.page.inner_text("#enlarged .sentence")[1:-1] == order[2]
+    visit.page.click("#before")
+    assert visit.page.inner_text("#enlarged .sentence")[1:-1] == order[1]
+    visit.page.wait_for_selector("#enlarged canvas[data-drawn]")
+    visit.page.keyboard.press("Escape")
+    assert not visit.page.is_visible("#large")
+    assert_quiet(visit)
+
+
+def test_what_a_data_set_says_is_text(visit, tmp_path):
+    lmdb = write_odd_records(tmp_path / "val.lmdb")
+    result = write_result(tmp_path / "50% #1 犬", lmdb, step=0)
+    go(visit, page_of(result), "#sort=data")
+    assert shown(visit) == list(ODD_SENTENCES)
+    assert HOSTILE in shown(visit)
+    assert visit.page.title() == "odd val: published"
+    assert visit.page.locator("#category").count() == 0
+    loaded = "() => [...document.images].every((i) => i.complete && i.naturalWidth > 0)"
+    visit.page.wait_for_function(loaded)
+    assert_quiet(visit)
+
+
+def test_results_of_a_run_are_linked(visit, tmp_path, shapes_lmdb):
+    write_result(tmp_path / "run", shapes_lmdb, ("aligned", "published"))
+    visit.page.goto((tmp_path / "run/report/index.html").as_uri())
+    assert visit.page.locator("#scores a").count() == 2
+    visit.page.locator("#scores a").first.click()
+    visit.page.wait_for_selector("canvas[data-drawn]")
+    assert visit.page.url.endswith("/test_shapes_train.aligned/index.html")
+    visit.page.click("#results a:not([aria-current]):has-text('published')")
+    visit.page.wait_for_url(re.compile("/test_shapes_train/index.html$"))
+    visit.page.wait_for_selector("canvas[data-drawn]")
+    assert_quiet(visit)
+
+
+def test_a_single_result_opens_at_once(visit, result):
+    go(visit, result.parent / "report/index.html")
+    assert visit.page.url == page_of(result).as_uri()
+    assert not visit.page.is_visible("#results")
+
+
+def test_a_comparison_shows_both_and_who_won(visit, tmp_path, shapes_lmdb):
+    paths = [write_result(tmp_path / n, shapes_lmdb, step=s) for n, s in (("a", 9), ("b", 5))]
+    compare_runs.main([*map(str, paths), "-o", str(tmp_path / "page"), "--margin", "0.1"])
+    first, second = map(read_jsonl, paths)
+    difference = [b["iou"] - a["iou"] for a, b in zip(first, second, strict=True)]
+    go(visit, tmp_path / "page/index.html")
+
+    def order(sign: int) -> list[str]:
+        places = sorted(range(len(first)), key=lambda place: sign * difference[place])
+        return [first[place]["sentence"] for place in places]
+
+    assert shown(visit) == order(1)[:PAGE]
+    visit.page.select_option("#sort", "gain")
+    assert shown(visit) == order(-1)[:PAGE]
+    for outcome, sign in (("won", 1), ("lost", -1)):
+        visit.page.select_option("#outcome", outcome)
+        assert 0 < count(visit) == sum(sign * d > 0.1 for d in difference)
+    assert visit.page.locator(".card").first.locator(".picture").count() == 4
+    assert_quiet(visit)
+
+
+def test_thousands_of_sentences_stay_usable(visit, tmp_path, capsys):
+    lmdb = write_records(tmp_path / "val.lmdb", [4] * 500)
+    result = write_result(tmp_path / "run", lmdb)
+    start = time.perf_counter()
+    go(visit, page_of(result))
+    opened = time.perf_counter()
+    visit.page.fill("#text", "yellow")
+    filtered = time.perf_counter()
+    assert count(visit) < len(read_jsonl(result)) == 5000
+    assert visit.page.locator(".card").count() == PAGE
+    with capsys.disabled():
+        print(f" 5,000 sentences: open {opened - start:.2f} s, filter {filtered - opened:.2f} s ")
+    assert opened - start < 10  # where other programs use the machine as well
+    assert filtered - opened < 5
+
+
+def test_it_says_so_where_files_are_missing(visit, result):
+    (page_of(result).parent / "masks.js").unlink()
+    for photo in (result.parent / "report/photos").iterdir():
+        photo.unlink()
+    visit.page.goto("about:blank")
+    visit.page.goto(page_of(result).as_uri())
+    visit.page.wait_for_selector(".picture.lost")
+    visit.page.wait_for_selector("#legend:has-text('masks.js is not there')")

@@ -1,0 +1,250 @@
+"""Ranks under torchrun that are killed, asked to stop or fail, and two launchers: all real."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    ROOT,
+    assert_same,
+    drop_measured,
+    encoded,
+    load,
+    read_jsonl,
+    sample_ref,
+    smooth_photo,
+    torchrun,
+    write_config,
+)
+
+from utils.records import RecordWriter
+from utils.tokenizer import token_lengths
+
+pytestmark = pytest.mark.slow
+LIMIT = 120  # seconds
+EPOCHS = 4
+RESUMED = "resumed from "  # once a start, in the banner
+ONE = ("--standalone", "--nproc_per_node=2")  # launcher, with both ranks
+
+
+def recipe(folder: Path, data: Path, **train_keys) -> Path:
+    keys = {"dropout": 0.1, "save_every": "2", "resume": "auto"}
+    return write_config(folder, data, **(keys | train_keys))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The config of two ranks' run that nothing happened to."""
+    config = recipe(tmp_path_factory.mktemp("whole"), data, epochs=EPOCHS)
+    ending = torchrun(2, "train.py", "--config", config)
+    assert ending.returncode == 0, ending.stderr
+    return config
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start `torchrun <options> train.py --config <config>`; none outlives the test."""
+    started = []
+
+    def launch(config: Path, *options: object) -> subprocess.Popen:
+        launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
+        started.append(
+            subprocess.Popen(
+                [*launcher, "train.py", "--config", str(config)],
+                cwd=ROOT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield launch
+    for process in started:
+        ranks = children_of(process)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in ranks:  # in sessions of their own, and they hold the pipe open
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def start_two(start: Callable, config: Path, *options: object) -> list[subprocess.Popen]:
+    """Two launchers with a rank each, which meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = (
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=test",
+        *options,
+    )
+    options = (*options, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
+    return [start(config, *options) for _ in range(2)]
+
+
+def wait_for(process: subprocess.Popen, config: Path, name: str = "metrics.jsonl") -> None:
+    """Until the run has written something: by default the record of the first step."""
+    path = config.parent / "exp/tiny" / name
+    deadline = time.monotonic() + LIMIT
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started, while it lives."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def pid_of_rank(rank: int, *processes: subprocess.Popen) -> int:
+    """Of the process that one of the launchers has started for a rank."""
+    wanted = f"RANK={rank}".encode()
+    children = [pid for process in processes for pid in children_of(process)]
+    (found,) = [
+        pid for pid in children if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return found
+
+
+def end(process: subprocess.Popen) -> str:
+    """Wait for it: what it said."""
+    return process.communicate(timeout=LIMIT)[1]
+
+
+def assert_equal_runs(got: Path, expected: Path) -> None:
+    folders = [config.parent / "exp/tiny" for config in (got, expected)]
+    states = [load(folder / "last_model.pth") for folder in folders]
+    records = [read_jsonl(folder / "metrics.jsonl") for folder in folders]
+    for state in states:
+        del state["config"]
+    for record in records[0] + records[1]:
+        drop_measured(record)
+    assert_same(*states)
+    assert records[0] == records[1]
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start, whole):
+    config = recipe(tmp_path, data, epochs=EPOCHS)
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, "last_model.pth")
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert err.count(RESUMED) == 1
+    assert_equal_runs(config, whole)
+
+
+def test_a_forced_run_that_is_restarted_goes_on_from_what_it_has_saved(
+    data, tmp_path, start, whole
+):
+    config = recipe(tmp_path, data, epochs=EPOCHS, resume=None, force=True)
+    last = config.parent / "exp/tiny/last_model.pth"
+    last.parent.mkdir(parents=True)
+    shutil.copy(whole.parent / "exp/tiny/last_model.pth", last.with_name("step_00000099.pth"))
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, last.name)
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert err.count("TRAIN.force: 1 checkpoint(s)") == 1
+    assert err.count(f"{RESUMED}{last}") == 1
+    assert_equal_runs(config, whole)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
+    data, tmp_path, start, whole, force
+):
+    first = recipe(tmp_path / "first", data, epochs=1)
+    assert torchrun(2, "train.py", "--config", first).returncode == 0
+    other = first.parent / "exp/tiny/last_model.pth"
+    config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other), force=force)
+    last = config.parent / "exp/tiny/last_model.pth"
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config, last.name)
+    os.kill(pid_of_rank(0, process), signal.SIGKILL)
+    err = end(process)
+    assert process.returncode == 0, err
+    assert [err.count(f"{RESUMED}{path}") for path in (other, last)] == [1, 1]
+    states = [load(path) for path in (last, whole.parent / "exp/tiny/last_model.pth")]
+    for state in states:
+        del state["config"]
+    assert_same(*states)
+
+
+def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):
+    config = recipe(tmp_path, data, epochs=EPOCHS)
+    agents = start_two(start, config, "--max-restarts=1")
+    wait_for(agents[0], config, "last_model.pth")
+    os.kill(pid_of_rank(1, *agents), signal.SIGKILL)
+    errors = [end(agent) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 2
+    assert sum(error.count(RESUMED) for error in errors) == 1
+    assert_equal_runs(config, whole)
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_path, start):
+    config = recipe(tmp_path, data, epochs=1000)
+    process = start(config, *ONE, "--max-restarts=1")
+    wait_for(process, config)
+    os.kill(pid_of_rank(1, process), signal.SIGUSR1)
+    err = end(process)
+    assert process.returncode == 1
+    assert "exitcode  : 75" in err
+    assert err.count("TRAIN.resume auto goes on from there") == 1
+    folder = tmp_path / "exp/tiny"
+    assert (folder / "PREEMPTED").read_text().startswith("a signal to another rank")
+    state = load(folder / "last_model.pth")
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] <= state["step"]
+    assert len(state["rng"]) == 2
+
+
+def test_a_signal_to_the_launcher_stops_all_ranks_after_they_have_saved(data, tmp_path, start):
+    config = recipe(tmp_path, data, epochs=1000)
+    process = start(config, *ONE)
+    wait_for(process, config)
+    process.terminate()
+    err = end(process)
+    assert process.returncode != 0
+    assert "SIGTERM: stopped after step" in err
+    assert (tmp_path / "exp/tiny/PREEMPTED").exists()
+
+
+def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path, start):
+    val = tmp_path / "val.lmdb"
+    with RecordWriter(val, "shapes", "val") as writer:
+        for image in range(4):  # the second goes to rank 1
+            photo = encoded(smooth_photo(np.random.default_rng(0), 60, 80), ".jpg")
+            writer.add_image(f"image_{image}.jpg", photo if image != 1 else photo[:200])
+            ref = sample_ref(image, image, (60, 80), 1)
+            writer.add_ref(ref, token_lengths(ref.sentences))
+    config = recipe(tmp_path, data)
+    text = config.read_text().replace(str(data / "lmdb/shapes/val.lmdb"), str(val))
+    config.write_text(text)
+    process = start(config, *ONE)
+    wait_for(process, config)
+    since = time.monotonic()
+    err = end(process)
+    assert time.monotonic() - since < 60
+    assert process.returncode == 1
+    faults = ("error: ", "Traceback", "[rank")
+    first = next(line for line in err.splitlines() if line.startswith(faults))
+    assert first.startswith("error: "), err
+    assert "image_1.jpg" in first

@@ -1,0 +1,469 @@
+"""The training loop, through train.py on a tiny set or on a `Run` that train.py built."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from helpers import (
+    Batches,
+    assert_same,
+    build_run,
+    drop_measured,
+    error_of,
+    load,
+    on_cpu,
+    read_jsonl,
+    run_program,
+    write_config,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import trainer
+from engine.trainer import (
+    Run,
+    build_scaler,
+    forward_backward,
+    optimizer_step,
+    resolve_precision,
+    train_one_epoch,
+)
+from utils.config import load_config
+from utils.metrics import METRIC_NAMES
+from utils.records import RecordReader
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    return write_config(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data) -> Path:
+    """The folder of a run of three epochs without interruption, dropout on."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = write_config(folder, data, dropout=0.2, epochs=3, milestones=[2], lr_multi=0.1)
+    run_program("train.py", config, "TRAIN.workers_val", 2)
+    return folder
+
+
+def num_steps(data: Path) -> int:
+    """Of an epoch in batches of 8."""
+    return len(RecordReader(data / "lmdb/shapes/train.lmdb")) // 8
+
+
+def num_sentences(data: Path) -> int:
+    """Of val."""
+    return RecordReader(data / "lmdb/shapes/val.lmdb").meta["sentences"]
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What was logged, but for the speed."""
+    records = read_jsonl(folder / "exp/tiny/metrics.jsonl")
+    for record in records:
+        drop_measured(record)
+    return records
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp_path, data):
+    # Other numbers of workers before and after must change nothing.
+    config = write_config(tmp_path, data, dropout=0.2, milestones=[2], lr_multi=0.1)
+    last = tmp_path / "exp/tiny/last_model.pth"
+    run_program("train.py", config, "TRAIN.epochs", 1, "TRAIN.workers", 2)
+    run_program("train.py", config, "TRAIN.epochs", 2, "TRAIN.resume", last)
+    run_program("train.py", config, "TRAIN.epochs", 3, "TRAIN.resume", last, "TRAIN.workers", 2)
+    got, expected = load(last), load(straight / "exp/tiny/last_model.pth")
+    del got["config"], expected["config"]
+    assert_same(got, expected)
+    assert metrics(tmp_path) == metrics(straight)
+
+
+def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, data, monkeypatch):
+    seen, step = [], trainer.optimizer_step
+
+    def watched(run: Run) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        step(run)
+
+    monkeypatch.setattr(trainer, "optimizer_step", watched)
+    states = []
+    for name, parts in {"straight": (2,), "again": (2,), "resumed": (1, 2)}.items():
+        config = write_config(tmp_path / name, data, dropout=0.2)
+        opts = ("TRAIN.deterministic", True, "TRAIN.resume", "auto")
+        for epochs in parts:
+            run_program("train.py", config, *opts, "TRAIN.epochs", epochs)
+        states.append(load(tmp_path / name / "exp/tiny/last_model.pth"))
+        del states[-1]["config"]
+    assert_same(states[1], states[0])
+    assert_same(states[2], states[0])
+    assert seen == [True] * (6 * num_steps(data))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_seed_gives_another_run(straight, tmp_path, data):
+    config = write_config(tmp_path, data, dropout=0.2, lr_multi=0.1, manual_seed=1)
+    run_program("train.py", config)
+    first_loss = metrics(tmp_path)[0]["loss"]
+    assert first_loss != metrics(straight)[0]["loss"]
+
+
+def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, data):
+    records = metrics(straight)
+    steps = [record for record in records if record["kind"] == "step"]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    n = num_steps(data)
+    logged = [*range(2, n, 2), n]  # print_freq 2, and the last
+    assert [record["kind"] for record in records] == (["step"] * len(logged) + ["epoch"]) * 3
+    assert [r["step"] for r in steps] == [epoch * n + step for epoch in range(3) for step in logged]
+    assert [(r["epoch"], r["step"]) for r in epochs] == [(1, n), (2, 2 * n), (3, 3 * n)]
+    assert set(steps[0]) == {
+        *("kind", "epoch", "step", "loss", "train_mIoU", "train_Pr@0.5", "lr_backbone", "lr_head"),
+        "skipped_steps",
+    }
+    assert set(epochs[0]) == {
+        "kind",
+        "epoch",
+        "step",
+        "loss",
+        "train_mIoU",
+        "train_Pr@0.5",
+        *METRIC_NAMES,
+        "sentences",
+    }
+    # As released: the first epoch at the head's rate for all; a milestone multiplies by lr_decay.
+    rates = {1: (1e-3, 1e-3), 2: (1e-4, 1e-3), 3: (1e-5, 1e-4)}
+    for record in steps:
+        assert (record["lr_backbone"], record["lr_head"]) == pytest.approx(rates[record["epoch"]])
+
+
+def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
+    for print_freq in (1, 3):
+        folder = tmp_path / str(print_freq)
+        run_program("train.py", write_config(folder, data, print_freq=print_freq))
+    *steps, epoch = metrics(tmp_path / "1")
+    *windows, same_epoch = metrics(tmp_path / "3")
+    assert len(steps) == num_steps(data)
+    assert epoch == pytest.approx(same_epoch, abs=1e-6)
+    for name in ("loss", "train_mIoU", "train_Pr@0.5"):
+        values = [record[name] for record in steps]
+        assert epoch[name] == pytest.approx(mean(values), abs=1e-6)
+        expected = [mean(values[i : i + 3]) for i in range(0, len(values), 3)]
+        assert [record[name] for record in windows] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_log_file_tells_the_run(straight, data):
+    text = (straight / "exp/tiny/train.log").read_text()
+    for expected in (
+        "step        1 rank(s) x 8 x 1 (accumulation) = batch 8",
+        f"epoch 1 step 2/{num_steps(data)}",
+        "epoch 3/3: loss",
+        " % waiting for data, ",
+        " GiB, ",
+        f"shapes val, {num_sentences(data)} sentences, published: mIoU ",
+        "(best)",
+    ):
+        assert expected in text
+    assert "\x1b" not in text
+
+
+def test_the_saved_config_is_the_one_that_ran(straight):
+    opts = ["TRAIN.workers_val", "2"]
+    assert load_config(straight / "exp/tiny/config.yaml") == load_config(
+        straight / "tiny.yaml", opts
+    )
+
+
+def test_a_step_uses_the_warm_up_of_the_schedule(tmp_path, data):
+    config = write_config(tmp_path, data, print_freq=1, warmup_steps=4)
+    run_program("train.py", config)
+    rates = [record["lr_head"] for record in metrics(tmp_path)[:-1]]
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[4:] == [1e-3] * (len(rates) - 4)
+
+
+def test_start_epoch_counts_from_there(config, tmp_path):
+    run_program("train.py", config, "epochs", 4, "start_epoch", 3, "milestones", "[1]")
+    *steps, epoch = metrics(tmp_path)
+    assert epoch["epoch"] == 4
+    assert steps[0]["lr_head"] == pytest.approx(1e-4)
+
+
+def test_validating_now_and_then_saves_then_and_at_the_end(config, tmp_path):
+    folder = tmp_path / "exp/tiny"
+    run_program("train.py", config, "epochs", 5, "val_freq", 2)
+    epochs = [record for record in metrics(tmp_path) if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5]
+    assert [record["epoch"] for record in epochs if "mIoU" in record] == [2, 4, 5]
+    assert all("loss" in record for record in epochs)
+    assert load(folder / "last_model.pth")["epoch"] == 5
+
+
+def test_the_best_model_survives_worse_epochs_and_a_resume(config, tmp_path, monkeypatch):
+    scores = iter([0.3, 0.5, 0.2, 0.4, 0.6])
+    zeros = dict.fromkeys(METRIC_NAMES, 0.0) | {"sentences": 35}
+    monkeypatch.setattr(trainer, "validate", lambda run: zeros | {"mIoU": next(scores)})
+    folder = tmp_path / "exp/tiny"
+
+    def epochs_kept() -> dict[str, tuple[int, float]]:
+        states = {name: load(folder / f"{name}_model.pth") for name in ("last", "best")}
+        return {name: (state["epoch"], state["best_iou"]) for name, state in states.items()}
+
+    run_program("train.py", config, "epochs", 3)
+    assert epochs_kept() == {"last": (3, 0.5), "best": (2, 0.5)}
+    run_program("train.py", config, "epochs", 4, "resume", folder / "last_model.pth")
+    assert epochs_kept() == {"last": (4, 0.5), "best": (2, 0.5)}
+    run_program("train.py", config, "epochs", 5, "resume", folder / "last_model.pth")
+    assert epochs_kept() == {"last": (5, 0.6), "best": (5, 0.6)}
+
+
+def test_resume_from_a_finished_run_changes_nothing(config, tmp_path):
+    run_program("train.py", config)
+    last = tmp_path / "exp/tiny/last_model.pth"
+    before = last.read_bytes()
+    run_program("train.py", config, "TRAIN.resume", last)
+    assert last.read_bytes() == before
+
+
+def test_records_are_json_one_a_line(straight):
+    for line in (straight / "exp/tiny/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_weights_alone_cannot_be_resumed(straight, config, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save({"state_dict": load(straight / "exp/tiny/last_model.pth")["state_dict"]}, bare)
+    assert "give it as TRAIN.weight" in error_of("train.py", config, "TRAIN.resume", bare)
+
+
+def test_training_from_weights_starts_a_new_run_with_them(straight, config, tmp_path):
+    source = straight / "exp/tiny/best_model.pth"
+    run = build_run(config, "TRAIN.weight", source)
+    assert_same(dict(run.model.state_dict()), dict(load(source)["state_dict"]))
+    assert (run.epoch, run.step, run.best) == (0, 0, -1.0)
+    assert not run.optimizer.state
+
+
+def test_validation_may_score_first_sentences_only(config):
+    every = build_run(config).val_loader.dataset
+    first = build_run(config, "TRAIN.val_sentences", "first").val_loader.dataset
+    assert len(first.keys()) == len(first.reader) < len(every.keys())
+
+
+# --------------------------------------------------------------------------------- single steps
+
+
+def batch_of(run: Run) -> dict:
+    return next(iter(run.train_loader))
+
+
+def halves(batch: dict) -> list[dict]:
+    parts = (
+        {key: value[i::2] for key, value in batch.items() if value is not None} for i in (0, 1)
+    )
+    return [{"image_index": None, **part} for part in parts]
+
+
+def assert_same_gradients(got: Run, expected: Run) -> None:
+    """Equal but for the order of additions."""
+    pairs = zip(expected.model.named_parameters(), got.model.parameters(), strict=True)
+    for (name, a), b in pairs:
+        if a.requires_grad:
+            tolerance = 1e-5 * a.grad.abs().max().item() + 1e-9
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=tolerance, msg=name)
+
+
+def test_one_batch_is_learnt(config):
+    run = build_run(config, "TRAIN.target", "area", "TRAIN.print_freq", 60)
+    run.train_loader = Batches([batch_of(run)] * 60)
+    with on_cpu():
+        before = forward_backward(run, run.train_loader[0], True)[0].item()
+        run.optimizer.zero_grad()
+        train_one_epoch(run, 0)
+        loss, iou, _ = forward_backward(run, run.train_loader[0], True).tolist()
+    assert loss < 0.15 < 0.5 < before
+    assert iou > 0.3
+
+
+def test_two_half_batches_accumulate_to_the_gradient_of_the_whole(config):
+    # In evaluation mode: batch norm normalises by what one forward pass sees, which is half.
+    whole = build_run(config)
+    parts = build_run(config, "TRAIN.accumulation_steps", 2)
+    batch = batch_of(whole)
+    with on_cpu():
+        for run, batches in ((whole, [batch]), (parts, halves(batch))):
+            run.model.eval()
+            losses = [forward_backward(run, part, True)[0].item() for part in batches]
+            run.loss = sum(losses) / len(losses)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert_same_gradients(parts, whole)
+
+
+def test_an_image_is_encoded_once_for_its_refs_and_they_learn_the_same(config):
+    by_image = build_run(config, "TRAIN.batch_by", "images")
+    by_ref = build_run(config)
+    batch = batch_of(by_image)
+    assert len(batch["images"]) < len(batch["tokens"]) == 8
+    repeated = batch | {"images": batch["images"][batch["image_index"]], "image_index": None}
+    with on_cpu():
+        for run, same in ((by_image, batch), (by_ref, repeated)):
+            run.model.eval()
+            run.loss = forward_backward(run, same, True)[0].item()
+    assert by_image.loss == pytest.approx(by_ref.loss, rel=1e-6)
+    assert_same_gradients(by_image, by_ref)
+
+
+def test_accumulation_makes_as_many_steps_of_as_many_refs(tmp_path, data):
+    config = write_config(tmp_path, data, print_freq=1)
+    run = build_run(config, "TRAIN.accumulation_steps", 2)
+    whole = build_run(config)
+    with on_cpu():
+        train_one_epoch(run, 0)
+    assert run.step == len(whole.train_loader)
+    micro = [[position for position, _ in batch] for batch in run.train_loader.batch_sampler]
+    full = [[position for position, _ in batch] for batch in whole.train_loader.batch_sampler]
+    assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == full
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_clipping_acts_on_gradients_whose_scaling_is_undone(config, max_norm):
+    run = build_run(config, "TRAIN.max_norm", max_norm)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with on_cpu():
+        forward_backward(run, batch_of(run), True)
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norm = torch.cat([g.flatten() for g in grads]).norm().item() / 4096
+        optimizer_step(run)
+    moves = [(a - b).flatten() for a, b in zip(before, run.model.parameters(), strict=True)]
+    assert torch.cat(moves).norm().item() == pytest.approx(min(norm, max_norm), rel=1e-3)
+
+
+def test_a_step_with_an_infinite_gradient_is_left_out(config):
+    run = build_run(config, "TRAIN.max_norm", 1.0)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    with on_cpu():
+        forward_backward(run, batch_of(run), True)
+        next(p for p in run.model.parameters() if p.grad is not None).grad[0] = math.inf
+        optimizer_step(run)
+    assert_same({n: p.detach() for n, p in run.model.named_parameters()}, before)
+    assert run.scaler.get_scale() == 32.0
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a value, and copying one there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+            torch.ops.aten.equal.default,
+        )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_host_waits_for_the_device_only_when_it_logs(config, monkeypatch, scaled):
+    def waits(steps: int) -> int:
+        run = build_run(config, "TRAIN.print_freq", 100, "TRAIN.max_norm", 1.0)
+        run.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        run.train_loader = Batches([batch_of(run)] * steps)
+        with on_cpu(), HostWaits() as counter, monkeypatch.context() as patch:
+
+            def counted(function):
+                def wrapper(*args, **kwargs):
+                    counter.count += 1
+                    return function(*args, **kwargs)
+
+                return wrapper
+
+            for name in ("tolist", "cpu", "numpy"):  # `item`, `bool` and the like are dispatched
+                patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+            # Made from Python numbers, a tensor on a GPU is a blocking copy.
+            patch.setattr(torch, "tensor", counted(torch.tensor))
+            train_one_epoch(run, 0)
+        return counter.count
+
+    few, many = waits(2), waits(6)
+    assert 1 <= few == many
+
+
+# ------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        ("auto", CPU, torch.float32),
+        ("auto", CUDA, torch.float16),
+        ("fp32", CUDA, torch.float32),
+        ("bf16", CPU, torch.bfloat16),
+        ("fp16", CPU, torch.float16),
+    ],
+)
+def test_automatic_precision_is_fp16_on_cuda_and_fp32_on_the_cpu(name, device, expected):
+    assert resolve_precision(name, device) is expected
+
+
+def test_only_fp16_scales_the_loss():
+    enabled = {
+        dtype: build_scaler(dtype, CPU).is_enabled() for dtype in trainer.PRECISIONS.values()
+    }
+    assert enabled == {torch.float16: True, torch.bfloat16: False, torch.float32: False}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_runs_on_the_cpu_and_keeps_float32_weights(config, tmp_path, precision):
+    run_program("train.py", config, "TRAIN.precision", precision)
+    *steps, _ = metrics(tmp_path)
+    assert all(math.isfinite(record["loss"]) for record in steps)
+    state = load(tmp_path / "exp/tiny/last_model.pth")
+    assert {w.dtype for w in state["state_dict"].values()} == {torch.float32, torch.int64}
+    assert bool(state["scaler"]) == (precision == "fp16")
+
+
+def test_resume_may_change_the_precision(config, tmp_path):
+    last = tmp_path / "exp/tiny/last_model.pth"
+    for epochs, precision in ((1, "fp32"), (2, "fp16"), (3, "fp32")):
+        resume = last if epochs > 1 else None
+        run_program("train.py", config, "epochs", epochs, "resume", resume, "precision", precision)
+    assert load(last)["epoch"] == 3
+
+
+# ------------------------------------------------------------------------------ Weights & Biases
+
+
+def test_wandb_is_not_imported_when_it_is_disabled(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
+    run_program("train.py", config)
+    with pytest.raises(SystemExit, match="the package wandb is not here"):
+        run_program("train.py", config, "TRAIN.wandb", "offline", "TRAIN.resume", "auto")
+
+
+def test_wandb_offline_gets_pictures_each_epoch_and_goes_on_as_the_same_run(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "exp/tiny"
+    for epochs in (1, 2):
+        opts = ("TRAIN.resume", "auto", "TRAIN.epochs", epochs, "TRAIN.val_pictures", 2)
+        run_program("train.py", config, "TRAIN.wandb", "offline", *opts)
+    starts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(starts) == 2
+    run_id = (folder / "wandb_run").read_text().strip()
+    for start in starts:
+        assert (start / f"run-{run_id}.wandb").stat().st_size > 0
+        assert len(list(start.rglob("files/media/**/*.png"))) == 2
+    assert [r["epoch"] for r in metrics(tmp_path) if r["kind"] == "epoch"] == [1, 2]

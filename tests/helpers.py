@@ -1,0 +1,535 @@
+"""What several test files share: small data, models, configs, and ways to run programs.
+
+Everything is made from fixed seeds and runs on the CPU, whatever the machine has, in one thread,
+so that numbers can be compared to the bit.
+"""
+
+import json
+import os
+import resource
+import runpy
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import cv2
+import numpy as np
+import torch
+import torch.multiprocessing
+import yaml
+from golden.fill import filled
+from PIL import Image
+
+import train
+from engine import tester
+from engine.evaluator import SentenceScore, encode_rle, summarize_ceiling, summarize_scores
+from engine.pace import MEASURED
+from engine.trainer import Run, save, train_one_epoch
+from model.clip_archive import ClipSizes
+from model.segmenter import Segmenter, assemble
+from tools import data_process, folder2lmdb, refshapes
+from utils import distributed
+from utils.config import Config, TestConfig, TrainConfig, load_config
+from utils.distributed import Ranks
+from utils.logger import Tracker
+from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.tokenizer import token_lengths
+from utils.transforms import PROTOCOLS, decode_mask
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ClipSizes(  # of the golden case "tiny"
+    embed_dim=96,
+    image_resolution=224,
+    vision_layers=(1, 2, 1, 1),
+    vision_width=8,
+    context_length=77,
+    vocab_size=512,
+    transformer_width=64,
+    transformer_heads=1,
+    transformer_layers=2,
+)
+COLOURS = ("red", "green", "blue", "white", "yellow", "black")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute in so many threads: another number gives other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def small_segmenter(sizes: ClipSizes = SIZES, dropout: float = 0.0, **recompute: bool) -> Segmenter:
+    """The golden case "tiny", or another CLIP under the same head, with the golden weights."""
+    width = sizes.transformer_width
+    model = assemble(sizes, (32, width, 96), width, 2, 4, 128, dropout, **recompute)
+    model.load_state_dict(filled(model.state_dict()))
+    return model
+
+
+def random_batch(
+    count: int, side: int, *, vocab: int = SIZES.vocab_size, word_len: int = 12
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Photos (B, S, S, 3) uint8, tokens (B, L) with 3 + b words, soft masks (B, 1, S, S)."""
+    rng = np.random.default_rng(0)
+    photos = np.stack([smooth_photo(rng, side, side) for _ in range(count)])
+    tokens = np.zeros((count, word_len), np.int64)
+    for b, row in enumerate(tokens):
+        words = 3 + b
+        row[: words + 2] = [vocab - 2, *rng.integers(1, vocab - 2, words), vocab - 1]
+    masks = rng.random((count, 1, side, side), np.float32)
+    return torch.from_numpy(photos), torch.from_numpy(tokens), torch.from_numpy(masks)
+
+
+def smooth_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Coloured clouds: (H, W, 3) uint8."""
+    return cv2.resize(rng.integers(0, 256, (6, 6, 3), np.uint8), (width, height))
+
+
+def save_photo(path: Path, seed: int = 1, size: tuple[int, int] = (70, 100)) -> Path:
+    """A file of coloured clouds of a (height, width)."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(smooth_photo(np.random.default_rng(seed), *size)).save(path)
+    return path
+
+
+def blob(height: int, width: int, share: float = 0.1, seed: int = 0) -> np.ndarray:
+    """A smooth random shape that covers `share` of the image: (H, W) uint8, 0 or 255."""
+    rng = np.random.default_rng(seed)
+    radius = np.sqrt(share * height * width / np.pi)
+    angles = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+    reach = radius * (1 + 0.25 * np.sin(3 * angles + rng.uniform(0, 6)) * rng.uniform(0.4, 1))
+    centre = rng.uniform(0.35, 0.65, 2) * (width, height)
+    points = centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    mask = np.zeros((height, width), np.uint8)
+    return cv2.fillPoly(mask, [np.round(points).astype(np.int32)], 255)
+
+
+def encoded(image: np.ndarray, suffix: str = ".png") -> bytes:
+    """An image file's bytes; colours as OpenCV has them (BGR)."""
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+def sample_ref(position: int, image: int, size: tuple[int, int], num_sentences: int) -> RefRecord:
+    """The ref at `position`: a blob that covers a tenth, and sentences that name no other ref."""
+    colour = COLOURS[position % len(COLOURS)]
+    return RefRecord(
+        ref_id=100 + position,
+        image_key=f"image_{image}.jpg",
+        image_id=image,
+        category=position % 5,
+        height=size[0],
+        width=size[1],
+        mask=encoded(blob(*size, seed=position)),
+        sentences=tuple(f"{colour} thing {position} {n}" for n in range(num_sentences)),
+        sent_ids=tuple(1000 * position + n for n in range(num_sentences)),
+    )
+
+
+def write_records(path: Path, refs_per_image: Sequence[int]) -> Path:
+    """Pack photos of different sizes with so many refs each, of 1-4 sentences each."""
+    rng = np.random.default_rng(0)
+    position = 0
+    with RecordWriter(path, "shapes", path.stem) as writer:
+        for image, count in enumerate(refs_per_image):
+            size = (72 + 8 * (image % 5), 110 - 9 * (image % 7))
+            writer.add_image(f"image_{image}.jpg", encoded(smooth_photo(rng, *size), ".jpg"))
+            for _ in range(count):
+                ref = sample_ref(position, image, size, 1 + position % 4)
+                writer.add_ref(ref, token_lengths(ref.sentences))
+                position += 1
+    return path
+
+
+def all_refs(path: Path) -> list[RefRecord]:
+    """Every ref of a file."""
+    reader = RecordReader(path)
+    return [reader.ref(position) for position in range(len(reader))]
+
+
+def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
+    """A copy of the records in which the last image's file is replaced."""
+    reader, refs = RecordReader(source), all_refs(source)
+    with RecordWriter(target, "shapes", target.stem) as writer:
+        for ref in refs:
+            is_last = ref.image_key == refs[-1].image_key
+            writer.add_image(ref.image_key, content if is_last else reader.image(ref.image_key))
+            writer.add_ref(ref, [4] * len(ref.sentences))
+    return target
+
+
+SPLITS = {"train": 12, "val": 5, "testA": 2, "testB": 2}  # images
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+
+TINY_MODEL = {
+    "clip_pretrain": None,
+    "clip_arch": {
+        "embed_dim": 64,
+        "image_resolution": 64,
+        "vision_layers": [1, 1, 1, 1],
+        "vision_width": 8,
+        "context_length": 20,
+        "vocab_size": 49408,
+        "transformer_width": 64,
+        "transformer_heads": 1,
+        "transformer_layers": 1,
+    },
+    "input_size": 64,
+    "vis_dim": 64,
+    "fpn_out": [32, 64, 64],
+    "num_layers": 1,
+    "num_head": 4,
+    "dim_ffn": 64,
+}
+TINY_RECIPE = {
+    "workers": 0,
+    "workers_val": 0,
+    "epochs": 1,
+    "milestones": [],
+    "batch_size": 8,
+    "batch_size_val": 16,
+    "base_lr": 0.001,
+    "lr_multi": 1.0,
+    "print_freq": 2,
+}
+
+
+def make_shapes(base: Path) -> Path:
+    """RefShapes through the three tools, once below `base`: a folder with lmdb/shapes/*.lmdb."""
+    root = base / "shapes"
+    if not root.exists():
+        counts = [word for split, count in SPLITS.items() for word in (f"--{split}", str(count))]
+        refshapes.main(["--output", str(root), *counts, "--seed", "3"])
+        pack(root, root, "refshapes", "unc", "shapes")
+    return root
+
+
+def pack(refer_root: Path, out: Path, dataset: str, split_by: str, name: str) -> None:
+    """A REFER folder -> out/lmdb/<name>/<split>.lmdb for each of its splits."""
+    where = ["--data_root", str(refer_root), "--output_dir", str(out), "--dataset", dataset]
+    data_process.main([*where, "--split", split_by, "--generate_mask", "--name", name])
+    for path in sorted((out / "anns" / name).iterdir()):
+        images, masks = refer_root / "images/train2014", out / "masks" / name
+        args = ["-j", path, "-i", images, "-m", masks, "-o", out / "lmdb" / name]
+        folder2lmdb.main([str(arg) for arg in args])
+
+
+def write_config(
+    folder: Path, data: Path, dataset: str = "shapes", threshold: float | None = None, **train_keys
+) -> Path:
+    """A config over config/base.yaml: tiny model, few steps, output in `folder`/exp/tiny.
+
+    Args:
+        data: holds lmdb/<dataset>/*.lmdb.
+        threshold: of TEST.
+        train_keys: of the TRAIN section.
+    """
+    lmdb = data / "lmdb" / dataset
+    tree = {
+        "_base_": str(ROOT / "config/base.yaml"),
+        "DATA": {
+            "dataset": dataset,
+            "train_lmdb": str(lmdb / "train.lmdb"),
+            "val_lmdb": str(lmdb / "val.lmdb"),
+        },
+        "TRAIN": TINY_MODEL
+        | TINY_RECIPE
+        | {"exp_name": "tiny", "output_folder": str(folder / "exp")}
+        | train_keys,
+        "TEST": {"test_lmdb": str(lmdb / "val.lmdb"), "threshold": threshold},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def loader_config(
+    lmdb: Path, files: object = None, exclude: object = (), cache: object = "null", **train: object
+) -> Config:
+    """For loaders alone: train and validate on `lmdb`, or train on `files`."""
+    keys = {"input_size": 32, "word_len": 9, "batch_size": 4, "batch_by": "refs"}
+    keys |= {"workers": 0, "workers_val": 0}
+    opts = ["DATA.train_lmdb", files or lmdb, "DATA.val_lmdb", lmdb]
+    opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
+    opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
+    return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
+
+
+def train_a_little(folder: Path, data: Path, threshold: float) -> Path:
+    """A config and its run in `folder`, that learnt val enough to predict something.
+
+    Args:
+        threshold: goes into the config; probabilities lie on both sides of 0.15.
+    """
+    recipe = {"target": "area", "base_lr": 2e-3, "batch_size": 6}
+    config = write_config(folder, data, threshold=threshold, **recipe)
+    val = str(data / "lmdb/shapes/val.lmdb")
+    run = build_run(config, "DATA.train_lmdb", val, "DATA.train_split", "val")
+    with on_cpu():
+        for epoch in range(40):
+            train_one_epoch(run, epoch)
+    save(run, {}, is_best=True)
+    return config
+
+
+def make_trained(base: Path) -> Path:
+    """The config of a run that learnt a little, once below `base`; nothing is written to it."""
+    folder = base / "trained"
+    if folder.exists():
+        return folder / "tiny.yaml"
+    return train_a_little(folder, make_shapes(base), threshold=0.15)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """No GPU and, so that results are the same to the bit, one thread."""
+    with (
+        threads(1),
+        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch("torch.cuda.device_count", return_value=0),
+    ):
+        yield
+
+
+def run_program(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> None:
+    """`python <name> <switches> --config <config> --opts <opts>` in this process."""
+    argv = [name, *switches, "--config", str(config), "--opts", *map(str, opts)]
+    with on_cpu(), mock.patch.object(sys, "argv", argv):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def error_of(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> str:
+    """The one line with which the program ends, without its `error: `; exit code 1 goes with it."""
+    line = None
+    try:
+        run_program(name, config, *opts, switches=switches)
+    except SystemExit as ending:
+        line = ending.code
+        # What lives on in the frames of an error goes in the garbage collector's own order, and
+        # then each process of a loader takes five seconds to end.
+        if ending.__context__ is not None:
+            traceback.clear_frames(ending.__context__.__traceback__)
+    assert isinstance(line, str), f"exit code {line}"
+    assert line.startswith("error: ")
+    assert len(line.splitlines()) == 1
+    assert "Traceback" not in line
+    return line.removeprefix("error: ")
+
+
+def run_command(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command line from the repository root, in processes of its own."""
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def torchrun(num_ranks: int, *command: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node=<num_ranks> <command>` on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run_command(*launcher, f"--nproc_per_node={num_ranks}", *command)
+
+
+def spawn(num_ranks: int, function: Callable, *args: object) -> None:
+    """Call `function(ranks, *args)` in processes joined by gloo; a failure in one is raised."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_join, (num_ranks, port, function, args), nprocs=num_ranks)
+
+
+def _join(rank: int, num_ranks: int, port: int, function: Callable, args: tuple) -> None:
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    ranks = distributed.start()
+    try:
+        function(ranks, *args)
+    finally:
+        distributed.stop()
+
+
+def build_run(config: Path | Config, *opts: object, ranks: Ranks = ALONE) -> Run:
+    """What train.py hands to `fit`, made by train.py itself and not started."""
+    if not isinstance(config, Config):
+        config = load_config(config, [str(opt) for opt in opts])
+    runs: list[Run] = []
+    with on_cpu(), mock.patch("engine.trainer.fit", runs.append):
+        train.train(config, ranks)
+    (run,) = runs
+    run.tracker = Tracker(None)
+    return run
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than so many bytes to a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Batches(list):
+    """A loader of given batches."""
+
+    @property
+    def batch_sampler(self) -> "Batches":
+        return self
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Every epoch is the same."""
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def drop_measured(record: dict) -> None:
+    """Take out of a record of metrics.jsonl what differs from run to run: speed and memory."""
+    for name in MEASURED:
+        record.pop(name, None)
+
+
+def load(path: Path) -> dict:
+    """A checkpoint's content."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(got: object, expected: object, where: str = "") -> None:
+    """Compare nested containers of tensors and plain values to the bit."""
+    assert type(got) is type(expected), where
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(got[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), where
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), where
+    else:
+        assert got == expected, where
+
+
+HOSTILE = "<script>document.title = 'mine'</script><img src=x onerror=\"document.title='mine'\">"
+ODD_SENTENCES = (HOSTILE, "日本語 🐕 “café” & <b>bold</b>", "a\u2028b\\\"'`${1}", "x" * 400)
+
+
+def write_odd_records(path: Path) -> Path:
+    """Two photos whose names need care, one far larger than a report shows, with odd sentences."""
+    rng = np.random.default_rng(1)
+    names, sizes = ("sub/50% #1?.jpg", "фото 犬.png"), ((600, 900), (40, 50))
+    with RecordWriter(path, "odd", path.stem) as writer:
+        for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            writer.add_image(name, encoded(smooth_photo(rng, *size), Path(name).suffix))
+            sentences = ODD_SENTENCES[2 * i : 2 * i + 2]
+            mask = encoded(blob(*size, seed=i))
+            ref = RefRecord(i, name, None, None, *size, mask, sentences, (2 * i, 2 * i + 1))
+            writer.add_ref(ref, token_lengths(ref.sentences))
+    return path
+
+
+def score_of(
+    ref: RefRecord, key: tuple[int, int], mask: np.ndarray, pred: np.ndarray
+) -> SentenceScore:
+    """Of the ref's sentence at `key[1]`; mask and prediction are (H, W) bool."""
+    area, intersection = int(mask.sum()), int((pred & mask).sum())
+    return SentenceScore(
+        key=key,
+        ref_id=ref.ref_id,
+        sent_id=ref.sent_ids[key[1]],
+        sentence=ref.sentences[key[1]],
+        image=ref.image_key,
+        image_id=ref.image_id,
+        category=ref.category,
+        height=ref.height,
+        width=ref.width,
+        target_area=area,
+        intersection=intersection,
+        union=int((pred | mask).sum()),
+        ceiling_intersection=area,
+        ceiling_union=area,
+        pred_rle=encode_rle(pred),
+    )
+
+
+def made_up_scores(reader: RecordReader, step: int) -> list[SentenceScore]:
+    """Every sentence answered with its mask moved aside, the farther the later it comes."""
+    scores = []
+    for position in range(len(reader)):
+        ref = reader.ref(position)
+        mask = decode_mask(ref.mask, "mask") > 0
+        for place in range(len(ref.sentences)):
+            pred = np.roll(mask, step * len(scores) % mask.shape[1], axis=1)
+            scores.append(score_of(ref, (position, place), mask, pred))
+    return scores
+
+
+def write_result(
+    folder: Path,
+    lmdb: Path,
+    protocols: Sequence[str] = ("published",),
+    step: int = 7,
+    is_swapped: bool = False,
+    **test_keys,
+) -> Path:
+    """What test.py leaves in `folder` for a model that is wrong by `step`; gives the `.jsonl`."""
+    reader = RecordReader(lmdb)
+    scores = made_up_scores(reader, step)
+    train = TrainConfig(output_folder=str(folder.parent), exp_name=folder.name)
+    cfg = replace(Config(), TRAIN=train, TEST=TestConfig(**test_keys))
+    results = [
+        {
+            "dataset": reader.meta["dataset"],
+            "split": reader.meta["split"],
+            "checkpoint": f"{folder.name}/best_model.pth",
+            "protocol": protocol,
+            "threshold": PROTOCOLS[protocol].threshold,
+            "refs": len(reader),
+            "sentences": len(scores),
+            **summarize_scores(scores),
+            "seconds": 1.0,
+            "ceiling": summarize_ceiling(scores),
+            "swapped_sentences": is_swapped,
+            "lmdb": str(lmdb),
+        }
+        for protocol in protocols
+    ]
+    for result in results:
+        tester.write_scores(result, scores, folder)
+    tester.write_report(cfg, reader, results, [scores] * len(results))
+    return folder / f"{tester.stem_of(results[0])}.jsonl"
+
+
+def read_script(path: Path) -> dict | list:
+    """The value that a data file of a page sets."""
+    text = path.read_text("ascii")
+    return json.loads(text.partition(" = ")[2].rstrip().removesuffix(";"))

@@ -1,0 +1,84 @@
+"""BatchNorm folded for inference: the same numbers from a twin, and the model stays as it is."""
+
+import pytest
+import torch
+from helpers import random_batch, small_segmenter
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from model.fold import fold_batch_norm
+from utils.transforms import normalize_images
+
+SIDE = 64
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_twin_gives_the_same_logits_without_batch_norm(layout):
+    model = small_segmenter(dropout=0.1).to(memory_format=layout)
+    photos, tokens, _ = random_batch(2, SIDE)
+    image = normalize_images(photos)
+    twin = fold_batch_norm(model.train())
+    with torch.inference_mode():
+        found, expected = twin(image, tokens), model.eval()(image, tokens)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not torch.equal(found, expected)
+    # The one after the product of image and sentence has no layer before it.
+    assert norms(twin) == ["neck.norm_layer.0"]
+    assert len(norms(model)) > 30
+
+
+def test_the_twin_is_in_evaluation_mode_and_its_model_stays_as_it_was():
+    model = small_segmenter().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_modules()]
+    twin = fold_batch_norm(model)
+    assert not any(module.training for module in twin.modules())
+    assert all(module.training for module in model.modules())
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_twin_shares_what_is_not_folded_and_nothing_else():
+    model = small_segmenter()
+    twin = fold_batch_norm(model)
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    shared = {name for name in theirs if theirs[name] is ours.get(name)}
+    layers = {name.rpartition(".")[0] for name in theirs.keys() - shared}
+    assert len(layers) == len(norms(model)) - 1
+    assert all(isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear) for name in layers)
+    assert "decoder.layers.0.self_attn.in_proj_weight" in shared
+
+
+def test_weights_keep_their_layout():
+    model = small_segmenter().to(memory_format=torch.channels_last)
+    weight = fold_batch_norm(model).backbone.visual.conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_norm_that_follows_no_layer_or_has_no_statistics_stays():
+    model = nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Conv2d(3, 4, 1),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+    x = torch.randn(2, 3, 5, 5)
+    model(x)
+    twin = fold_batch_norm(model)
+    assert norms(twin) == ["0", "3", "5"]
+    assert torch.equal(twin(x), model.eval()(x))
+
+
+def test_a_linear_layer_takes_over_its_norm_too():
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+    for _ in range(3):
+        model(3 * torch.randn(16, 5) + 1)
+    twin, x = fold_batch_norm(model), torch.randn(4, 5)
+    torch.testing.assert_close(twin(x), model.eval()(x))
+    assert norms(twin) == []

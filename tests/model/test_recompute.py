@@ -1,0 +1,169 @@
+"""Gradient checkpointing keeps less and changes nothing: gradients, statistics and dropout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    SIZES,
+    assert_same,
+    build_run,
+    load,
+    on_cpu,
+    random_batch,
+    read_jsonl,
+    run_program,
+    small_segmenter,
+    spawn,
+    write_config,
+)
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from engine.trainer import train_one_epoch
+from model.loss import text_to_pixel_loss
+from model.recompute import checkpointed
+from utils.distributed import GlooBatchNorm, Ranks, unwrap
+from utils.transforms import normalize_images
+
+SIDE = 96
+PARTS = {
+    "backbone": {"recompute_backbone": True},
+    "decoder": {"recompute_decoder": True},
+    "both": {"recompute_backbone": True, "recompute_decoder": True},
+}
+BOTH = ("TRAIN.recompute_backbone", True, "TRAIN.recompute_decoder", True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ----------------------------------------------------------------------------------- one step
+
+
+class KeptBytes:
+    """Counts the bytes that the forward pass keeps for the backward pass."""
+
+    def __enter__(self) -> "KeptBytes":
+        self.sizes: dict[int, int] = {}
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+
+def step(dtype: torch.dtype, **recompute: bool) -> dict:
+    """Two passes of a model with dropout: what they leave behind, and the bytes kept for it."""
+    photos, tokens, masks = random_batch(4, SIDE)
+    model = small_segmenter(SIZES, dropout=0.3, **recompute).train()
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(2):
+        with KeptBytes() as kept:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = model(normalize_images(photos), tokens)
+            loss = text_to_pixel_loss(logits, masks)
+        loss.backward()
+        losses.append(loss.detach())
+    return {
+        "losses": losses,
+        "gradients": [p.grad for p in model.parameters() if p.requires_grad],
+        "buffers": dict(model.named_buffers()),
+        "rng": torch.get_rng_state(),
+        "kept": kept.total,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_changes_to_the_bit_and_less_is_kept(part, dtype):
+    plain, got = step(dtype), step(dtype, **PARTS[part])
+    share = got.pop("kept") / plain.pop("kept")
+    assert_same(got, plain)
+    assert share < {"backbone": 0.7, "decoder": 0.9, "both": 0.6}[part]
+
+
+def test_statistics_count_a_batch_once_and_survive_a_failure():
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+    calls = []
+    block[0].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(8, 3, requires_grad=True)
+    checkpointed(block, x, recompute=True).sum().backward()
+    assert len(calls) == 2
+    assert block[1].num_batches_tracked == 1
+
+    buffers = dict(block.named_buffers())
+    output = checkpointed(block, x, recompute=True).sum()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("in the second pass")
+
+    block[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the second pass"):
+        output.backward()
+    assert all(buffers[name] is value for name, value in block.named_buffers())
+    assert block[1].num_batches_tracked == 2
+
+
+def test_without_gradients_nothing_runs_twice():
+    block = nn.Linear(3, 3)
+    calls = []
+    block.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        checkpointed(block, torch.zeros(1, 3), recompute=True)
+    assert calls == [1]
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_a_training_that_is_resumed_with_it_equals_one_without_to_the_bit(data, tmp_path):
+    recipe = {"dropout": 0.2, "epochs": 2, "accumulation_steps": 2, "max_norm": 1.0}
+    plain = write_config(tmp_path / "plain", data, **recipe)
+    parts = write_config(tmp_path / "parts", data, **recipe)
+    run_program("train.py", plain)
+    last = tmp_path / "parts/exp/tiny/last_model.pth"
+    run_program("train.py", parts, *BOTH, "TRAIN.epochs", 1)
+    run_program("train.py", parts, *BOTH, "TRAIN.resume", last)
+    got, expected = load(last), load(tmp_path / "plain/exp/tiny/last_model.pth")
+    assert got.pop("config")["TRAIN"]["recompute_backbone"]
+    del expected["config"]
+    assert_same(got, expected)
+    losses = [
+        [record["loss"] for record in read_jsonl(tmp_path / f"{name}/exp/tiny/metrics.jsonl")]
+        for name in ("plain", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
+    results = {}
+    for name, opts in {"plain": (), "recomputed": BOTH}.items():
+        for steps in (1, 2):  # one: the static graph
+            run = build_run(config, *opts, "TRAIN.accumulation_steps", steps, ranks=ranks)
+            norms = [m for m in run.model.modules() if isinstance(m, GlooBatchNorm)]
+            assert norms
+            assert run.model.static_graph == (steps == 1)
+            with on_cpu():
+                train_one_epoch(run, 0)
+            results[f"{name} {steps}"] = dict(unwrap(run.model).state_dict())
+    torch.save(results, out / f"{ranks.rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_synchronised_statistics_equal_two_without_to_the_bit(data, tmp_path):
+    spawn(2, on_rank, write_config(tmp_path, data, dropout=0.2), tmp_path)
+    first, second = (load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_same(first, second)
+    for steps in (1, 2):
+        assert_same(first[f"recomputed {steps}"], first[f"plain {steps}"])

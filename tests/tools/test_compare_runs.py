@@ -1,0 +1,209 @@
+"""tools/compare_runs.py: what it prints, what it refuses, where it finds the photos."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, read_jsonl, read_script, run_command, write_result
+
+from tools import compare_runs
+from utils.errors import UserError
+
+
+@pytest.fixture
+def runs(tmp_path, shapes_lmdb) -> list[Path]:
+    """Two models' results on the same records; the second is nearer to the truth."""
+    pairs = [("worse", 9), ("better", 2)]
+    return [write_result(tmp_path / name, shapes_lmdb, step=step) for name, step in pairs]
+
+
+def main(*args: object) -> None:
+    compare_runs.main([str(arg) for arg in args])
+
+
+def error(*args: object) -> str:
+    """The one line that it ends with; no page is left."""
+    with pytest.raises(UserError) as caught:
+        main(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def change(path: Path, edit: Callable[[list[dict]], list[dict]]) -> None:
+    """Rewrite the lines of a `.jsonl`."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in edit(read_jsonl(path))))
+
+
+def change_result(path: Path, **values: object) -> None:
+    """Rewrite some of the `.json` beside a `.jsonl`."""
+    result = path.with_suffix(".json")
+    result.write_text(json.dumps(json.loads(result.read_text()) | values))
+
+
+def test_it_prints_scores_difference_interval_and_who_won(runs, tmp_path, capsys):
+    main(*runs, "-o", tmp_path / "page", "--margin", "0.05")
+    lines = capsys.readouterr().out.splitlines()
+    first, second = map(read_jsonl, runs)
+    differences = [100 * (b["iou"] - a["iou"]) for a, b in zip(first, second, strict=True)]
+    assert lines[0] == "shapes train: 71 sentences on 12 photos, in per cent"
+    table = {line[:18].strip(): line[18:].split() for line in lines[1:7]}
+    assert list(table) == ["", "A: worse", "B: better", "B − A", "95 % interval from", "to"]
+    means = [100 * sum(line["iou"] for line in x) / len(x) for x in (first, second)]
+    assert table["A: worse"][0] == f"{means[0]:.2f}"
+    assert table["B: better"][0] == f"{means[1]:.2f}"
+    difference = float(table["B − A"][0])
+    assert difference == pytest.approx(sum(differences) / len(differences), abs=0.006)
+    assert float(table["95 % interval from"][0]) < difference < float(table["to"][0])
+    won, lost = (sum(sign * d > 5 for d in differences) for sign in (1, -1))
+    tied = len(differences) - won - lost
+    assert lines[7] == f"B won {won}, lost {lost}, tied {tied} (IoU within 0.05)"
+    assert won > lost > 0 < tied
+
+
+def test_the_page_has_both_predictions_of_every_sentence(runs, tmp_path):
+    folder = tmp_path / "page"
+    main(*runs, "-o", folder)
+    data, masks = read_script(folder / "data.js"), read_script(folder / "masks.js")
+    files = map(read_jsonl, runs)
+    for lines, ious, predictions in zip(
+        files, data["rows"]["iou"], masks["predictions"], strict=True
+    ):
+        assert ious == [line["iou"] for line in lines]
+        assert predictions == [line["pred_rle"]["counts"] for line in lines]
+    assert [model["name"] for model in data["models"]] == ["worse", "better"]
+    numbers = data["comparison"]
+    assert numbers["won"] + numbers["lost"] + numbers["tied"] == data["sentences"]
+    assert (folder / "index.html").is_file()
+    for photo in data["photos"]:
+        assert (folder / data["photos_folder"] / photo[0]).is_file()
+
+
+def test_the_same_seed_gives_the_same_intervals(runs, tmp_path, capsys):
+    texts = []
+    for seed in (0, 0, 1):
+        main(*runs, "-o", tmp_path / "page", "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_order_of_the_lines_does_not_matter(runs, tmp_path, capsys):
+    texts = []
+    for _ in range(2):
+        main(*runs, "-o", tmp_path / "page")
+        texts.append(capsys.readouterr().out)
+        change(runs[1], lambda lines: lines[::-1])
+    assert texts[0] == texts[1]
+    data = read_script(tmp_path / "page/data.js")
+    assert data["rows"]["sentence"] == [line["sentence"] for line in read_jsonl(runs[0])]
+
+
+def test_without_a_name_the_page_lies_beside_the_second(runs):
+    main(*runs)
+    assert (runs[1].parent / "comparison_worse_better/index.html").is_file()
+
+
+def test_other_sentences_are_refused_and_named(runs, tmp_path):
+    change(runs[1], lambda lines: lines[2:])
+    line = error(*runs, "-o", tmp_path / "page")
+    assert f"not the same sentences: 2 of {runs[0]} are not in {runs[1]}, such as ref 100" in line
+    line = error(*runs[::-1], "-o", tmp_path / "page")
+    assert f"2 of {runs[0]} are not in {runs[1]}" in line
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sentence", "a cat"), ("image", "b.jpg"), ("target_area", 1)]
+)
+def test_the_same_ids_of_other_records_are_refused(runs, tmp_path, name, value):
+    change(runs[1], lambda lines: [lines[0] | {name: value}, *lines[1:]])
+    assert f"has {name} " in error(*runs, "-o", tmp_path / "page")
+
+
+def test_a_sentence_that_stands_twice_is_refused(runs, tmp_path):
+    change(runs[0], lambda lines: [*lines, lines[0]])
+    assert "has ref 100, sentence 0 (“red thing 0 0”) twice" in error(*runs)
+
+
+@pytest.mark.parametrize("name", ["dataset", "split"])
+def test_other_data_are_refused(runs, name):
+    change_result(runs[0], **{name: "other"})
+    assert f"has {name} other" in error(*runs, "--any-protocol")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("protocol", "aligned"), ("threshold", 0.5), ("swapped_sentences", True)]
+)
+def test_other_protocols_are_refused_unless_that_is_meant(runs, tmp_path, name, value):
+    change_result(runs[0], **{name: value})
+    assert error(*runs).endswith("do not compare; if that is meant, add --any-protocol")
+    main(*runs, "-o", tmp_path / "page", "--any-protocol")
+    assert (tmp_path / "page/index.html").is_file()
+
+
+def test_two_results_of_one_run_are_told_apart_by_protocol(tmp_path, shapes_lmdb, capsys):
+    write_result(tmp_path / "run", shapes_lmdb, ("aligned", "published"))
+    stem = tmp_path / "run/test_shapes_train"
+    main(f"{stem}.jsonl", f"{stem}.aligned.jsonl", "--any-protocol", "-o", tmp_path / "page")
+    output = capsys.readouterr().out
+    assert "A: published" in output
+    assert "B: aligned" in output
+    main(f"{stem}.jsonl", f"{stem}.jsonl", "-o", tmp_path / "page")
+    assert "tied 71" in capsys.readouterr().out
+
+
+def test_the_records_can_be_named_where_they_moved(runs, tmp_path, shapes_lmdb):
+    for path in runs:
+        change_result(path, lmdb="gone.lmdb")
+    line = error(*runs, "-o", tmp_path / "page")
+    assert line.endswith("they are not in gone.lmdb: name the LMDB with --lmdb")
+    main(*runs, "-o", tmp_path / "page", "--lmdb", shapes_lmdb)
+    assert (tmp_path / "page/index.html").is_file()
+    for path in runs:
+        change_result(path, lmdb=None)
+    assert "the results do not say where" in error(*runs, "-o", tmp_path / "page")
+    assert "absent.lmdb does not exist" in error(*runs, "--lmdb", tmp_path / "absent.lmdb")
+
+
+def test_records_of_another_split_are_refused(runs, tmp_path):
+    for path in runs:
+        change_result(path, split="testA")
+    assert "holds shapes train, the results are of shapes testA" in error(*runs)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "has no sentences"),
+        ("{\n", ":1 is no JSON"),
+        ("[]\n", ":1 has no usable object"),
+        ('{"ref_id": 1, "sent_id": "a"}\n', ":1 has no usable sent_id"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(runs, text, complaint):
+    runs[0].write_text(text)
+    assert complaint in error(*runs)
+
+
+def test_what_lies_beside_must_be_there_and_whole(runs):
+    beside = runs[0].with_suffix(".json")
+    content = json.loads(beside.read_text())
+    beside.write_text("{")
+    assert f"{beside} is no JSON" in error(*runs)
+    beside.write_text(json.dumps({k: v for k, v in content.items() if k != "ceiling"}))
+    assert f"{beside} lacks ceiling" in error(*runs)
+    beside.unlink()
+    assert f"{beside} is not there; test.py writes it" in error(*runs)
+    assert "is no .jsonl" in error(beside, runs[1])
+
+
+def test_mistakes_end_the_program_in_one_line(runs, tmp_path):
+    tool = (sys.executable, ROOT / "tools/compare_runs.py")
+    for args in ([tmp_path / "absent.jsonl", runs[1]], [runs[0], runs[1].parent]):
+        ending = run_command(*tool, *args)
+        assert ending.returncode == 1
+        assert len(ending.stderr.splitlines()) == 1
+        assert ending.stderr.startswith("error: ")
+    with pytest.raises(NotADirectoryError):  # a file, where a folder is to be
+        main(*runs, "-o", runs[0])

@@ -1,0 +1,384 @@
+"""The demo as a person meets it: its page in a browser, and its process in a terminal."""
+
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pytest
+from browser import Visit, open_browser
+from helpers import ROOT, make_trained, on_cpu, save_photo
+from PIL import Image
+
+from engine.predictor import Predictor
+from utils.visualize import PRED_COLOR, heat_map, overlay
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.slow
+
+SIZE = (90, 120)
+# Of gradio's own, in every page of its; it says nothing of what was asked.
+KNOWN_COMPLAINT = "Method not implemented."
+API = "/gradio_api"
+# Each kind of part comes with a script of its own, so one may be there well before another.
+PARTS = ("photo input[type=file]", "sentence textarea", "threshold input[type=number]", "ask",
+         "mask", "heat", "mistake", "numbers", "times")  # fmt: skip
+
+
+class Demo(NamedTuple):
+    url: str
+    process: subprocess.Popen
+    folder: Path  # in which it makes its temporary one
+    log: Path
+
+
+@contextmanager
+def started(config: Path, folder: Path, *words: str) -> Iterator[Demo]:
+    """`python tools/demo.py` on a free port, with proxies set that would answer nothing."""
+    pytest.importorskip("gradio", reason="no gradio (requirements-demo.txt)")
+    folder.mkdir()
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    log = folder / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "tools/demo.py", "--config", str(config), "--port", "0", *words],
+            cwd=ROOT,
+            env=os.environ
+            | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+            | nowhere,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            line = process.stdout.readline()
+            address = re.match(r"http://127\.0\.0\.1:\d+/", line)
+            assert address, f"{line!r} {log.read_text()}"
+            yield Demo(address[0], process, folder, log)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def demo(config, tmp_path_factory) -> Iterator[Demo]:
+    with started(config, tmp_path_factory.mktemp("demo") / "tmp", "--max-upload", "1") as demo:
+        yield demo
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Visit]:
+    with open_browser() as visit:
+        yield visit
+
+
+@pytest.fixture
+def visit(browser, demo) -> Visit:
+    browser.requests.clear()
+    browser.complaints.clear()
+    enter(browser.page, demo)
+    return browser
+
+
+@pytest.fixture
+def page(visit) -> "Page":
+    return visit.page
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    return save_photo(tmp_path / "street.png", 1, SIZE)
+
+
+def enter(page: "Page", demo: Demo) -> None:
+    page.goto(demo.url)
+    for part in PARTS:
+        page.wait_for_selector(f"#{part}", state="attached")
+
+
+def drop(page: "Page", photo: Path) -> None:
+    """Upload a photo, and wait until it was encoded."""
+    page.set_input_files("#photo input[type=file]", photo)
+    page.wait_for_function("name => numbers.innerText.includes(name)", arg=photo.name)
+
+
+def type_in(page: "Page", sentence: str) -> None:
+    page.fill("#sentence textarea", sentence)
+    page.press("#sentence textarea", "Enter")
+
+
+def ask(page: "Page", sentence: str) -> None:
+    """Ask, and wait for the answer."""
+    type_in(page, sentence)
+    page.wait_for_function("text => numbers.innerText.startsWith(`“${text}”`)", arg=sentence)
+
+
+def set_threshold(page: "Page", value: float) -> None:
+    page.fill("#threshold input[type=number]", str(value))
+    page.press("#threshold input[type=number]", "Enter")
+
+
+def rows(page: "Page") -> list[str]:
+    """Of the table of what was computed."""
+    return page.locator("#times tr").all_inner_texts()[1:]
+
+
+def picture(page: "Page", name: str) -> np.ndarray:
+    """The pixels that an image of the page shows: (H, W, 3)."""
+    image = page.wait_for_selector(f"#{name} img")
+    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image)
+    data = page.request.get(image.evaluate("image => image.src")).body()
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    """Wait until the page shows what it was sent; pictures are loaded after it."""
+    end = time.monotonic() + 10
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def marked(page: "Page", photo: Path) -> int:
+    """Pixels in which the overlay differs from the photo."""
+    shown = picture(page, "mask")
+    return int((shown != np.asarray(Image.open(photo))).any(axis=2).sum())
+
+
+def message(page: "Page") -> str:
+    """What the page says of a mistake."""
+    return page.wait_for_selector("[role=alert]").inner_text()
+
+
+# ---------------------------------------------------------------------------------------- answers
+
+
+def test_a_photo_and_a_sentence_give_an_overlay_and_a_map_that_the_threshold_moves(
+    page, photo, config
+):
+    with on_cpu():
+        (found,) = Predictor(config)(photo, "red circle")
+    low, high = np.quantile(found.probability, (0.5, 0.9)).round(2).tolist()
+    assert 0.01 <= low < high <= 0.98
+
+    def shows(threshold: float) -> bool:
+        mask = found.at(threshold).mask
+        expected = overlay(np.asarray(Image.open(photo)), mask, PRED_COLOR)
+        return mask.any() and (picture(page, "mask") != expected).any(axis=2).mean() < 0.01
+
+    drop(page, photo)
+    set_threshold(page, low)
+    ask(page, "red circle")
+    eventually(lambda: shows(low))
+    heat = picture(page, "heat")
+    assert np.abs(heat.astype(int) - heat_map(found.probability)).max() <= 2
+    before = rows(page)
+    set_threshold(page, high)
+    eventually(lambda: shows(high))
+    assert not shows(low)
+    assert np.array_equal(picture(page, "heat"), heat)
+    assert rows(page) == before
+    set_threshold(page, 0.99)
+    page.wait_for_function("() => numbers.innerText.includes('nothing is above 0.99')")
+    eventually(lambda: np.array_equal(picture(page, "mask"), np.asarray(Image.open(photo))))
+
+
+def test_a_second_sentence_is_answered_without_encoding_the_photo_anew(page, tmp_path):
+    drop(page, save_photo(tmp_path / "new.png", 7, SIZE))
+    (encoded,) = rows(page)
+    assert re.fullmatch(r"the photo, before any sentence\s+\d+ ms", encoded)
+    ask(page, "red circle")
+    ask(page, "blue square")
+    second, first, still = rows(page)
+    assert still == encoded
+    assert re.fullmatch(r"“red circle”\s+\d+ ms", first)
+    assert re.fullmatch(r"“blue square”\s+\d+ ms", second)
+    ask(page, "red circle")
+    assert re.fullmatch(r"“red circle”\s+kept from before", rows(page)[0])
+
+
+def test_an_example_is_answered_with_a_click(page):
+    page.locator("#examples button img").first.click()
+    page.wait_for_function("() => numbers.innerText.startsWith('“')")
+    sentence = page.input_value("#sentence textarea")
+    assert page.inner_text("#numbers").startswith(f"“{sentence}”")
+    assert picture(page, "mask").shape == picture(page, "heat").shape
+
+
+def test_what_is_typed_is_shown_as_it_is(page, photo):
+    drop(page, photo)
+    odd = "<img src=x onerror=document.title='taken'> <b>circle</b> 🙂"
+    ask(page, odd)
+    assert rows(page)[0].startswith(f"“{odd}”")
+    assert page.title() == "CRIS"
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_told_and_the_next_question_is_answered(page, photo):
+    type_in(page, "red circle")
+    assert "there is no photo yet" in message(page)
+    drop(page, photo)
+    ask(page, "red circle")
+    for sentence, told in [
+        ("   ", "the sentence is empty"),
+        ("a" * 10_001, "has 10,001 characters: give at most 10,000"),
+    ]:
+        type_in(page, sentence)
+        page.wait_for_function("told => mistake.innerText.includes(told)", arg=told)
+        assert page.locator("#mask img").is_visible()  # of the last answer
+        assert not page.locator(".error:visible").count()
+    ask(page, "blue square")
+    assert page.inner_text("#mistake") == ""
+
+
+def test_a_sentence_that_is_cut_is_answered_with_a_warning(page, photo):
+    drop(page, photo)
+    long = "the red circle on the left of the blue square " + "and the star " * 9
+    ask(page, long.strip())
+    assert "its end was not read" in page.inner_text("#numbers")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.png", b"", "empty"),
+        ("words.jpg", b"no photo at all", "words.jpg cannot be read as an image"),
+    ],
+)
+def test_a_file_that_is_no_photo_is_told_of_and_the_next_one_read(
+    page, demo, tmp_path, photo, name, content, told
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    page.set_input_files("#photo input[type=file]", path)
+    assert told in message(page)
+    enter(page, demo)
+    drop(page, photo)
+    ask(page, "red circle")
+
+
+def test_a_file_that_is_too_large_is_refused(page, tmp_path, photo):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(bytes(1_500_000))
+    page.set_input_files("#photo input[type=file]", path)
+    told = page.wait_for_selector(".toast-body").inner_text()
+    assert "exceed the maximum allowed size" in told
+    drop(page, photo)
+    ask(page, "red circle")
+
+
+def test_a_photo_of_too_many_pixels_is_refused(page, tmp_path):
+    path = tmp_path / "huge.png"
+    Image.new("1", (20_000, 6_000)).save(path)
+    assert path.stat().st_size < 1_000_000
+    page.set_input_files("#photo input[type=file]", path)
+    assert "has 120.0 million pixels, at most 100 million are read" in message(page)
+
+
+# ------------------------------------------------------------------------------- alone and together
+
+
+def test_the_page_asks_no_other_host(visit, demo, photo):
+    drop(visit.page, photo)
+    ask(visit.page, "red circle")
+    picture(visit.page, "heat")
+    assert len(visit.requests) > 10
+    local = (demo.url, "data:", "blob:")
+    assert [url for url in visit.requests if not url.startswith(local)] == []
+    assert set(visit.complaints) <= {KNOWN_COMPLAINT}
+
+
+def test_people_do_not_see_each_others_photos(page, demo, tmp_path):
+    mine, yours = (save_photo(tmp_path / f"{seed}.png", seed, SIZE) for seed in (21, 22))
+    other = page.context.new_page()
+    enter(other, demo)
+    drop(page, mine)
+    drop(other, yours)
+    ask(page, "red circle")
+    ask(other, "blue square")
+    set_threshold(page, 0.98)
+    page.wait_for_function("() => numbers.innerText.includes('0.98')")
+    set_threshold(other, 0.97)
+    other.wait_for_function("() => numbers.innerText.includes('0.97')")
+    eventually(lambda: marked(page, mine) == 0)
+    eventually(lambda: marked(other, yours) == 0)
+    assert "blue square" not in page.inner_text("body")
+    assert "red circle" not in other.inner_text("#times")
+    other.close()
+
+
+# ------------------------------------------------------------------------------------ by its server
+
+
+@contextmanager
+def connected(demo: Demo) -> Iterator[http.client.HTTPConnection]:
+    """Speak to the demo without a browser."""
+    connection = http.client.HTTPConnection(demo.url.split("/")[2], timeout=20)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("where", ["a file of this machine", "an address"])
+def test_a_client_cannot_name_what_it_did_not_upload(demo, photo, where):
+    path = str(photo) if where == "a file of this machine" else f"{demo.url}theme.css"
+    kept = {file for file in demo.folder.rglob("*") if file.is_file()}
+    file = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    session = f"thief{len(path)}"
+    question = {"data": [file, "red circle", 0.5, None], "fn_index": 0, "session_hash": session}
+    with connected(demo) as server:
+        body = json.dumps(question)
+        server.request("POST", f"{API}/run/predict", body, {"Content-Type": "application/json"})
+        answer = server.getresponse()
+        told = answer.read().decode()
+    assert answer.status == 200
+    assert "the photo is not kept any more" in told
+    assert {file for file in demo.folder.rglob("*") if file.is_file()} == kept
+
+
+@pytest.mark.parametrize(("path", "size"), [("upload", 3_000_000), ("queue/join", 1_500_000)])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_request_that_is_too_long_is_not_read(demo, path, size, is_told):
+    with connected(demo) as server:
+        server.putrequest("POST", f"{API}/{path}")
+        name, value = ("Content-Length", size) if is_told else ("Transfer-Encoding", "chunked")
+        server.putheader(name, value)
+        server.endheaders()  # and nothing more: the answer comes all the same
+        answer = server.getresponse()
+        assert answer.status == 413
+        assert b"bytes are taken" in answer.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_at_once_and_leaves_nothing_even_with_a_page_open(
+    config, tmp_path, browser, photo, number
+):
+    with started(config, tmp_path / "tmp") as demo:
+        enter(browser.page, demo)
+        drop(browser.page, photo)
+        assert list(demo.folder.glob("cris-demo-*/*/street.png"))
+        demo.process.send_signal(number)
+        assert demo.process.wait(timeout=15) == 0
+        assert [file.name for file in demo.folder.iterdir()] == ["log"]
+        assert demo.log.read_text() == ""

@@ -1,0 +1,105 @@
+"""tools/latency.py: parameters and operations are those known, times are of what they say."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, ROOT, make_trained, on_cpu
+
+from engine.build import build_model
+from tools import latency
+from tools.measure import count_flops
+from utils.config import load_config
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_trained(tmp_path_factory.getbasetemp())
+
+
+def report(config: Path, tmp_path: Path, *args: object) -> dict:
+    path = tmp_path / "cost.json"
+    with on_cpu():
+        latency.main(["--config", str(config), "--json", str(path), *map(str, args)])
+    return json.loads(path.read_text())
+
+
+def test_a_report_holds_what_it_prints(tmp_path, config, capsys):
+    found = report(config, tmp_path, "--rounds", 3, "--warmup", 1, "--sentences", 4)
+    table = capsys.readouterr().out
+    assert (found["input_size"], found["word_len"], found["device"]) == (64, 17, "cpu")
+    assert found["machine"]["threads"] == 1
+    for part, count in found["parameters"].items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"{part} ")]
+        assert row.split()[-2:] == [f"{count:,}", f"{found['flops'][part] / 1e9:.3f}"]
+    assert list(found["seconds"]) == [
+        "photo and sentence", "photo alone", "sentence on an encoded photo",
+        "4 sentences on an encoded photo",
+    ]  # fmt: skip
+    for name, times in found["seconds"].items():
+        assert 0 < times["p10"] <= times["median"] <= times["p90"]
+        count = 4 if name.startswith("4") else 1
+        row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
+        rate = "" if name == "photo alone" else f"{count / times['median']:.1f}"
+        assert row.endswith(rate)
+        assert f"{1000 * times['median']:.2f}" in row
+    assert found["peak_memory"]["process"] > 50e6
+    assert "gpu" not in found["peak_memory"]
+
+
+def test_parts_add_up_to_the_model(config):
+    cfg = load_config(config)
+    model = build_model(cfg, CPU).eval()
+    counts = latency.parameters_by_part(model)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    image, tokens = latency.inputs(cfg, CPU, 1)
+    with torch.inference_mode():
+        parts = latency.operations_by_part(model, cfg, CPU)
+        assert sum(parts.values()) == count_flops(lambda: model(image, tokens))
+        photo = count_flops(lambda: model.backbone.encode_image(image))
+        text = count_flops(lambda: model.backbone.encode_text(tokens))
+    assert (parts["image backbone"], parts["text backbone"]) == (photo, text)
+    assert all(parts.values())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("RN50", 146_849_122), ("RN101", 161_251_682)])
+def test_without_the_archive_the_published_sizes_are_built(name, parameters):
+    cfg = load_config(ROOT / f"config/refcoco/cris_{name.lower().replace('n', '')}.yaml")
+    sized = latency.with_published_sizes(cfg)
+    with torch.device("meta"):
+        model = build_model(sized, torch.device("meta"))
+    counts = latency.parameters_by_part(model)
+    assert sum(counts.values()) == parameters  # as the paper prints, in millions
+    assert sized.TRAIN.clip_pretrain is None
+    other = load_config(ROOT / "config/refcoco/cris_r50.yaml", ["TRAIN.clip_pretrain", "ViT.pt"])
+    with pytest.raises(UserError, match=r"there is no ViT\.pt, and its sizes are not known"):
+        latency.with_published_sizes(other)
+
+
+def test_times_are_quantiles_of_calls_that_take_turns_after_the_warmup():
+    calls = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.01)
+
+    found = latency.measure({"slow": slow, "quick": lambda: calls.append("quick")}, 5, 2, CPU)
+    assert calls == ["slow", "quick"] * 7
+    assert found["slow"].median >= 0.01 > found["quick"].median
+    assert found["slow"].p10 <= found["slow"].median <= found["slow"].p90
+
+
+def test_a_checkpoint_and_bad_options(tmp_path, config, capsys):
+    best = load_config(config).run_folder / "best_model.pth"
+    found = report(config, tmp_path, "--weights", best, "--rounds", 1, "--sentences", 1)
+    assert len(found["seconds"]) == 3
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name}: it cannot be used here"):
+            report(config, tmp_path, "--device", name)
+    for options in (["--rounds", "0"], ["--sentences", "0"], ["--warmup", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            report(config, tmp_path, *options)
+        assert "give a number from" in capsys.readouterr().err

@@ -1,0 +1,435 @@
+"""tools/own_data.py: JSON Lines to records, or all problems with their lines and no file."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from helpers import ROOT, all_refs, encoded, run_command, smooth_photo
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from tools import data_process, download, own_data
+from utils.errors import UserError
+from utils.records import RecordReader, RecordWriter
+from utils.transforms import decode_mask
+
+DOC = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
+HEIGHT, WIDTH = 40, 60
+POLYGON = [10, 5, 30, 5, 30, 25, 10, 25]
+DRAWN = np.zeros((HEIGHT, WIDTH), bool)
+DRAWN[5:25, 10:30] = True
+RLE = coco_mask.encode(np.asfortranarray(DRAWN))
+COMPRESSED = {"size": [HEIGHT, WIDTH], "counts": RLE["counts"].decode()}
+LISTED = {"size": [HEIGHT, WIDTH], "counts": [405, *([20, 20] * 20)[:-1], 1215]}
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder with photos 1-3 and a mask."""
+    rng = np.random.default_rng(0)
+    for name in ("photos", "masks"):
+        (tmp_path / name).mkdir()
+    for number in (1, 2, 3):
+        photo = encoded(smooth_photo(rng, HEIGHT, WIDTH), ".jpg")
+        (tmp_path / f"photos/{number}.jpg").write_bytes(photo)
+    (tmp_path / "masks/1.png").write_bytes(encoded(np.uint8(255) * DRAWN))
+    return tmp_path
+
+
+def line(**changes) -> dict:
+    """A good line; `changes` over it, and ... takes a field out."""
+    fields = {
+        "image": "photos/1.jpg",
+        "mask": [POLYGON],
+        "sentences": ["the red mug", "número dos"],
+        "split": "train",
+    }
+    return {key: value for key, value in (fields | changes).items() if value is not ...}
+
+
+def write(data: Path, *lines: object) -> Path:
+    path = data / "data.jsonl"
+    texts = [text if isinstance(text, str) else json.dumps(text) for text in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def pack(data: Path, *lines: object, options: tuple[str, ...] = ()) -> Path:
+    own_data.main([str(write(data, *lines)), "-o", str(data / "lmdb/mine"), *options])
+    return data / "lmdb/mine"
+
+
+def problems(data: Path, capsys, *lines: object) -> list[str]:
+    """The problems that are listed; nothing may be written then."""
+    with pytest.raises(UserError, match=r"data\.jsonl: \d+ problems, listed above; nothing"):
+        pack(data, *lines)
+    assert not (data / "lmdb").exists()
+    listed = capsys.readouterr().err.splitlines()
+    prefix = f"{data / 'data.jsonl'}:"
+    return [text.removeprefix(prefix) for text in listed if text.startswith(prefix)]
+
+
+# ------------------------------------------------------------------------------- what is packed
+
+
+def test_everything_lies_in_the_file_of_its_split(data, capsys):
+    out = pack(
+        data,
+        line(split="val", image="photos/2.jpg"),
+        "",
+        line(),
+        line(image="./photos/1.jpg", mask="masks/1.png", sentences=["  mug "], category=3),
+    )
+    assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
+    train, val = RecordReader(out / "train.lmdb"), RecordReader(out / "val.lmdb")
+    assert (train.meta["dataset"], train.meta["split"]) == ("mine", "train")
+    assert (train.meta["refs"], train.meta["sentences"], train.meta["images"]) == (2, 3, 1)
+    first, second = train.ref(0), train.ref(1)
+    assert (first.ref_id, second.ref_id, val.ref(0).ref_id) == (3, 4, 1)  # numbers of their lines
+    assert first.image_key == second.image_key == "photos/1.jpg"
+    assert (first.image_id, first.category, second.category) == (None, None, 3)
+    assert (first.height, first.width) == (HEIGHT, WIDTH)
+    assert first.sentences == ("the red mug", "número dos")
+    assert second.sentences == ("mug",)
+    assert train.image("photos/1.jpg") == (data / "photos/1.jpg").read_bytes()
+    ids = [i for ref in (*all_refs(out / "train.lmdb"), val.ref(0)) for i in ref.sent_ids]
+    assert len(set(ids)) == len(ids) == 5
+    assert "train.lmdb: 2 refs, 3 sentences, 1 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[POLYGON], COMPRESSED, LISTED, "masks/1.png"],
+    ids=["polygons", "compressed runs", "listed runs", "png"],
+)
+def test_each_way_to_give_a_mask_gives_the_same_mask(data, mask):
+    (ref,) = all_refs(pack(data, line(mask=mask)) / "train.lmdb")
+    assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * DRAWN)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.uint8(1) * DRAWN,
+        np.uint16(1) * DRAWN,
+        DRAWN[..., None] * np.array([1, 0, 0], np.uint8),
+        np.dstack([np.uint8(9) * DRAWN] * 3 + [np.full_like(DRAWN, 255, np.uint8)]),
+    ],
+    ids=["ones", "16 bits", "dark blue", "transparency"],
+)
+def test_whatever_is_not_black_in_a_png_is_the_object(data, pixels):
+    cv2.imwrite(str(data / "masks/2.png"), pixels)
+    (ref,) = all_refs(pack(data, line(mask="masks/2.png")) / "train.lmdb")
+    assert np.array_equal(decode_mask(ref.mask, "mask") > 0, DRAWN)
+
+
+def test_masks_are_encoded_as_those_of_refer_are(data):
+    record = RecordReader(pack(data, line()) / "train.lmdb").ref(0)
+    assert record.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
+    assert record.mask != encoded(np.uint8(255) * DRAWN)
+
+
+def test_polygons_that_overlap_stay_the_object(data):
+    (ref,) = all_refs(pack(data, line(mask=[POLYGON, POLYGON])) / "train.lmdb")
+    assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * DRAWN)
+
+
+def test_a_photo_that_its_exif_tag_turns_is_turned_like_its_mask(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(data / "photos/1.jpg").save(data / "photos/turned.jpg", exif=exif)
+    cv2.imwrite(str(data / "masks/2.png"), np.uint8(255) * DRAWN.T)
+    (ref,) = all_refs(
+        pack(data, line(image="photos/turned.jpg", mask="masks/2.png")) / "train.lmdb"
+    )
+    assert (ref.height, ref.width) == (WIDTH, HEIGHT)
+
+
+def test_ids_are_kept_and_absolute_paths_and_other_folders_of_images_are_read(data, tmp_path):
+    (data / "photos").rename(tmp_path / "elsewhere")
+    absolute = str(tmp_path / "elsewhere/2.jpg")
+    lines = [
+        line(image="1.jpg", ref_id=70, image_id=5),
+        line(image=absolute, ref_id=60, image_id=None),
+    ]
+    out = pack(data, *lines, options=("--images", str(tmp_path / "elsewhere")))
+    refs = all_refs(out / "train.lmdb")
+    assert [(r.ref_id, r.image_id, r.image_key) for r in refs] == [
+        (70, 5, "1.jpg"),
+        (60, None, absolute),
+    ]
+
+
+def test_a_file_from_a_windows_editor_is_read(data):
+    path = write(data, line())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    own_data.main([str(path), "-o", str(data / "lmdb")])
+    assert len(RecordReader(data / "lmdb/train.lmdb")) == 1
+
+
+def test_photos_in_two_splits_are_counted(data, capsys):
+    pack(data, line(), line(split="val"), line(image="photos/2.jpg"))
+    said = capsys.readouterr().out
+    assert "note: 1 images are in more than one split, such as photos/1.jpg" in said
+
+
+def test_check_writes_nothing(data, capsys):
+    pack(data, line(), options=("--check",))
+    assert not (data / "lmdb").exists()
+    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+
+
+def test_only_packing_needs_a_folder(data, capsys):
+    path = write(data, line())
+    own_data.main([str(path), "--check"])
+    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        own_data.main([str(path)])
+    assert "-o names the folder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- what is not
+
+
+def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
+    found = problems(
+        data,
+        capsys,
+        line(),
+        "{",
+        line(image="photos/none.jpg", sentences=["fine"]),
+        line(split=..., mask=..., sentences=[3]),
+        line(mask="masks/none.png", image_id=4),
+        line(image="photos/none.jpg"),
+    )
+    assert [text.partition(":")[0] for text in found] == ["2", "3", "4", "4", "4", "5", "5", "6"]
+    assert found[-1].endswith("its image photos/none.jpg cannot be used, see above")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": ...}, "has no image"),
+        ({"image": 3}, "image must be a path, not 3"),
+        ({"image": " "}, "image must be a path, not ' '"),
+        ({"image": "a" * 600}, "image must be at most 500 bytes long"),
+        ({"image": "photos"}, "photos does not exist: check image"),
+        ({"image": "masks/none.jpg"}, "masks/none.jpg does not exist: check image"),
+        ({"mask": ...}, "has no mask"),
+        ({"mask": None}, r"mask must be a path, \{size, counts\}, or polygons"),
+        ({"mask": []}, r"mask must be a path, \{size, counts\}, or polygons"),
+        ({"mask": "masks/9.png"}, r"masks/9\.png does not exist: check mask"),
+        ({"mask": POLYGON}, r"must be a list of polygons: .* even for one"),
+        ({"mask": [[1, 2, 3, 4]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, 6, 7]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, "6"]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, float("nan")]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, 10**400]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]}, r"must be in pixels \(these polygons lie in"),
+        ({"mask": [[1e9, 1e9, 2e9, 3e9, 4e9, 1]]}, "its mask is a polygon far outside its image"),
+        ({"mask": [[70, 5, 80, 5, 80, 25]]}, "its mask is a segmentation that covers no pixel"),
+        ({"mask": {"counts": "x"}}, r"mask must have its size \[height, width\]"),
+        ({"mask": {"size": [WIDTH, HEIGHT], "counts": [0, 2400]}}, "of 60 x 40 pixels on an image"),
+        ({"mask": {"size": [HEIGHT, WIDTH]}}, "mask must have counts"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [-1, 2401]}}, "mask must have counts"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [9, 9]}}, "add up to 18, not 2400"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [2400]}}, "covers no pixel"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": "3"}}, "add up to 3, not 2400"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": "é~"}}, "its mask is "),
+        ({"sentences": ...}, "has no sentences"),
+        ({"sentences": "the mug"}, "sentences must be a list of one or more texts"),
+        ({"sentences": []}, "sentences must be a list of one or more texts"),
+        ({"sentences": ["mug", 3]}, "sentences must be a list of one or more texts"),
+        ({"sentences": ["mug", " \t"]}, "sentences must have words in each"),
+        ({"split": ...}, "has no split"),
+        ({"split": "../train"}, "split must be a name such as train"),
+        ({"split": ""}, "split must be a name such as train"),
+        ({"split": ".."}, "split must be a name such as train"),
+        ({"split": "a\0b"}, "split must be a name such as train"),
+        ({"split": "a\nb"}, "split must be a name such as train"),
+        ({"split": "x" * 300}, "split must be a name such as train"),
+        ({"split": 1}, "split must be a name such as train"),
+        ({"ref_id": "7"}, "ref_id must be a whole number from 0, not '7'"),
+        ({"ref_id": 2**63}, "ref_id must be a whole number from 0"),
+        ({"image_id": True}, "image_id must be a whole number from 0, not True"),
+        ({"category": -1}, "category must be a whole number from 0, not -1"),
+        ({"sentense": []}, r"has an unknown field sentense; did you mean sentences\?"),
+        ({"zzz": 1}, "has an unknown field zzz$"),
+    ],
+    ids=lambda value: json.dumps(value, default=lambda _: "absent")[:40],
+)
+def test_a_bad_field_is_named_with_its_line(data, capsys, changes, message):
+    (found,) = problems(data, capsys, line(), line(**changes))[:1]
+    assert re.search(rf"^2: .*{message}", found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", r"is not JSON \(Expecting value"),
+        ("[1]", r"is \[1\], not an object"),
+        ("[" * 100_000, r"is not JSON \(maximum recursion"),
+        (json.dumps(line(sentences=["\ud800"])), r"is not JSON \('utf-8' codec"),
+    ],
+    ids=["words", "list", "deep", "half a character"],
+)
+def test_a_line_that_is_no_object_is_named(data, capsys, text, message):
+    (found,) = problems(data, capsys, text, line())
+    assert re.search(rf"^1: {message}", found)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (line(ref_id=7), "2: ref_id 7 is that of line 1 as well"),
+        (line(), "2: ref_id is on some lines only: put it on all of them or on none"),
+        (line(ref_id=8, image_id=9), r"2: its image photos/1.jpg has image_id 9, but 5 on line 1"),
+    ],
+    ids=["twice", "some", "image_id"],
+)
+def test_ids_that_contradict_each_other_are_named(data, capsys, second, message):
+    first = line(ref_id=7, image_id=5)
+    found = problems(data, capsys, first, {"image_id": 5} | second)
+    assert found == [message]
+
+
+def put(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda data: (data / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (put("photos/1.jpg", b""), r"photos/1\.jpg is an empty file: check image"),
+        (put("photos/1.jpg", b"<html>"), r"photos/1\.jpg cannot be decoded \(6 bytes"),
+        (
+            lambda data: os.truncate(data / "photos/1.jpg", 400),
+            r"photos/1\.jpg cannot be decoded .* cut off",
+        ),
+        (put("masks/1.png", b"PNG"), r"masks/1\.png cannot be decoded .*: check mask"),
+        (put("masks/1.png", encoded(np.uint8(255) * DRAWN, ".jpg")), r"masks/1\.png is no PNG"),
+        (
+            put("masks/1.png", encoded(np.zeros((HEIGHT, WIDTH), np.uint8))),
+            r"masks/1\.png is an empty mask",
+        ),
+        (
+            put("masks/1.png", encoded(np.ones((HEIGHT, 50), np.uint8))),
+            r"masks/1\.png is 40 x 50 pixels, its image 40 x 60$",
+        ),
+        (
+            put("masks/1.png", encoded(np.ones((WIDTH, HEIGHT), np.uint8))),
+            r"is 60 x 40 pixels, its image 40 x 60 \(turned by the photo's EXIF",
+        ),
+    ],
+)
+def test_a_bad_photo_or_mask_is_named_with_its_line(data, capsys, damage, message):
+    damage(data)
+    (found,) = problems(data, capsys, line(image="photos/2.jpg"), line(mask="masks/1.png"))
+    assert re.search(f"^2: .*{message}", found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b"\n \n", "is empty"), (b"\xff\xfe{", "is not UTF-8 text")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data\.jsonl {message}"):
+        own_data.main([str(path), "-o", str(tmp_path / "lmdb")])
+    assert not (tmp_path / "lmdb").exists()
+
+
+def test_the_program_ends_with_one_line_a_problem_and_exit_code_1(data):
+    path = write(data, line(split=...), line(), line(mask=3))
+    result = run_command(sys.executable, "tools/own_data.py", path, "-o", data / "lmdb")
+    assert result.returncode == 1
+    assert [text.partition(" ")[0] for text in result.stderr.splitlines()] == [
+        f"{path}:1:",
+        f"{path}:3:",
+        "error:",
+    ]
+
+
+def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatch):
+    out = pack(data, line(), line(split="val"))
+    before = [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")]
+    add_ref, calls = RecordWriter.add_ref, []
+
+    def fails(self, record, lengths):
+        calls.append(record)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device", "disk")
+        add_ref(self, record, lengths)
+
+    monkeypatch.setattr(RecordWriter, "add_ref", fails)
+    with pytest.raises(OSError, match="No space"):
+        pack(data, line(), line(split="val"), line(split="testA"))
+    assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
+    assert [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")] == before
+
+
+def test_too_little_room_is_told_before_packing(data, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="packing needs about"):
+        pack(data, line())
+    assert not (data / "lmdb").exists()
+
+
+# --------------------------------------------------------------------------- docs/own_data.md
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOC, re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_shows_the_problems_that_its_bad_file_has(data, capsys, monkeypatch):
+    monkeypatch.chdir(data)
+    (content,), (answer,) = blocks("json"), blocks("text")
+    Path("data.jsonl").write_text(content)
+    with pytest.raises(UserError) as caught:
+        own_data.main(["data.jsonl", "-o", "lmdb"])
+    listed = capsys.readouterr().err.splitlines()
+    assert [*listed, f"error: {caught.value}"] == answer.splitlines()
+
+
+def test_the_config_on_the_page_is_the_one_that_is_shipped():
+    (shown,) = blocks("yaml")
+    shipped = (ROOT / "config/own/cris_r50.yaml").read_text()
+    assert shipped.partition("\n")[2] == shown
+
+
+@pytest.mark.slow
+def test_the_worked_example_runs_from_pictures_to_scores(tmp_path):
+    for name in ("train.py", "test.py", "tools", "engine", "model", "utils", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "datasets").mkdir()
+    commands = blocks("bash")
+    assert len(commands) == 3
+    python = Path(sys.executable).parent
+    for command in commands:
+        script = f"set -e; export PATH={python}:$PATH; cd {tmp_path}\n{command}"
+        result = run_command(shutil.which("bash"), "-c", script)
+        assert result.returncode == 0, result.stderr
+    scores = json.loads(
+        (tmp_path / "exp/mydata/cris_tiny/test_mydata_val.aligned.json").read_text()
+    )
+    val = RecordReader(tmp_path / "datasets/lmdb/mydata/val.lmdb").meta
+    assert scores["sentences"] == val["sentences"]
+    assert 0 <= scores["mIoU"] <= 1
+    assert (tmp_path / "datasets/example/train.png").is_file()
+    assert list((tmp_path / "exp/mydata/cris_tiny/vis/val").glob("*.png"))
+    kinds = {
+        type(json.loads(row)["mask"]) for row in (tmp_path / "datasets/example/data.jsonl").open()
+    }
+    assert kinds == {str, dict, list}

@@ -1,0 +1,517 @@
+"""Packing as a whole: size, memory, kill -9, and converting the official release's files."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from helpers import ROOT, blob, encoded
+
+from tools import folder2lmdb
+from utils import records
+from utils.errors import UserError
+from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.tokenizer import token_lengths
+
+# ----------------------------------------------------------------- the official release's own files
+
+
+def write_official(
+    path: Path, items: list[object], dumps: Callable[[object], bytes] = pickle.dumps, **more: bytes
+) -> Path:
+    """An LMDB as the official packer lays it out, with its lock file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    env = lmdb.open(str(path), subdir=False, map_size=1 << 30, meminit=False, map_async=True)
+    with env, env.begin(write=True) as txn:
+        for number, item in enumerate(items):
+            txn.put(f"{number}".encode("ascii"), dumps(item))
+        keys = [f"{number}".encode("ascii") for number in range(len(items))]
+        txn.put(b"__keys__", more.get("keys", dumps(keys)))
+        txn.put(b"__len__", more.get("len", dumps(len(keys))))
+    return path
+
+
+def official_item(ref_id: int, image: bytes, key: str, mask: bytes, sents: list[str]) -> dict:
+    return {
+        "img": image,
+        "mask": mask,
+        "cat": 5,
+        "seg_id": ref_id,
+        "img_name": key,
+        "num_sents": len(sents),
+        "sents": sents,
+    }
+
+
+HEIGHT, WIDTH = 40, 60
+PHOTOS = [
+    encoded(np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), ".jpg")
+    for i in range(2)
+]
+MASK = encoded(blob(HEIGHT, WIDTH))
+ITEMS = [
+    official_item(7, PHOTOS[0], "COCO_train2014_000000000012.jpg", MASK, ["the red one", "red"]),
+    official_item(3, PHOTOS[1], "b.jpg", MASK, ["número dos"]),
+    official_item(9, PHOTOS[0], "COCO_train2014_000000000012.jpg", MASK, ["left"]),
+]
+
+
+def convert(source: Path, out: Path) -> RecordReader:
+    folder2lmdb.main(["--from-lmdb", str(source), "-o", str(out)])
+    return RecordReader(out / f"{source.stem}.lmdb")
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_an_official_file_is_converted_with_each_image_once(tmp_path, protocol, capsys):
+    source = write_official(
+        tmp_path / "old/refcoco/val.lmdb", ITEMS, lambda x: pickle.dumps(x, protocol)
+    )
+    reader = convert(source, tmp_path / "new/refcoco")
+    assert reader.meta["dataset"] == "refcoco"
+    assert reader.meta["split"] == "val"
+    assert (reader.meta["refs"], reader.meta["images"], reader.meta["sentences"]) == (3, 2, 4)
+    for position, item in enumerate(ITEMS):
+        ref = reader.ref(position)
+        assert (ref.ref_id, ref.image_key, ref.category) == (
+            item["seg_id"],
+            item["img_name"],
+            item["cat"],
+        )
+        assert (ref.height, ref.width) == (HEIGHT, WIDTH)
+        assert list(ref.sentences) == item["sents"]
+        assert ref.mask == item["mask"]
+        assert reader.image(ref.image_key) == item["img"]
+    assert [reader.ref(i).image_id for i in range(3)] == [12, None, 12]
+    assert [reader.ref(i).sent_ids for i in range(3)] == [(0, 1), (2,), (3,)]
+    assert "sentence ids: 0 to 3 in the order of" in capsys.readouterr().out
+    assert sorted(os.listdir(source.parent)) == ["val.lmdb", "val.lmdb-lock"]
+
+
+def test_an_official_file_in_a_folder_is_converted_too(tmp_path):
+    source = write_official(tmp_path / "old/refcoco/val.lmdb", ITEMS)
+    folder = tmp_path / "folder/val.lmdb"
+    folder.mkdir(parents=True)
+    source.rename(folder / "data.mdb")
+    assert len(convert(folder, tmp_path / "new")) == 3
+
+
+def test_converting_gives_what_packing_gives(tmp_path, mini_root):
+    """But for the sentences' ids, which the official file does not keep."""
+    from engine_helpers import pack
+
+    pack(mini_root, tmp_path, "refcoco", "unc", "refcoco")
+    packed = RecordReader(tmp_path / "lmdb/refcoco/train.lmdb")
+    refs = [packed.ref(position) for position in range(len(packed))]
+    items = [
+        {
+            **official_item(
+                ref.ref_id, packed.image(ref.image_key), ref.image_key, ref.mask, [*ref.sentences]
+            ),
+            "cat": ref.category,
+        }
+        for ref in refs
+    ]
+    source = write_official(tmp_path / "old/refcoco/train.lmdb", items)
+    converted = convert(source, tmp_path / "new/refcoco")
+    for position, ref in enumerate(refs):
+        made = converted.ref(position)
+        assert len(made.sent_ids) == len(ref.sent_ids)
+        assert {**vars(made), "sent_ids": ref.sent_ids} == vars(ref)
+        assert converted.image(ref.image_key) == packed.image(ref.image_key)
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+def changed(**fields: object) -> list[object]:
+    return [ITEMS[0], {**ITEMS[1], **fields}, ITEMS[2]]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (changed(img=b""), r"entry 1, image b\.jpg is an empty file"),
+        (changed(img=PHOTOS[1][:300]), r"entry 1, image b\.jpg cannot be decoded \(300 bytes"),
+        (changed(mask=MASK[:30]), "entry 1, mask cannot be decoded"),
+        (changed(mask=encoded(np.zeros((HEIGHT, WIDTH), np.uint8))), "entry 1, mask is an empty m"),
+        (changed(mask=encoded(blob(WIDTH, HEIGHT))), "entry 1, mask is 60 x 40 pixels"),
+        (changed(seg_id=7), "entry 1 has seg_id 7, as entry 0 has"),
+        (changed(seg_id="7"), "entry 1: seg_id cannot be '7'"),
+        (changed(img="text"), "entry 1: img cannot be 'text'"),
+        (changed(sents=[]), "entry 1 has 0 sents, num_sents 1"),
+        (changed(sents=["a", "b"]), "entry 1 has 2 sents, num_sents 1"),
+        (changed(sents=[3]), "entry 1, sentence 0: sent cannot be 3"),
+        (changed(sents=[" "]), "entry 1, sentence 0: ' ' has no words"),
+        (changed(sents=["\udc80"]), r"entry 1, sentence 0: '\\udc80' holds half a character"),
+        (changed(cat=10**30), "entry 1: cat 1000.* is out of range"),
+        (changed(img_name="x" * 600), r"entry 1: img_name cannot be 'xxx.*at most 500 bytes"),
+        (changed(img_name=ITEMS[0]["img_name"]), "entry 1 has another image COCO_.* than an ear"),
+        ([ITEMS[0], {"img": PHOTOS[0]}], "entry 1 has no field mask"),
+        ([ITEMS[0], [1, 2]], r"entry 1 is \[1, 2\], not a mapping"),
+        ([], "has no refs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_official_file_with_bad_entries_is_refused_and_leaves_nothing(tmp_path, items, message):
+    source = write_official(tmp_path / "old/refcoco/val.lmdb", items)
+    with pytest.raises(UserError, match=message) as caught:
+        convert(source, tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_an_official_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    source = write_official(tmp_path / "val.lmdb", [ITEMS[0], Hostile(tmp_path / "ran")])
+    with pytest.raises(UserError, match=r"entry 1 asks for posix\.system: .* not loaded"):
+        convert(source, tmp_path / "new")
+    assert not (tmp_path / "ran").exists()
+    assert os.listdir(tmp_path / "new") == []
+
+
+def with_entry(key: bytes, value: bytes | None) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        env = lmdb.open(str(path), subdir=False, map_size=1 << 30)
+        with env, env.begin(write=True) as txn:
+            txn.delete(key) if value is None else txn.put(key, value)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "--from-lmdb .*val.lmdb does not exist"),
+        (lambda p: p.write_text("<html>" * 4000), "no LMDB can be read from .*: re-pack with"),
+        (lambda p: os.truncate(p, p.stat().st_size // 2), r"is cut off \(.*: re-pack with"),
+        (with_entry(b"__keys__", None), "is no LMDB of the official release: re-pack with"),
+        (with_entry(b"__len__", None), "has no __len__: re-pack with"),
+        (with_entry(b"__len__", pickle.dumps("3")), "__len__ is '3', no number: re-pack with"),
+        (with_entry(b"__len__", pickle.dumps(4)), "has no entry 3: re-pack with"),
+        (with_entry(b"1", b"\x80\x04\x95"), "entry 1 is not a readable pickle, or cut off"),
+        (
+            with_entry(b"1", b"\xff\xff\xff\xff\x00\x01"),
+            r"entry 1 is no pickle; written with pyarrow\.serialize.*: re-pack with",
+        ),
+        (with_entry(b"__meta__", b"{}"), "is in this repository's format already"),
+    ],
+    ids=[
+        *("missing", "html", "cut off", "other", "no length", "no number", "too long"),
+        *("torn pickle", "pyarrow", "ours"),
+    ],
+)
+def test_an_official_file_that_cannot_be_read_is_refused(tmp_path, damage, message):
+    source = write_official(tmp_path / "old/refcoco/val.lmdb", ITEMS)
+    damage(source)
+    with pytest.raises(UserError, match=message) as caught:
+        convert(source, tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_an_official_file_is_never_written_over(tmp_path):
+    source = write_official(tmp_path / "refcoco/val.lmdb", ITEMS)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="is the file to convert: give another folder as -o"):
+        convert(source, source.parent)
+    assert source.read_bytes() == before
+
+
+def test_the_refusal_of_an_official_file_gives_the_command_that_converts_it(tmp_path):
+    source = write_official(tmp_path / "val.lmdb", ITEMS)
+    with pytest.raises(UserError) as caught:
+        len(RecordReader(source))
+    command = f"python tools/folder2lmdb.py --from-lmdb {source} -o FOLDER"
+    assert command in str(caught.value)
+    folder2lmdb.main(command.replace("FOLDER", str(tmp_path / "new")).split()[2:])
+    assert len(RecordReader(tmp_path / "new/val.lmdb")) == 3
+
+
+@pytest.mark.parametrize(
+    "words", [["-j", "a.json"], ["--from-lmdb", "a.lmdb", "-i", "images"], ["-i", "x", "-m", "y"]]
+)
+def test_the_command_line_takes_either_files_or_an_old_lmdb(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        folder2lmdb.main([*words, "-o", "out"])
+    assert ending.value.code == 2
+    assert "give -j, -i and -m, or --from-lmdb alone" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+TRAPS = ']}, {[ "\\'  # what could be taken for the end of an entry
+
+
+def json_entries(count: int) -> list[dict]:
+    return [
+        {
+            "segment_id": i,
+            "img_name": f"COCO_train2014_{i // 3:012d}.jpg",
+            "cat": 3,
+            "sentences": [{"sent": f"número {i}" + TRAPS, "sent_id": 3 * i + n} for n in range(3)],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
+def test_json_read_in_pieces_gives_what_it_gives_as_a_whole(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(folder2lmdb, "_CHUNK", chunk)
+    path = tmp_path / "val.json"
+    entries = json_entries(20)
+    path.write_text(json.dumps(entries, indent=indent, ensure_ascii=indent is None), "utf-8")
+    read = list(folder2lmdb.read_entries(path))
+    assert [entry for entry, _ in read] == entries
+    assert read[3][1] == f"{path}: entry 3"
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[", "[{}", "[{},", "[{},]", "[,{}]", "[{} {}]", "[{}]]", "[{}] x", "[{]", "nan,"),
+        *('[{"a": "', '[{"a": 1.', "[" * 100_000),
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_text_that_is_no_json_is_refused_wherever_it_breaks(tmp_path, monkeypatch, chunk, text):
+    if chunk == 1 and len(text) > 99:
+        chunk = 1 << 20
+    monkeypatch.setattr(folder2lmdb, "_CHUNK", chunk)
+    monkeypatch.setattr(folder2lmdb, "_check_entry", lambda entry, where: None)
+    path = tmp_path / "val.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not readable JSON"):
+        list(folder2lmdb.read_entries(path))
+
+
+@pytest.mark.parametrize("text", ["{}", '"x"', "3", " null "])
+def test_json_of_something_else_is_no_list_of_refs(tmp_path, text):
+    path = tmp_path / "val.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not a list of refs"):
+        list(folder2lmdb.read_entries(path))
+
+
+def test_checking_json_takes_200_bytes_a_ref_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder2lmdb, "_CHUNK", 1 << 14)
+    peaks = []
+    for count in (1_000, 11_000):
+        path = tmp_path / f"{count}.json"
+        path.write_text(json.dumps(json_entries(count)))
+        tracemalloc.start()
+        try:
+            assert folder2lmdb.check_entries(path) == count
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    # 12 bytes an id, 4 ids a ref, and copies for sorting: 85 to 155 as the arrays happen to grow;
+    # as a whole it would be 1,500.
+    assert peaks[1] - peaks[0] < 10_000 * 200
+
+
+# ------------------------------------------------------------------------------------ size, memory
+
+
+def test_the_file_is_at_most_045_of_one_with_the_image_in_every_ref(tmp_path, record_property):
+    """JPEGs of 100 KB and more, 2.5 refs an image, masks as COCO's objects have them."""
+    rng = np.random.default_rng(0)
+    items = []
+    for image in range(24):
+        noise = rng.integers(0, 256, (120, 160, 3), np.uint8)
+        pixels = cv2.resize(noise, (640, 480), interpolation=cv2.INTER_LINEAR)
+        photo = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 93])[1].tobytes()
+        assert 100_000 <= len(photo) <= 200_000
+        for ref in range(2 + image % 2):
+            mask = encoded(blob(480, 640, 0.1, seed=10 * image + ref))
+            key = f"COCO_train2014_{image:012d}.jpg"
+            items.append(official_item(10 * image + ref, photo, key, mask, ["a thing", "it"]))
+    assert len(items) == 2.5 * 24
+    source = write_official(tmp_path / "old/refcoco/train.lmdb", items)
+    reader = convert(source, tmp_path / "new")
+    ratio = reader.path.stat().st_size / source.stat().st_size
+    record_property("difference", ("LMDB", "share of the official one's size", ratio, 0.45))
+    assert ratio <= 0.45
+
+
+MEMORY = """
+import os, sys
+from utils.records import RecordWriter, RefRecord
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+photo, mask, before = os.urandom(20_000), os.urandom(1_500), peak()
+with RecordWriter(sys.argv[2], "toys", "train") as writer:
+    for i in range(int(sys.argv[1])):
+        image = i * 2 // 5
+        key = f"COCO_train2014_{image:012d}.jpg"
+        writer.add_image(key, photo)
+        sent_ids = (3 * i, 3 * i + 1, 3 * i + 2)
+        writer.add_ref(
+            RefRecord(i, key, image, 3, 480, 640, mask, ("a", "b", "c"), sent_ids), [4, 5, 6]
+        )
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_packing_takes_at_most_500_bytes_of_memory_a_ref(tmp_path):
+    """A batch, however large the split, and an index; a ref with its photo fills 10,000 bytes."""
+    counts, peaks, sizes = (5_000, 20_000), [], []
+    for count in counts:
+        path = tmp_path / f"{count}.lmdb"
+        command = [sys.executable, "-c", MEMORY, str(count), str(path)]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        peaks.append(1024 * int(out))
+        sizes.append(path.stat().st_size)
+    refs = counts[1] - counts[0]
+    assert sizes[1] - sizes[0] > 10_000 * refs
+    assert peaks[1] - peaks[0] < 500 * refs  # measured: 390
+    assert peaks[1] < 100_000_000
+
+
+def test_the_map_is_never_much_larger_than_the_file(tmp_path):
+    """The official packer maps 2 TiB."""
+    path = pack_version(tmp_path / "val.lmdb", 1, refs=200)
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env:
+        assert env.info()["map_size"] <= max(2 * path.stat().st_size, records._INITIAL_MAP_BYTES)
+
+
+# ----------------------------------------------------------------------------------------- kill -9
+
+
+def pack_version(path: Path, version: int, refs: int = 60) -> Path:
+    """A split whose every part carries the version."""
+    with RecordWriter(path, "toys", f"version {version}") as writer:
+        for i in range(refs):
+            writer.add_image(f"{i}.jpg", b"photo %d " % version + bytes(40_000))
+            mask = b"mask %d " % version + bytes(9_000)
+            sentences = (f"number {version}",)
+            ref = RefRecord(i, f"{i}.jpg", i, 3, 4, 6, mask, sentences, (i,))
+            writer.add_ref(ref, token_lengths(sentences))
+    return path
+
+
+def version_of(path: Path) -> int:
+    """The version, which must be the same in every part of the file."""
+    reader = RecordReader(path)
+    version = int(reader.meta["split"].split()[1])
+    assert len(reader) == 60
+    for i in range(60):
+        ref = reader.ref(i)
+        assert ref.sentences == (f"number {version}",)
+        assert ref.mask.startswith(b"mask %d " % version)
+        assert reader.image(ref.image_key).startswith(b"photo %d " % version)
+    return version
+
+
+def pack_for_ever(path: Path, small_batches: bool) -> None:
+    if small_batches:
+        records._BATCH_BYTES = 100_000
+    version = 1
+    while True:
+        version += 1
+        pack_version(path, version)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("small_batches", [False, True])
+def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path, small_batches):
+    path = pack_version(tmp_path / "val.lmdb", 1)
+    chance, seen, torn = random.Random(0), set(), 0
+    for _ in range(12):
+        child = get_context("fork").Process(target=pack_for_ever, args=(path, small_batches))
+        child.start()
+        time.sleep(chance.uniform(0.01, 0.12))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        seen.add(version_of(path))
+        torn += len(leftovers(tmp_path))
+        assert len(leftovers(tmp_path)) <= 1  # the next one removed those before
+    assert torn > 0  # some were killed in the middle
+    pack_version(path, 99)
+    assert version_of(path) == 99
+    assert os.listdir(tmp_path) == ["val.lmdb"]
+
+
+def die_at(moment: str, path: Path) -> None:
+    """Pack version 2 and kill this process at a moment."""
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    records._BATCH_BYTES = 100_000
+    if moment == "first batch":
+        RecordWriter._flush = die
+    elif moment == "before the index":
+        RecordWriter._finish = die
+    elif moment == "index written":
+        flush, finish = RecordWriter._flush, RecordWriter._finish
+
+        def finish_and_die(self: RecordWriter) -> None:
+            RecordWriter._flush = lambda self: (flush(self), die())
+            finish(self)
+
+        RecordWriter._finish = finish_and_die
+    elif moment == "before the move":
+        os.replace = die
+    pack_version(path, 2)
+
+
+@pytest.mark.parametrize(
+    "moment", ["first batch", "before the index", "index written", "before the move"]
+)
+@pytest.mark.parametrize("has_old", [True, False])
+def test_kill_9_at_a_given_moment_leaves_the_old_file_or_none(tmp_path, moment, has_old):
+    path = tmp_path / "val.lmdb"
+    if has_old:
+        pack_version(path, 1)
+    child = get_context("fork").Process(target=die_at, args=(moment, path))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(leftovers(tmp_path)) == 1
+    if has_old:
+        assert version_of(path) == 1
+    else:
+        assert not path.exists()
+    pack_version(path, 3)
+    assert version_of(path) == 3
+    assert os.listdir(tmp_path) == ["val.lmdb"]
+
+
+def test_temporary_files_of_living_processes_and_of_others_are_left_alone(tmp_path):
+    path, others = tmp_path / "val.lmdb", []
+    for name in (
+        f".val.lmdb.{os.getppid()}.partial",
+        ".val.lmdb.partial",
+        ".val.lmdb.note.partial",
+        ".train.lmdb.999999999.partial",
+    ):
+        (tmp_path / name).write_bytes(b"")
+        others.append(name)
+    (tmp_path / ".val.lmdb.999999999.partial").write_bytes(b"")
+    pack_version(path, 1)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "val.lmdb"])

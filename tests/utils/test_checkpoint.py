@@ -1,0 +1,290 @@
+"""Checkpoints: whole or not there, read without running anything, ours and official ones."""
+
+import errno
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    assert_same,
+    build_run,
+    error_of,
+    load,
+    read_jsonl,
+    run_program,
+    write_config,
+)
+from torch import nn
+
+from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+
+class Hostile:
+    """Pickles as a call of `os.system`."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def saved(content: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def state(epoch: int = 1, value: float = 1.0) -> dict:
+    return {
+        "epoch": epoch,
+        "best_iou": 0.25,
+        "state_dict": {"weight": torch.full((2, 3), value), "count": torch.tensor(7)},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]},
+        "rng": [{"torch": torch.get_rng_state()}],
+        "config": {"TRAIN": {"resume": None, "milestones": (35,)}},
+    }
+
+
+def refusal(path: Path) -> str:
+    """The one line with which the file is refused."""
+    with pytest.raises(UserError) as error:
+        read_checkpoint(path, "TEST.weights")
+    line = str(error.value)
+    assert line.startswith("TEST.weights: ")
+    assert str(path) in line
+    assert len(line.splitlines()) == 1
+    return line
+
+
+# ---------------------------------------------------------------------------------- the files
+
+
+def test_what_is_saved_is_read(tmp_path):
+    save_checkpoint(state(), tmp_path, is_best=False)
+    assert_same(read_checkpoint(tmp_path / "last_model.pth", "TRAIN.resume"), state())
+    assert [path.name for path in tmp_path.iterdir()] == ["last_model.pth"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_best_one_stays_when_later_ones_are_written(tmp_path, monkeypatch, has_links):
+    if not has_links:
+
+        def refuse(*_):
+            raise OSError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    for epoch, is_best in ((1, True), (2, True), (3, False), (4, False)):
+        save_checkpoint(state(epoch, float(epoch)), tmp_path, is_best)
+    assert_same(load(tmp_path / "best_model.pth"), state(2, 2.0))
+    assert_same(load(tmp_path / "last_model.pth"), state(4, 4.0))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failure_in_the_middle_of_writing_leaves_the_old_files(tmp_path, monkeypatch):
+    save_checkpoint(state(1), tmp_path, is_best=True)
+
+    half = saved(state(2))[:1000]
+
+    def write_half(_, file):
+        file.write(half)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(state(2), tmp_path, is_best=True)
+    for name in ("last_model.pth", "best_model.pth"):
+        assert_same(read_checkpoint(tmp_path / name, "TRAIN.resume"), state(1))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "there is no checkpoint" in refusal(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98, 0.999])
+def test_a_torn_file_is_refused(tmp_path, share, zipped):
+    content = saved(state(), _use_new_zipfile_serialization=zipped)
+    path = tmp_path / "torn.pth"
+    path.write_bytes(content[: int(share * len(content))])
+    assert "cut off, damaged or no checkpoint" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(state() | {"extra": Hostile()}),
+        saved(state() | {"extra": Hostile()}, _use_new_zipfile_serialization=False),
+        pickle.dumps(Hostile(), protocol=2),
+        pickle.dumps(Hostile(), protocol=4),
+    ],
+    ids=["zip", "old", "pickle 2", "pickle 4"],
+)
+def test_a_pickle_that_asks_for_a_function_is_refused_and_not_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.pth"
+    path.write_bytes(content)
+    line = refusal(path)
+    assert "asks for posix.system" in line or "no checkpoint" in line
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"<!doctype html><html>not found</html>", "cut off, damaged or no checkpoint"),
+        (b"TRAIN:\n  epochs: 3\n", "cut off, damaged or no checkpoint"),
+        (saved({"weight": torch.ones(2)}), "has no state_dict"),
+        (saved({"state_dict": {"weight": "heavy"}}), "has no state_dict"),
+        (saved(torch.ones(2)), "has no state_dict"),
+    ],
+    ids=["page", "yaml", "bare", "text", "tensor"],
+)
+def test_something_else_is_refused(tmp_path, content, problem):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    assert problem in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_torchscript_archive_is_pointed_to_its_key(tmp_path):
+    path = tmp_path / "RN50.pt"
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+    assert "TRAIN.clip_pretrain" in refusal(path)
+
+
+# ------------------------------------------------------------------------------- the weights
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_loaded_with_and_without_the_prefix_of_parallel_models(prefix, tmp_path):
+    source, target = small_model(), small_model()
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": {prefix + k: v for k, v in source.state_dict().items()}}, path)
+    load_weights(target, read_checkpoint(path, "TEST.weights")["state_dict"], path)
+    assert_same(dict(target.state_dict()), dict(source.state_dict()))
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded():
+    target = small_model()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    weights = {key: value + 1 for key, value in small_model().state_dict().items()}
+    weights["0.weight"] = torch.ones(4, 3)
+    weights["head.bias"] = weights.pop("1.bias")
+    with pytest.raises(UserError) as error:
+        load_weights(target, weights, "x.pth")
+    line = str(error.value)
+    for part in (
+        *("x.pth", "missing 1.bias", "unknown head.bias"),
+        "0.weight is 4×3, the model has 2×3",
+    ):
+        assert part in line
+    assert_same(dict(target.state_dict()), before)
+
+
+def test_a_long_list_of_faults_is_cut():
+    with pytest.raises(UserError) as error:
+        load_weights(small_model(), {f"k{i}": torch.ones(1) for i in range(30)}, "x.pth")
+    assert "and 29 more" in str(error.value)
+
+
+# ------------------------------------------------------------------------ through the programs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> Path:
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_program("train.py", write_config(folder, data, threshold=0.15))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def official(trained) -> Path:
+    """The same weights as the official release would have saved them."""
+    ours = load(trained / "exp/tiny/last_model.pth")
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam([{"params": module.parameters(), "initial_lr": 1e-5}], lr=1e-4)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[35], gamma=0.1)
+    content = {
+        "epoch": 17,
+        "cur_iou": 0.61,
+        "best_iou": 0.62,
+        "prec": {"Pr@50": 0.7, "Pr@60": 0.6},
+        "state_dict": {f"module.{key}": value for key, value in ours["state_dict"].items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": schedule.state_dict(),
+    }
+    path = trained / "official.pth"
+    torch.save(content, path)
+    return path
+
+
+def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
+    content = load(trained / "exp/tiny/last_model.pth")
+    assert set(content) == {
+        *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
+        *("config", "position", "sums", "faults", "version", "threads"),
+    }
+    assert not any(key.startswith("module.") for key in content["state_dict"])
+    assert content["config"]["TRAIN"]["vis_dim"] == 64
+
+
+def test_an_official_checkpoint_is_scored_like_ours(trained, official):
+    config, folder = trained / "tiny.yaml", trained / "exp/tiny"
+    run_program("test.py", config, "TEST.weights", folder / "last_model.pth")
+    expected = read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl")
+    # The release's configs have no clip_arch: sizes come from the weights.
+    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "pretrain/none.pt")
+    run_program("test.py", config, "TEST.weights", official, *opts)
+    assert read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl") == expected
+    assert any(line["union"] > line["target_area"] for line in expected)
+
+
+def test_training_starts_from_an_official_checkpoint(trained, official):
+    opts = ("TRAIN.weight", official, "TRAIN.exp_name", "from_official")
+    run = build_run(trained / "tiny.yaml", *opts)
+    weights = load(trained / "exp/tiny/last_model.pth")["state_dict"]
+    assert_same(dict(run.model.state_dict()), dict(weights))
+    assert (run.epoch, run.best) == (0, -1.0)
+
+
+def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained, official):
+    opts = ("TRAIN.exp_name", "from_official", "TRAIN.resume", official)
+    line = error_of("train.py", trained / "tiny.yaml", *opts)
+    assert "rng, scaler, step" in line
+    assert "TRAIN.weight" in line
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, tmp_path):
+    opts = ("TRAIN.fpn_out", "[16, 64, 64]", "TRAIN.output_folder", tmp_path / "out")
+    weights = trained / "exp/tiny/best_model.pth"
+    for program, key in (("test.py", "TEST.weights"), ("train.py", "TRAIN.resume")):
+        line = error_of(program, trained / "tiny.yaml", *opts, key, weights)
+        assert "neck.f3_v_proj.0.weight is 32×64×3×3, the model has 16×64×3×3" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_whose_keys_are_no_names_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": {5: torch.ones(2)}}, path)
+    with pytest.raises(UserError, match="has no state_dict"):
+        read_checkpoint(path, "TEST.weights")
+
+
+def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained):
+    folder = trained / "exp/tiny"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    opts = ("TRAIN.freeze_token_embedding", True, "TRAIN.resume", folder / "last_model.pth")
+    line = error_of("train.py", trained / "tiny.yaml", *opts)
+    assert "does not fit" in line
+    assert "TRAIN.weight" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

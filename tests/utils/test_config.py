@@ -1,0 +1,615 @@
+"""The schema, the files in config/, `--opts`, and the one-line errors."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT
+
+from model.segmenter import build_segmenter
+from utils import config as module
+from utils.config import (
+    NO_EFFECT,
+    Config,
+    TrainConfig,
+    check_batch,
+    check_clip_dims,
+    load_config,
+    save_config,
+    to_dict,
+)
+from utils.errors import UserError
+
+CONFIG_DIR = ROOT / "config"
+BASE = CONFIG_DIR / "base.yaml"
+R50 = CONFIG_DIR / "refcoco" / "cris_r50.yaml"
+TINY = CONFIG_DIR / "refshapes" / "cris_tiny.yaml"
+SHIPPED = sorted(CONFIG_DIR.glob("*/*.yaml"))
+
+RN50_ARCH = (
+    "{embed_dim: 1024, image_resolution: 224, vision_layers: [3, 4, 6, 3], vision_width: 64, "
+    "context_length: 77, vocab_size: 49408, transformer_width: 512, transformer_heads: 8, "
+    "transformer_layers: 12}"
+)
+FROM_SCRATCH = ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", RN50_ARCH]
+
+# An official file, every published key included.
+OFFICIAL = """\
+DATA:
+  dataset: refcocog_g
+  train_lmdb: datasets/lmdb/refcocog_g/train.lmdb
+  train_split: train
+  val_lmdb: datasets/lmdb/refcocog_g/val.lmdb
+  val_split: val
+  mask_root: datasets/masks/refcocog_g
+TRAIN:
+  # model
+  clip_pretrain: pretrain/RN101.pt
+  input_size: 416
+  word_len: 22
+  word_dim: 512
+  vis_dim: 512
+  fpn_in: [512, 1024, 512]
+  fpn_out: [256, 512, 1024]
+  sync_bn: True
+  # decoder
+  num_layers: 3
+  num_head: 8
+  dim_ffn: 2048
+  dropout: 0.1
+  intermediate: False
+  # training
+  workers: 32
+  workers_val: 16
+  epochs: 50
+  milestones: [35]
+  start_epoch: 0
+  batch_size: 64
+  batch_size_val: 64
+  base_lr: 0.0001
+  lr_decay: 0.1
+  lr_multi: 0.1
+  weight_decay: 0.
+  max_norm: 0.
+  manual_seed: 0
+  print_freq: 100
+  # run
+  exp_name: CRIS_R101
+  output_folder: exp/refcocog_g
+  save_freq: 1
+  weight:  # none
+  resume:  # none
+  evaluate: True
+Distributed:
+  dist_url: tcp://localhost:3681
+  dist_backend: 'nccl'
+  multiprocessing_distributed: True
+  world_size: 1
+  rank: 0
+TEST:
+  test_split: val-test
+  test_lmdb: datasets/lmdb/refcocog_g/val.lmdb
+  visualize: False
+"""
+
+
+def published(dataset: str, model: str) -> dict[str, dict]:
+    """The published files, key by key."""
+    lmdb, r50 = f"datasets/lmdb/{dataset}", model == "r50"
+    return {
+        "DATA": {
+            "dataset": dataset,
+            "train_lmdb": f"{lmdb}/train.lmdb",
+            "train_split": "train",
+            "val_lmdb": f"{lmdb}/val.lmdb",
+            "val_split": "val",
+        },
+        "TRAIN": {
+            "clip_pretrain": "pretrain/RN50.pt" if r50 else "pretrain/RN101.pt",
+            "input_size": 416,
+            "word_len": 22 if dataset.startswith("refcocog") else 17,
+            "word_dim": 1024 if r50 else 512,
+            "vis_dim": 512,
+            "fpn_in": (512, 1024, 1024) if r50 else (512, 1024, 512),
+            "fpn_out": (256, 512, 1024),
+            "sync_bn": True,
+            "num_layers": 3,
+            "num_head": 8,
+            "dim_ffn": 2048,
+            "dropout": 0.1,
+            "workers": 32,
+            "workers_val": 16,
+            "epochs": 50,
+            "milestones": (35,),
+            "start_epoch": 0,
+            "batch_size": 64,
+            "batch_size_val": 64,
+            "base_lr": 0.0001,
+            "lr_decay": 0.1,
+            "lr_multi": 0.1,
+            "weight_decay": 0.0,
+            "max_norm": 0.0,
+            "manual_seed": 0,
+            "print_freq": 100,
+            "exp_name": "CRIS_R50" if r50 else "CRIS_R101",
+            "output_folder": f"exp/{dataset}",
+            "weight": None,
+            "resume": None,
+        },
+        "TEST": {"test_split": "val", "test_lmdb": f"{lmdb}/val.lmdb", "visualize": False},
+    }
+
+
+# What we added, at the value that leaves CRIS as published (validation scores all sentences).
+ADDED = {
+    "DATA": {"exclude_lmdb": (), "cache": None, "allow_mismatch": False},
+    "TRAIN": {
+        "backbone_start": "published",
+        "schedule": "milestones",
+        "freeze_token_embedding": False,
+        "clip_arch": None,
+        "accumulation_steps": 1,
+        "batch_by": "refs",
+        "val_freq": 1,
+        "warmup_steps": 0,
+        "recompute_backbone": False,
+        "recompute_decoder": False,
+        "compile": False,
+        "deterministic": False,
+        "precision": "auto",
+        "target": "nearest",
+        "val_sentences": "all",
+        "val_pictures": 4,
+        "save_every": None,
+        "keep_checkpoints": 2,
+        "force": False,
+        "wandb": "disabled",
+    },
+    "TEST": {
+        "splits": (),
+        "weights": None,
+        "protocol": "published",
+        "threshold": None,
+        "visualize_limit": None,
+        "report": True,
+        "report_limit": None,
+        "report_photo_size": 384,
+        "swap_sentences": False,
+    },
+}
+
+
+def write(folder: Path, text: str, name: str = "x.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def yaml_leaves(node: dict, prefix: str = "") -> dict[str, object]:
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            leaves |= yaml_leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+class TestShippedFiles:
+    @pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog_u", "refcocog_g"])
+    @pytest.mark.parametrize("model", ["r50", "r101"])
+    def test_published_config_resolves_to_the_published_values(self, dataset, model):
+        config = load_config(CONFIG_DIR / dataset / f"cris_{model}.yaml")
+        expected = published(dataset, model)
+        for section, values in ADDED.items():
+            expected[section] |= values
+        assert to_dict(config) == expected
+        assert config.notices == ()
+
+    def test_base_spells_out_every_default_and_nothing_else(self):
+        assert load_config(BASE) == Config()
+        written = yaml_leaves(yaml.safe_load(BASE.read_text(encoding="utf-8")))
+        assert written.keys() == yaml_leaves(to_dict(Config())).keys()
+
+    def test_base_explains_every_key_above_or_beside_it(self):
+        above = ""
+        for line in BASE.read_text(encoding="utf-8").splitlines():
+            if re.match(r"  \w+:", line):
+                assert "  # " in line or above.startswith("  # "), line
+            above = line
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+    def test_thin_file_lists_only_what_differs(self, path):
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert tree.pop("_base_") == "../base.yaml"
+        base = yaml_leaves(yaml.safe_load(BASE.read_text(encoding="utf-8")))
+        same = {key for key, value in yaml_leaves(tree).items() if base.get(key, ...) == value}
+        assert not same
+
+    @pytest.mark.parametrize("name", ["cris_tiny", "cris_small"])
+    def test_refshapes_trains_from_scratch_and_scores_three_splits(self, name):
+        config = load_config(CONFIG_DIR / "refshapes" / f"{name}.yaml")
+        assert config.TRAIN.clip_pretrain is None
+        assert config.TRAIN.clip_arch is not None
+        assert config.TRAIN.exp_name == name
+        assert (config.DATA.dataset, config.TEST.protocol) == ("refshapes", "both")
+        assert config.TEST.splits == ("val", "testA", "testB")
+        assert check_batch(config.TRAIN, 1) == config.TRAIN.batch_size
+        assert check_batch(config.TRAIN, 2) == config.TRAIN.batch_size // 2
+
+
+def official(dataset: str, model: str) -> str:
+    """The text of one of the eight official files."""
+    text = OFFICIAL.replace("refcocog_g", dataset)
+    if model == "r50":
+        for r101, r50 in (
+            ("RN101", "RN50"),
+            ("CRIS_R101", "CRIS_R50"),
+            ("word_dim: 512", "word_dim: 1024"),
+            ("fpn_in: [512, 1024, 512]", "fpn_in: [512, 1024, 1024]"),
+        ):
+            text = text.replace(r101, r50)
+    if not dataset.startswith("refcocog"):
+        text = text.replace("word_len: 22", "word_len: 17")
+    if dataset == "refcoco+":  # validates on testB, and R101 tests on it too
+        lmdb = "_lmdb: datasets/lmdb/refcoco+/"
+        text = text.replace(f"val{lmdb}val", f"val{lmdb}testB").replace(
+            "split: val\n", "split: testB\n"
+        )
+        if model == "r101":
+            text = text.replace("val-test", "testB").replace(f"test{lmdb}val", f"test{lmdb}testB")
+    return text
+
+
+class TestOfficialFiles:
+    @pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog_u", "refcocog_g"])
+    @pytest.mark.parametrize("model", ["r50", "r101"])
+    def test_each_official_file_loads_unchanged(self, dataset, model, tmp_path):
+        config = load_config(write(tmp_path, official(dataset, model)))
+        ours = load_config(CONFIG_DIR / dataset / f"cris_{model}.yaml")
+        assert config.TRAIN == ours.TRAIN
+        if dataset != "refcoco+":
+            assert config == ours
+            return
+        leak = "datasets/lmdb/refcoco+/testB.lmdb"
+        assert (config.DATA.val_lmdb, config.DATA.val_split) == (leak, "testB")
+        assert (config.TEST.test_lmdb == leak) == (config.TEST.test_split == "testB")
+        assert (config.TEST.test_split == "testB") == (model == "r101")
+
+    def test_each_reason_why_keys_do_nothing_is_given_once(self, tmp_path):
+        config = load_config(write(tmp_path, OFFICIAL), ["TRAIN.evaluate", "False", "rank", "1"])
+        assert len(config.notices) == len(set(NO_EFFECT.values()))
+        for key, reason in NO_EFFECT.items():
+            assert sum(key in line and reason in line for line in config.notices) == 1
+
+    def test_one_split_asked_for_takes_the_place_of_a_files_list(self):
+        assert load_config(TINY).TEST.splits == ("val", "testA", "testB")
+        assert load_config(TINY, ["TEST.test_split", "testA"]).TEST.splits == ()
+        both = ["TEST.test_split", "testA", "TEST.splits", "[val]"]
+        assert load_config(TINY, both).TEST.splits == ("val",)
+
+    def test_val_test_is_val(self):
+        assert load_config(R50, ["TEST.test_split", "val-test"]).TEST.test_split == "val"
+
+    def test_missing_keys_and_empty_sections_take_the_defaults(self, tmp_path):
+        path = write(tmp_path, "TRAIN:\nTEST:\n  visualize: true\n")
+        assert load_config(path) == Config(TEST=replace(Config().TEST, visualize=True))
+
+
+class TestValuesThatMayBeMistakes:
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+    def test_shipped_configs_raise_no_doubt(self, path):
+        assert load_config(path).notices == ()
+
+    def test_the_small_gpu_config_is_the_published_recipe_but_for_what_saves_memory(self):
+        small = load_config(R50.with_name("cris_r50_small_gpu.yaml"))
+        ours, published = (to_dict(config)["TRAIN"] for config in (small, load_config(R50)))
+        assert {key for key, value in ours.items() if value != published[key]} == {
+            *("accumulation_steps", "precision", "recompute_backbone", "recompute_decoder"),
+            *("batch_size_val", "exp_name"),
+        }
+        assert small.TRAIN.batch_size == 64
+        assert check_batch(small.TRAIN, world_size=1) >= 8
+
+    @pytest.mark.parametrize(
+        ("opts", "remedy"),
+        [
+            (["TRAIN.recompute_backbone", "true"], "choose one"),
+            (["TRAIN.recompute_decoder", "true"], "choose one"),
+            (["TRAIN.batch_by", "images"], "set batch_by to refs"),
+        ],
+    )
+    def test_what_does_not_go_with_compilation_is_refused(self, opts, remedy):
+        with pytest.raises(UserError, match=remedy):
+            load_config(R50, ["TRAIN.compile", "true", *opts])
+
+    def test_milestones_that_are_never_reached_are_named(self):
+        (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices
+        assert line == "TRAIN.milestones [20, 35] are never reached in TRAIN.epochs 20"
+
+    @pytest.mark.parametrize(
+        ("target", "protocol"), [("area", "published"), ("nearest", "aligned")]
+    )
+    def test_a_protocol_that_does_not_go_with_the_target_is_named(self, target, protocol):
+        opts = ["TRAIN.target", target, "TEST.protocol", protocol]
+        (line,) = load_config(R50, opts).notices
+        assert line.startswith(f"TRAIN.target {target} goes with TEST.protocol ")
+        assert load_config(R50, [*opts, "TEST.protocol", "both"]).notices == ()
+
+    def test_weights_to_start_from_and_a_run_to_continue_contradict_each_other(self):
+        with pytest.raises(UserError, match=r"TRAIN\.weight a\.pth and TRAIN\.resume b\.pth"):
+            load_config(R50, ["TRAIN.weight", "a.pth", "TRAIN.resume", "b.pth"])
+
+
+class TestSizesThatFollow:
+    def test_widths_follow_any_clip_when_they_are_left_out(self):
+        x4 = RN50_ARCH.replace("transformer_width: 512", "transformer_width: 640")
+        x4 = x4.replace("transformer_heads: 8", "transformer_heads: 10")
+        names = ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", x4]
+        config = load_config(CONFIG_DIR / "base.yaml", names)
+        assert (config.TRAIN.vis_dim, config.TRAIN.fpn_out) == (None, None)
+        with torch.device("meta"):
+            model = build_segmenter(config)
+        assert model.decoder.norm.normalized_shape == (640,)
+        assert [model.neck.f3_v_proj[0].out_channels, model.neck.f1_v_proj[0].out_channels] == [
+            *(320, 1280)
+        ]
+        with pytest.raises(UserError, match=r"fpn_out\[1\] 512 must equal"):
+            load_config(CONFIG_DIR / "base.yaml", [*names, "fpn_out", "[256, 512, 1024]"])
+
+
+class TestSaving:
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+    def test_saved_config_reads_back_equal(self, path, tmp_path):
+        config = load_config(path, ["exp_name", "5", "threshold", "0.4", "base_lr", "1e-7"])
+        save_config(config, tmp_path / "run" / "config.yaml")
+        assert load_config(tmp_path / "run" / "config.yaml") == config
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+    def test_notices_are_neither_compared_nor_saved(self, tmp_path):
+        config = load_config(R50, ["TRAIN.save_freq", "2"])
+        assert config.notices
+        assert config == load_config(R50)
+        save_config(config, tmp_path / "config.yaml")
+        assert load_config(tmp_path / "config.yaml").notices == ()
+
+    def test_dict_survives_a_checkpoint_that_may_hold_plain_data_only(self, tmp_path):
+        values = to_dict(load_config(TINY))
+        torch.save(values, tmp_path / "x.pth")
+        assert torch.load(tmp_path / "x.pth", weights_only=True) == values
+
+
+class TestOpts:
+    @pytest.mark.parametrize(
+        ("key", "text", "expected"),
+        [
+            ("TRAIN.batch_size", "16", 16),
+            ("batch_size", "16", 16),
+            ("TRAIN.base_lr", "1e-4", 1e-4),
+            ("TRAIN.base_lr", "1", 1.0),
+            ("TRAIN.max_norm", "1", 1.0),
+            ("TRAIN.milestones", "(35,)", (35,)),
+            ("TRAIN.milestones", "[20, 30]", (20, 30)),
+            ("TRAIN.milestones", "[]", ()),
+            ("TRAIN.fpn_in", "None", None),
+            ("TRAIN.word_dim", "null", None),
+            ("TRAIN.resume", "None", None),
+            ("TRAIN.resume", "", None),
+            ("TRAIN.resume", "exp/last_model.pth", "exp/last_model.pth"),
+            ("TRAIN.weight", "'a b.pth'", "a b.pth"),
+            ("TRAIN.exp_name", "5", "5"),
+            ("TRAIN.exp_name", "007", "007"),
+            ("TRAIN.exp_name", "off", "off"),
+            ("TRAIN.exp_name", "2024-01-01", "2024-01-01"),
+            ("TRAIN.exp_name", "a: b #c", "a: b #c"),
+            ("TRAIN.sync_bn", "false", False),
+            ("TRAIN.sync_bn", "False", False),
+            ("TEST.threshold", "0.5", 0.5),
+            ("TEST.visualize_limit", "3", 3),
+            ("TEST.splits", "[val, testA]", ("val", "testA")),
+            ("TEST.splits", "('val',)", ("val",)),
+            ("protocol", "aligned", "aligned"),
+        ],
+    )
+    def test_value_is_read_by_the_type_of_its_key(self, key, text, expected):
+        config = load_config(R50, [key, text])
+        leaf = key.rpartition(".")[2]
+        section = next(s for s in (config.TRAIN, config.TEST) if hasattr(s, leaf))
+        assert getattr(section, leaf) == expected
+        assert type(getattr(section, leaf)) is type(expected)
+
+    def test_later_wins(self):
+        assert load_config(R50, ["epochs", "2", "TRAIN.epochs", "3"]).TRAIN.epochs == 3
+
+    def test_values_need_not_be_text(self):
+        config = load_config(R50, ["base_lr", 1e-3, "milestones", (2, 4), "word_dim", None])
+        assert (config.TRAIN.base_lr, config.TRAIN.milestones) == (1e-3, (2, 4))
+        assert config.TRAIN.word_dim is None
+
+    def test_every_short_name_stands_for_one_key(self):
+        known = [*module.SCHEMA, *NO_EFFECT]
+        assert len({key.rpartition(".")[2] for key in known}) == len(known)
+
+    def test_a_short_name_of_two_keys_is_refused(self, monkeypatch):
+        monkeypatch.setitem(module.NO_EFFECT, "TEST.batch_size", "for this test")
+        with pytest.raises(UserError, match=r"TRAIN\.batch_size or TEST\.batch_size; name the"):
+            load_config(R50, ["batch_size", "2"])
+
+    def test_clip_arch_replaces_the_archive(self):
+        arch = load_config(R50, FROM_SCRATCH).TRAIN.clip_arch
+        assert (arch.embed_dim, arch.vision_layers) == (1024, (3, 4, 6, 3))
+
+    def test_one_field_of_clip_arch_changes_the_one_in_the_file(self):
+        arch, file = (
+            load_config(TINY, opts).TRAIN.clip_arch
+            for opts in (["TRAIN.clip_arch.vision_layers", "[2, 2, 2, 2]"], [])
+        )
+        assert arch == replace(file, vision_layers=(2, 2, 2, 2))
+        assert load_config(TINY, ["vision_layers", "(2, 2, 2, 2)"]).TRAIN.clip_arch == arch
+
+    def test_null_removes_all_of_clip_arch(self):
+        opts = ["TRAIN.clip_arch", "null"]
+        assert load_config(TINY, opts).TRAIN.clip_arch is None
+        with pytest.raises(UserError, match=r"TRAIN\.clip_arch lacks image_resolution, .*layers$"):
+            load_config(TINY, [*opts, "TRAIN.clip_arch.embed_dim", "96"])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("TRAIN:\n  bach_size: 4\n", "unknown key TRAIN.bach_size; did you mean TRAIN.batch_"),
+            ("TRIAN:\n  batch_size: 4\n", "unknown key TRIAN; did you mean TRAIN?"),
+            ("TEST:\n  batch_size: 4\n", "unknown key TEST.batch_size; did you mean TRAIN.batch_"),
+            ("TRAIN:\n  zzz: 4\n", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
+            ("TRAIN:\n  clip_arch: {depth: 4}\n", "unknown key TRAIN.clip_arch.depth"),
+            ("TRAIN:\n  clip_arch: RN50\n", "TRAIN.clip_arch must be a mapping of its keys, not"),
+            ("TRAIN: 4\n", "TRAIN must be a mapping of its keys, not 4"),
+            ("TRAIN:\n  batch_size: many\n", "TRAIN.batch_size must be an integer, not 'many'"),
+            ("TRAIN:\n  batch_size: 64.0\n", "TRAIN.batch_size must be an integer, not 64.0"),
+            ("TRAIN:\n  batch_size: true\n", "TRAIN.batch_size must be an integer, not True"),
+            ("TRAIN:\n  batch_size:\n", "TRAIN.batch_size must be an integer, not null"),
+            ("TRAIN:\n  batch_size: 0\n", "TRAIN.batch_size must be at least 1, not 0"),
+            ("TRAIN:\n  base_lr: fast\n", "TRAIN.base_lr must be a number, not 'fast'"),
+            ("TRAIN:\n  base_lr: true\n", "TRAIN.base_lr must be a number, not True"),
+            ("TRAIN:\n  base_lr: .nan\n", "TRAIN.base_lr must be above 0 and finite, not nan"),
+            ("TRAIN:\n  max_norm: -1\n", "TRAIN.max_norm must be at least 0 and finite, not -1.0"),
+            ("TRAIN:\n  dropout: 1\n", "TRAIN.dropout must be in [0, 1), not 1.0"),
+            ("TRAIN:\n  sync_bn: 1\n", "TRAIN.sync_bn must be true or false, not 1"),
+            ("TRAIN:\n  exp_name: no\n", "TRAIN.exp_name must be text, not False"),
+            ("TRAIN:\n  exp_name: [a]\n", "TRAIN.exp_name must be text, not ['a']"),
+            ("TRAIN:\n  precision: fp8\n", "must be one of auto, fp16, bf16, fp32, not 'fp8'"),
+            ("TRAIN:\n  wandb: off\n", "must be one of disabled, offline, online, not False"),
+            ("TRAIN:\n  input_size: 400\n", "input_size must be a positive multiple of 32, not 40"),
+            ("TRAIN:\n  word_len: 1\n", "TRAIN.word_len must be at least 2"),
+            ("TRAIN:\n  fpn_in: [1, 2]\n", "TRAIN.fpn_in must be a list of 3, not [1, 2]"),
+            ("TRAIN:\n  fpn_in: [1, 2, x]\n", "TRAIN.fpn_in[2] must be an integer, not 'x'"),
+            ("TRAIN:\n  milestones: 35\n", "TRAIN.milestones must be a list, not 35"),
+            ("TRAIN:\n  milestones: [35, 20]\n", "milestones must increase, not [35, 20]"),
+            ("TRAIN:\n  start_epoch: 50\n", "start_epoch 50 must be below TRAIN.epochs 50"),
+            (
+                "TRAIN:\n  num_head: 7\n  vis_dim: 512\n",
+                "TRAIN.vis_dim 512 does not divide by TRAIN.num_head 7",
+            ),
+            ("TRAIN:\n  vis_dim: 510\n", "TRAIN.vis_dim must be a multiple of 4, not 510"),
+            (
+                "TRAIN:\n  vis_dim: 256\n  fpn_out: [256, 512, 1024]\n",
+                "fpn_out[1] 512 is the width that the neck hands to the",
+            ),
+            (
+                "TRAIN:\n  epochs: 5\nTRAIN:\n  epochs: 6\n",
+                ":3: not valid YAML: TRAIN is there twice",
+            ),
+            ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
+            ("TEST:\n  threshold: 1.5\n", "TEST.threshold must be in (0, 1), not 1.5"),
+            ("TEST:\n  splits: val\n", "TEST.splits must be a list, not 'val'"),
+            ("TRAIN:\n  - a\n :", ":3: not valid YAML: "),
+            ("TRAIN: {epochs: 3\n", ": not valid YAML: "),
+            ("TRAIN:\n  exp_name: 2024-13-99\n", ": not valid YAML: "),
+            ("\x00", "not valid YAML: "),
+            ("", "expected the sections DATA, TRAIN and TEST, got None"),
+            ("- TRAIN\n", "expected the sections DATA, TRAIN and TEST, got ['TRAIN']"),
+            ("_base_: nope.yaml\n", "nope.yaml does not exist"),
+            ("_base_: other.yaml\n", "it is the _base_ of"),
+        ],
+    )
+    def test_a_bad_file_is_one_line_that_names_it(self, text, message, tmp_path):
+        write(tmp_path, "_base_: base.yaml\n", "other.yaml")
+        path = write(tmp_path, text)
+        with pytest.raises(UserError) as caught:
+            load_config(path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+
+    def test_a_fault_in_the_base_file_names_the_base_file(self, tmp_path):
+        base = write(tmp_path, "TRAIN:\n  epoch: 4\n", "base.yaml")
+        with pytest.raises(UserError, match=re.escape(f"{base}: unknown key TRAIN.epoch; ")):
+            load_config(write(tmp_path, "_base_: base.yaml\n"))
+
+    @pytest.mark.parametrize("name", ["absent.yaml", "folder"])
+    def test_a_file_that_cannot_be_read(self, name, tmp_path):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(UserError, match=f"config file .*{name}: "):
+            load_config(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("opts", "message"),
+        [
+            (["TRAIN.epochs"], "--opts takes KEY VALUE pairs; TRAIN.epochs has no value"),
+            (["TRAIN.epochs", "1", "x"], "--opts takes KEY VALUE pairs; x has no value"),
+            (["epocs", "3"], "--opts: unknown key epocs; did you mean TRAIN.epochs?"),
+            (["train.epochs", "3"], "unknown key train.epochs; did you mean TRAIN.epochs?"),
+            (["epochs", "1e2"], "--opts: TRAIN.epochs must be an integer, not 100.0"),
+            (["epochs", "x: : y"], "--opts: TRAIN.epochs must be an integer, not 'x: : y'"),
+            (["wandb", "off"], "must be one of disabled, offline, online, not 'off'"),
+            (["TRAIN", "null"], "--opts: TRAIN must be a mapping of its keys, not null"),
+            (["clip_arch", RN50_ARCH], "clip_pretrain pretrain/RN50.pt and TRAIN.clip_arch are"),
+            ([*FROM_SCRATCH, "fpn_in", "[512, 1024, 512]"], "use [512, 1024, 1024] or null"),
+            ([*FROM_SCRATCH, "word_dim", "512"], "word_dim 512 does not fit the CLIP: use 1024"),
+            ([*FROM_SCRATCH, "context_length", "16"], "word_len 17 exceeds CLIP's context_length"),
+            ([*FROM_SCRATCH, "transformer_heads", "4"], "512 must be 64 times transformer_heads 4"),
+            ([*FROM_SCRATCH, "vision_width", "63"], "vision_width must be positive and even"),
+            (
+                [*FROM_SCRATCH, "vis_dim", "256", "fpn_out", "[256, 256, 1024]"],
+                "TRAIN.vis_dim 256 must equal the width of CLIP's text transformer, 512",
+            ),
+        ],
+    )
+    def test_bad_opts_are_one_line(self, opts, message):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            load_config(R50, opts)
+        assert "\n" not in str(caught.value)
+
+    def test_yaml_float_without_a_point_is_a_number(self, tmp_path):
+        path = write(tmp_path, "TRAIN:\n  base_lr: 1e-4\n  weight_decay: 0\n  exp_name: 5\n")
+        train = load_config(path).TRAIN
+        assert (train.base_lr, train.weight_decay, train.exp_name) == (1e-4, 0.0, "5")
+        assert type(train.weight_decay) is float
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("batch_size", "ranks", "accumulation", "sync_bn", "micro_batch"),
+        [(64, 1, 1, True, 64), (64, 8, 1, True, 8), (64, 4, 2, False, 8), (2, 2, 1, True, 1)],
+    )
+    def test_batch_is_shared_by_ranks_and_accumulation(
+        self, batch_size, ranks, accumulation, sync_bn, micro_batch
+    ):
+        train = TrainConfig(batch_size=batch_size, accumulation_steps=accumulation, sync_bn=sync_bn)
+        assert check_batch(train, ranks) == micro_batch
+
+    @pytest.mark.parametrize(
+        ("batch_size", "ranks", "accumulation", "sync_bn", "nearest"),
+        [
+            (10, 4, 1, True, "8 or 12"),
+            (10, 2, 3, True, "6 or 12"),
+            (3, 4, 1, True, "4"),
+            (3, 4, 1, False, "8"),
+            (1, 1, 1, True, "2"),
+            (4, 1, 4, True, "8"),
+            (4, 4, 1, False, "8"),
+        ],
+    )
+    def test_batch_that_cannot_be_shared_names_ones_that_can(
+        self, batch_size, ranks, accumulation, sync_bn, nearest
+    ):
+        train = TrainConfig(batch_size=batch_size, accumulation_steps=accumulation, sync_bn=sync_bn)
+        with pytest.raises(UserError) as caught:
+            check_batch(train, ranks)
+        text = str(caught.value)
+        assert text.startswith(f"TRAIN.batch_size {batch_size} ")
+        assert f"{ranks} x {accumulation}" in text
+        assert text.endswith(f": {nearest}")
+        for value in nearest.split(" or "):
+            check_batch(replace(train, batch_size=int(value)), ranks)
+
+    def test_dims_left_out_fit_any_clip(self):
+        arch = load_config(R50, FROM_SCRATCH).TRAIN.clip_arch
+        check_clip_dims(TrainConfig(), arch)
+        check_clip_dims(TrainConfig(fpn_in=(512, 1024, 1024), word_dim=1024), arch)
+        with pytest.raises(UserError, match=r"TRAIN\.fpn_in"):
+            check_clip_dims(TrainConfig(fpn_in=(512, 1024, 512)), arch)

@@ -1,0 +1,309 @@
+"""Which sentence a visit draws, which sentences are scored, and what broken records say."""
+
+import gc
+import multiprocessing
+import re
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import all_refs, encoded, sample_ref, smooth_photo
+from torch.utils.data import DataLoader
+
+from utils.dataset import (
+    EvaluationDataset,
+    TrainingDataset,
+    collate_images,
+    collate_refs,
+    collate_refs_by_image,
+    group_by_image,
+)
+from utils.errors import UserError
+from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.tokenizer import token_lengths, tokenize
+from utils.transforms import decode_mask, letterbox_mask
+
+SIDE, WORD_LEN = 32, 9
+
+
+def training_dataset(path: Path, seed: int = 0) -> TrainingDataset:
+    return TrainingDataset(RecordReader(path), SIDE, WORD_LEN, seed)
+
+
+def evaluation_dataset(path: Path, **options: object) -> EvaluationDataset:
+    return EvaluationDataset(RecordReader(path), SIDE, WORD_LEN, **options)
+
+
+def drawn_sentence(dataset: TrainingDataset, position: int, epoch: int) -> int:
+    """Place of the sentence that the visit draws."""
+    tokens = dataset[position, epoch]["tokens"]
+    sentences = dataset.reader.ref(position).sentences
+    (place,) = (
+        n for n, text in enumerate(sentences) if torch.equal(tokenize(text, WORD_LEN)[0], tokens)
+    )
+    return place
+
+
+def drawn_epoch(dataset: TrainingDataset, epoch: int) -> list[int]:
+    return [drawn_sentence(dataset, position, epoch) for position in range(len(dataset))]
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_sample_is_the_letterboxed_photo_mask_and_tokens_of_the_ref(shapes_lmdb):
+    dataset = training_dataset(shapes_lmdb)
+    refs = all_refs(shapes_lmdb)
+    assert len(dataset) == len(refs) == 29
+    sample = dataset[7, 0]
+    assert sample["image"].shape == (SIDE, SIDE, 3)
+    assert sample["image"].dtype == sample["mask"].dtype == torch.uint8
+    assert sample["position"] == 7
+    mask = letterbox_mask(decode_mask(refs[7].mask, ""), SIDE)
+    assert np.array_equal(sample["mask"].numpy(), mask)
+    assert sample["tokens"].dtype == torch.int64
+    assert sample["tokens"].shape == (WORD_LEN,)
+
+
+def test_sentences_differ_between_epochs_and_depend_on_the_seed(shapes_lmdb):
+    dataset = training_dataset(shapes_lmdb)
+    epochs = [drawn_epoch(dataset, epoch) for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert drawn_epoch(training_dataset(shapes_lmdb, seed=1), 0) != epochs[0]
+    assert drawn_epoch(training_dataset(shapes_lmdb), 0) == epochs[0]
+
+
+def test_sentence_does_not_depend_on_what_was_drawn_before(shapes_lmdb):
+    forwards = drawn_epoch(training_dataset(shapes_lmdb), 4)
+    dataset = training_dataset(shapes_lmdb)
+    torch.manual_seed(1)
+    np.random.seed(2)
+    backwards = [drawn_sentence(dataset, position, 4) for position in reversed(range(29))]
+    assert backwards[::-1] == forwards
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_sentences_are_the_same_with_and_without_workers(shapes_lmdb, num_workers):
+    dataset = training_dataset(shapes_lmdb)
+    for epoch in range(2):
+        visits = [(position, epoch) for position in range(len(dataset))]
+        loader = DataLoader(
+            dataset, 5, sampler=visits, num_workers=num_workers, collate_fn=collate_refs
+        )
+        for batch in loader:
+            for row, position in enumerate(batch["positions"].tolist()):
+                expected = dataset[position, epoch]
+                assert torch.equal(batch["tokens"][row], expected["tokens"])
+                assert torch.equal(batch["masks"][row], expected["mask"])
+
+
+def test_every_sentence_of_a_ref_is_drawn_about_equally_often(shapes_lmdb):
+    dataset = training_dataset(shapes_lmdb)
+    position, count = 3, 4
+    assert len(dataset.reader.ref(position).sentences) == count
+    drawn = Counter(drawn_sentence(dataset, position, epoch) for epoch in range(600))
+    assert sorted(drawn) == list(range(count))
+    deviation = (600 / count * (1 - 1 / count)) ** 0.5
+    assert all(abs(n - 600 / count) < 4 * deviation for n in drawn.values())
+
+
+def test_refs_batched_by_image_are_the_same_refs_with_each_image_once(shapes_lmdb):
+    dataset = training_dataset(shapes_lmdb)
+    visits = [(position, 3) for position in (4, 0, 1, 3, 5, 28)]
+    samples = dataset.__getitems__(visits)
+    plain, joined = collate_refs(samples), collate_refs_by_image(samples)
+    assert plain["image_index"] is None
+    assert len(plain["images"]) == 6
+    assert joined["image_index"].tolist() == [0, 1, 1, 0, 2, 3]
+    assert len(joined["images"]) == 4
+    assert torch.equal(joined["images"][joined["image_index"]], plain["images"])
+    for key in ("masks", "tokens", "positions"):
+        assert torch.equal(joined[key], plain[key])
+    for sample, visit in zip(samples, visits, strict=True):
+        assert torch.equal(sample["image"], dataset[visit]["image"])
+        assert torch.equal(sample["tokens"], dataset[visit]["tokens"])
+
+
+def test_groups_by_image_hold_every_ref_once(shapes_lmdb):
+    groups = group_by_image(RecordReader(shapes_lmdb))
+    refs = all_refs(shapes_lmdb)
+    assert sorted(position for group in groups for position in group) == list(range(29))
+    names = [{refs[position].image_key for position in group} for group in groups]
+    assert [len(name) for name in names] == [1] * 12
+    assert len(set.union(*names)) == 12
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("sentences", ["all", "first"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_every_sentence_is_there_once_and_its_mask_is_that_of_mask_source(
+    shapes_lmdb, sentences, swap
+):
+    dataset = evaluation_dataset(shapes_lmdb, sentences=sentences, swap=swap)
+    tasks = [task for i in range(len(dataset)) for task in dataset[i]["tasks"]]
+    keys = [task.key for task in tasks]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == dataset.keys()
+    refs = all_refs(shapes_lmdb)
+    for task in tasks:
+        position, place = task.key
+        assert task.sentence == refs[position].sentences[place]
+        assert task.sent_id == refs[position].sent_ids[place]
+        assert task.ref == dataset.mask_source(task.key)
+
+
+def test_all_means_every_sentence_and_first_one_a_ref(shapes_lmdb):
+    refs = all_refs(shapes_lmdb)
+    expected = {(p, n) for p, ref in enumerate(refs) for n in range(len(ref.sentences))}
+    assert evaluation_dataset(shapes_lmdb).keys() == expected
+    assert evaluation_dataset(shapes_lmdb, sentences="first").keys() == {(p, 0) for p in range(29)}
+
+
+def test_images_are_read_once_with_all_their_sentences(shapes_lmdb):
+    dataset = evaluation_dataset(shapes_lmdb)
+    assert len(dataset) == 12
+    names = [{task.ref.image_key for task in dataset[i]["tasks"]} for i in range(12)]
+    assert all(len(name) == 1 for name in names)
+    assert len(set.union(*names)) == 12
+    for task, tokens in zip(dataset[1]["tasks"], dataset[1]["tokens"], strict=True):
+        assert torch.equal(tokenize(task.sentence, WORD_LEN)[0], tokens)
+
+
+def test_swap_gives_each_ref_the_sentences_of_another_ref_of_its_image(shapes_lmdb):
+    dataset = evaluation_dataset(shapes_lmdb, swap=True)
+    refs = all_refs(shapes_lmdb)
+    per_image = Counter(ref.image_key for ref in refs)
+    scored, read = set(), set()
+    for i in range(len(dataset)):
+        for task in dataset[i]["tasks"]:
+            source = refs[task.key[0]]
+            assert source.ref_id != task.ref.ref_id
+            assert source.image_key == task.ref.image_key
+            scored.add(task.ref.ref_id)
+            read.add(source.ref_id)
+    several = {ref.ref_id for ref in refs if per_image[ref.image_key] > 1}
+    assert scored == read == several
+    assert len(several) == 27  # two images have a single ref
+
+
+def test_swap_without_any_image_of_two_refs_is_refused(tmp_path):
+    path = write_one(tmp_path / "val.lmdb")
+    with pytest.raises(UserError, match=r"val\.lmdb: no image has two refs"):
+        evaluation_dataset(path, swap=True)
+
+
+def test_collated_sentences_point_to_their_images(shapes_lmdb):
+    dataset = evaluation_dataset(shapes_lmdb)
+    batch = collate_images([dataset[0], dataset[3]])
+    assert batch["images"].shape == (2, SIDE, SIDE, 3)
+    counts = [len(dataset[i]["tasks"]) for i in (0, 3)]
+    assert batch["image_index"].tolist() == [0] * counts[0] + [1] * counts[1]
+    assert len(batch["tasks"]) == len(batch["tokens"]) == sum(counts)
+    assert [t.ref.image_key for t in batch["tasks"]] == ["image_0.jpg"] * counts[0] + [
+        "image_3.jpg"
+    ] * counts[1]
+
+
+# ----------------------------------------------------------------------------- one file, long lives
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_file_may_be_trained_on_and_validated_on_at_once(shapes_lmdb, num_workers):
+    training, evaluation = training_dataset(shapes_lmdb), evaluation_dataset(shapes_lmdb)
+    first, _ = training[0, 0], evaluation[0]
+    visits = DataLoader(
+        training, sampler=[(0, 0), (1, 0)], num_workers=num_workers, collate_fn=collate_refs
+    )
+    images = DataLoader(
+        evaluation, sampler=[0, 1], collate_fn=collate_images, num_workers=num_workers
+    )
+    pairs = list(zip(visits, images, strict=True))
+    assert torch.equal(pairs[0][0]["images"][0], first["image"])
+    assert torch.equal(pairs[0][1]["images"][0], first["image"])
+
+
+def test_memory_does_not_grow_over_epochs(shapes_lmdb):
+    training, evaluation = training_dataset(shapes_lmdb), evaluation_dataset(shapes_lmdb)
+
+    def visit_all(epoch: int) -> None:
+        for position in range(len(training)):
+            training[position, epoch]
+        for i in range(len(evaluation)):
+            evaluation[i]
+
+    for epoch in range(4):  # caches of words fill
+        visit_all(epoch)
+    tracemalloc.start()
+    try:
+        visit_all(4)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for epoch in range(5, 12):
+            visit_all(epoch)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20_000  # bytes; one photo of this size takes 3,000, a record 1,000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("collate", [collate_refs, collate_refs_by_image])
+def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb, collate):
+    """Batches of full size: stacked on a worker's heap they left it in pieces, a gigabyte."""
+    dataset = TrainingDataset(RecordReader(shapes_lmdb), 416, WORD_LEN, 0)
+    batches = [[(i % 29, epoch) for i in range(64)] for epoch in range(16)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate)
+    sizes = []
+    for _ in loader:
+        (worker,) = multiprocessing.active_children()
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        sizes.append(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000)
+    assert len(sizes) == 16
+    assert max(sizes[1:]) - sizes[1] < 40  # MB; it was 108 by refs
+
+
+# ----------------------------------------------------------------------------------- broken records
+
+
+def write_one(
+    path: Path, change: Callable[[RefRecord], RefRecord] = lambda ref: ref, photo: bytes = b""
+) -> Path:
+    """Records of one image with one ref, changed by `change`."""
+    ref = sample_ref(0, 0, (40, 60), 2)
+    photo = photo or encoded(smooth_photo(np.random.default_rng(0), 40, 60), ".jpg")
+    with RecordWriter(path, "shapes", path.stem) as writer:
+        writer.add_image(ref.image_key, photo)
+        writer.add_ref(change(ref), token_lengths(ref.sentences))
+    return path
+
+
+def read_both_ways(path: Path) -> list[Callable]:
+    return [lambda: training_dataset(path)[0, 0], lambda: evaluation_dataset(path)[0]]
+
+
+def test_photo_of_another_size_than_its_ref_is_named(tmp_path):
+    path = write_one(tmp_path / "train.lmdb", lambda ref: replace(ref, height=41))
+    for read in read_both_ways(path):
+        with pytest.raises(UserError, match=r"image_0\.jpg is 60×40 pixels, ref 100 says 60×41"):
+            read()
+
+
+def test_photo_that_cannot_be_decoded_is_named(tmp_path):
+    path = write_one(tmp_path / "train.lmdb", photo=b"\xff\xd8\xff\xe0 no jpeg")
+    for read in read_both_ways(path):
+        with pytest.raises(UserError, match=r"train\.lmdb, image image_0\.jpg cannot be decoded"):
+            read()
+
+
+def test_mask_that_cannot_be_decoded_is_named(tmp_path):
+    path = write_one(tmp_path / "train.lmdb", lambda ref: replace(ref, mask=ref.mask[:30]))
+    with pytest.raises(UserError, match="mask of ref 100 cannot be decoded"):
+        training_dataset(path)[0, 0]

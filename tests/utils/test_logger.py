@@ -1,0 +1,321 @@
+"""Lines for people, records for programs, and Weights & Biases only where it is asked for."""
+
+import errno
+import io
+import json
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, largest_file, read_jsonl
+from loguru import logger
+from PIL import Image
+
+from engine.resume import records_until
+from utils.errors import UserError
+from utils.logger import Tracker, duration, progress, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+    yield
+    logger.remove()
+
+
+def test_lines_go_to_the_terminal_and_to_the_file_without_colours(tmp_path, capsys):
+    setup_logging(tmp_path / "run", is_main=True)
+    logger.info("epoch 1/2: näher ✓")
+    assert capsys.readouterr().err.endswith(" epoch 1/2: näher ✓\n")
+    line = (tmp_path / "run/train.log").read_text(encoding="utf-8")
+    assert line.endswith(" INFO    epoch 1/2: näher ✓\n")
+    assert "\x1b" not in line
+
+
+def test_the_file_of_an_earlier_run_is_continued(tmp_path):
+    for line in ("first", "second"):
+        setup_logging(tmp_path, is_main=True)
+        logger.info(line)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["first", "second"]
+
+
+def test_a_full_disk_costs_lines_of_the_file_and_is_told_once(tmp_path, capsys):
+    setup_logging(tmp_path, is_main=True)
+    with largest_file(100):
+        for number in range(5):
+            logger.info(f"line {number} " + 60 * "x")
+    logger.info("room again")
+    err = capsys.readouterr().err
+    assert err.count("train.log: File too large; what finds no room is missing from it") == 1
+    assert "Traceback" not in err
+    assert all(f"line {number}" in err for number in range(5))
+    assert (tmp_path / "train.log").read_text().endswith("room again\n")
+
+
+def test_nothing_is_made_before_there_is_something_to_say(tmp_path):
+    setup_logging(tmp_path / "run", is_main=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    setup_logging(tmp_path / "run", is_main=False)
+    logger.warning("twice")
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_testing_writes_no_log_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setup_logging(None, is_main=True)
+    logger.info("scored")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_a_bar_only_on_a_terminal_and_on_the_first_rank(capsys, monkeypatch):
+    assert list(progress([1, 2], 2, "epoch 1")) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for show in (True, False):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        bar = progress([1, 2], 2, "epoch 1", show=show)
+        assert list(bar) == [1, 2]
+        bar.set_postfix_str("loss 0.1")
+        assert ("epoch 1" in sys.stderr.getvalue()) is show
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0, "0 s"), (47.4, "47 s"), (99.4, "99 s"), (120, "2 min"), (3000, "50 min")],
+        *[(3600, "1 h 00 min"), (3 * 3600 + 299, "3 h 05 min"), (30 * 3600, "30 h 00 min")],
+    ],
+)
+def test_durations_are_told_as_people_do(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_records_are_appended_one_json_object_a_line_at_once(tmp_path):
+    with Tracker(tmp_path / "run") as tracker:
+        tracker.log("step", {"step": 1, "loss": 0.5})
+        path = tmp_path / "run/metrics.jsonl"
+        assert read_jsonl(path) == [{"kind": "step", "step": 1, "loss": 0.5}]  # not when closed
+    with Tracker(tmp_path / "run", keep=lambda record: True) as tracker:
+        tracker.log("epoch", {"epoch": 2})
+    assert [record["kind"] for record in read_jsonl(path)] == ["step", "epoch"]
+
+
+def test_a_new_run_in_the_same_folder_starts_its_records_anew(tmp_path):
+    for epoch in (1, 2):
+        with Tracker(tmp_path / "run") as tracker:
+            tracker.log("epoch", {"epoch": epoch})
+    assert read_jsonl(tmp_path / "run/metrics.jsonl") == [{"kind": "epoch", "epoch": 2}]
+
+
+def test_records_wait_for_room_on_a_full_disk(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    with Tracker(tmp_path) as tracker:
+        with largest_file(50):
+            for step in range(5):
+                tracker.log("step", {"step": step})
+        err = capsys.readouterr().err
+        assert f"{tmp_path}/metrics.jsonl: File too large; its records wait for room" in err
+        tracker.log("step", {"step": 5})
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(6)]
+
+
+def test_a_number_that_json_does_not_know_is_null(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log("step", {"loss": float("nan"), "norm": float("inf"), "step": 1})
+    (record,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert record == {"kind": "step", "loss": None, "norm": None, "step": 1}
+
+
+def test_a_tracker_without_a_folder_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Tracker(None, "online") as tracker:
+        tracker.log("step", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------ Weights & Biases, the real package
+
+
+@pytest.fixture
+def quiet_wandb(tmp_path, monkeypatch) -> None:
+    """No account, no settings of the person's, no lines on the terminal."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def offline_runs(folder: Path, starts: int = 1) -> list[list]:
+    """The records of each start of a run, oldest first, as `wandb sync` would upload them.
+
+    W&B's own process may still be writing when a run has ended: this waits for the last record.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        files = folder.glob("wandb/offline-run-*/*.wandb")
+        runs = [[Record.FromString(data) for data in chunks(path.read_bytes())] for path in files]
+        if [bool(of_kind(run, "exit")) for run in runs] == [True] * starts:
+            return sorted(runs, key=lambda run: of_kind(run, "run")[0].start_time.ToNanoseconds())
+        time.sleep(0.05)
+    raise AssertionError(f"{len(runs)} starts, not all of them ended")
+
+
+def of_kind(records: list, kind: str) -> list:
+    """The contents of the records of one kind."""
+    return [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
+
+
+def chunks(data: bytes) -> Iterator[bytes]:
+    """The entries of a .wandb file: a LevelDB log behind a head of seven bytes."""
+    position, entry = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + size > len(data):  # being written
+            return
+        entry += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield entry
+            entry = b""
+
+
+def history(records: list) -> list[dict]:
+    """What was logged, by name, without W&B's own."""
+    rows = []
+    for row in of_kind(records, "history"):
+        items = {"/".join([i.key, *i.nested_key]).lstrip("/"): i.value_json for i in row.item}
+        rows.append({k: json.loads(text) for k, text in items.items() if not k.startswith("_")})
+    return rows
+
+
+def about(records: list) -> tuple[str, str, dict]:
+    """A start's id, name and config."""
+    (run,) = of_kind(records, "run")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    return run.run_id, run.display_name, config
+
+
+def test_weights_and_biases_gets_config_records_and_pictures(tmp_path, quiet_wandb):
+    run = tmp_path / "run"
+    pictures = [("the red star (IoU 0.50)", Image.new("RGB", (30, 20), "red"))]
+    pictures += [("“größer” (IoU 0.10)", Image.new("RGB", (30, 50), "blue"))]
+    with Tracker(run, "offline", "CRIS_R50", {"TRAIN": {"epochs": 3}}) as tracker:
+        tracker.log("step", {"step": 4, "loss": 0.5})
+        tracker.show(1, pictures)
+        tracker.log("epoch", {"epoch": 1, "step": 4, "mIoU": 0.25})
+    (records,) = offline_runs(run)
+    run_id, name, config = about(records)
+    assert (run / "wandb_run").read_text() == f"{run_id}\n"
+    assert name == "CRIS_R50"
+    assert config["TRAIN"] == {"epochs": 3}
+    step, shown, epoch = history(records)
+    assert step == {"step/step": 4, "step/loss": 0.5}
+    assert epoch == {"epoch/epoch": 1, "epoch/step": 4, "epoch/mIoU": 0.25}
+    assert shown["epoch/epoch"] == 1
+    for number, (caption, picture) in enumerate(pictures, start=1):
+        part = f"epoch/sentence_{number}"
+        assert shown[f"{part}/caption"] == caption
+        (files,) = run.glob("wandb/offline-run-*/files")
+        with Image.open(files / shown[f"{part}/path"]) as saved:
+            assert saved.size == picture.size
+            assert saved.getpixel((3, 3)) == picture.getpixel((3, 3))
+    axes = of_kind(records, "metric")
+    assert {(m.glob_name, m.step_metric) for m in axes if m.glob_name} == {
+        *(("step/*", "step/step"), ("epoch/*", "epoch/epoch"))
+    }
+    assert len(read_jsonl(run / "metrics.jsonl")) == 2
+
+
+def test_a_resumed_run_is_the_same_run_at_weights_and_biases_and_a_new_one_is_not(
+    tmp_path, quiet_wandb
+):
+    for keep in (None, lambda record: True, None):
+        with Tracker(tmp_path, "offline", "x", {"a": 1}, keep) as tracker:
+            tracker.log("step", {"step": 1})
+    first, resumed, anew = (about(records)[0] for records in offline_runs(tmp_path, starts=3))
+    assert first == resumed != anew
+    assert (tmp_path / "wandb_run").read_text() == f"{anew}\n"
+
+
+def test_weights_and_biases_knows_whether_a_run_failed(tmp_path, quiet_wandb):
+    for name, error in (("good", None), ("bad", RuntimeError("no"))):
+        with suppress(RuntimeError), Tracker(tmp_path / name, "offline"):
+            if error:
+                raise error
+        (records,) = offline_runs(tmp_path / name)
+        (ending,) = of_kind(records, "exit")
+        assert ending.exit_code == (error is not None)
+
+
+def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path, quiet_wandb):
+    with Tracker(tmp_path) as tracker:
+        tracker.log("step", {"step": 1})
+    with pytest.raises(UserError, match=r"TRAIN.wandb online: No API key .*; offline needs no acc"):
+        Tracker(tmp_path, "online", "x", {})
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+    assert not (tmp_path / "wandb_run").exists()
+
+
+def test_weights_and_biases_that_fails_ends_no_training(tmp_path, capsys):
+    class Full:
+        def __getattr__(self, _: str):
+            raise OSError(errno.ENOSPC, "No space left on device", "files/media")
+
+    for call in (
+        lambda tracker: tracker.log("step", {"step": 1}),
+        lambda tracker: tracker.show(1, [("a sentence", Image.new("RGB", (8, 8)))]),
+        lambda tracker: None,  # the end alone
+    ):
+        setup_logging(None, is_main=True)
+        with Tracker(tmp_path) as tracker:
+            tracker._wandb = Full()
+            call(tracker)
+            tracker.log("step", {"step": 2})
+        err = capsys.readouterr().err
+        assert err.count("Weights & Biases: [Errno 28] No space left on device") == 1
+        assert "the run goes on without it" in err
+        assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_lines_that_are_no_records_do_not_stop_a_resumed_run(tmp_path):
+    kept = '{"kind": "step", "step": 1}\n'
+    strange = '0.5\n[1]\n{"step": 1}\n{"kind": "other"}\n{"kind": "step", "step": "x"}\n{"kind'
+    (tmp_path / "metrics.jsonl").write_text(kept + strange)
+    Tracker(tmp_path, keep=records_until({"step": 5, "epoch": 0})).__exit__(None)
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+
+
+def test_weights_and_biases_is_not_imported_when_disabled(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Tracker(tmp_path, "disabled") as tracker:
+        tracker.log("step", {})
+    with pytest.raises(UserError, match="the package wandb is not here; pip install -r") as told:
+        Tracker(tmp_path, "offline")
+    assert "\n" not in str(told.value)
+
+
+def test_importing_the_module_changes_nothing():
+    code = "import sys, utils.logger; print(sorted({'wandb', 'torch'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    ending = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ending.stdout == "[]\n"

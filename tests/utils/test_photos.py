@@ -1,0 +1,241 @@
+"""Photos as people have them: formats, depths, transparency, orientation, size, damage."""
+
+import io
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import encoded, run_command, smooth_photo
+from PIL import Image
+
+from utils.errors import UserError
+from utils.photos import read_photo
+from utils.transforms import decode_image
+
+PIXELS = smooth_photo(np.random.default_rng(0), 37, 53)
+WHITE = (255, 255, 255)
+
+
+def picture(mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(PIXELS).convert(mode)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def png_head(width: int, height: int) -> bytes:
+    """The head of a PNG of so many pixels."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [
+        *(("jpg", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("png", mode) for mode in ("RGB", "L", "P", "1")),
+        *((suffix, "RGB") for suffix in ("webp", "bmp", "tif", "avif")),
+        ("gif", "P"),
+    ],
+)
+def test_a_file_is_decoded_as_for_training_and_much_as_pillow_does(tmp_path, suffix, mode):
+    path = tmp_path / f"photo.{suffix}"
+    picture(mode).save(path)
+    found = read_photo(path)
+    assert found.shape == (37, 53, 3)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, decode_image(path.read_bytes(), "x"))
+    with Image.open(path) as image:  # CMYK is rounded in another order
+        assert np.abs(found.astype(int) - read_photo(image)).max() <= 1
+    assert np.array_equal(read_photo(str(path)), found)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_camera_is_followed(tmp_path, suffix, orientation):
+    path = tmp_path / f"photo.{suffix}"
+    stored = Image.fromarray(np.repeat(np.repeat(PIXELS[:4, :6], 32, axis=0), 32, axis=1))
+    stored.save(path, exif=turned(orientation), **({"lossless": True} if suffix == "webp" else {}))
+    upright = {1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180]}
+    upright |= {4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE]}
+    upright |= {6: [Image.Transpose.ROTATE_270], 7: [Image.Transpose.TRANSVERSE]}
+    upright |= {8: [Image.Transpose.ROTATE_90]}
+    expected = stored
+    for step in upright[orientation]:
+        expected = expected.transpose(step)
+    found = read_photo(path)
+    assert found.shape == np.asarray(expected).shape
+    assert np.abs(found.astype(int) - np.asarray(expected)).mean() < 3
+    with Image.open(path) as image:
+        assert np.array_equal(read_photo(image), found)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [("png", "RGBA"), ("png", "LA"), ("png", "P"), ("gif", "RGBA"), ("webp", "RGBA")],
+)
+def test_what_is_transparent_becomes_white(tmp_path, suffix, mode):
+    image = picture("RGBA")
+    alpha = np.zeros((37, 53), np.uint8)
+    alpha[:, 20:] = 255
+    image.putalpha(Image.fromarray(alpha))
+    path = tmp_path / f"photo.{suffix}"
+    image.convert(mode).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    found = read_photo(path)
+    assert (found[:, :20] == WHITE).all()
+    expected = np.asarray(picture("L").convert("RGB")) if mode == "LA" else PIXELS
+    allowed = 60 if mode == "P" or suffix == "gif" else 0  # a palette has 256 colours
+    assert np.abs(found[:, 20:].astype(int) - expected[:, 20:]).max() <= allowed
+    with Image.open(path) as opened:
+        assert np.array_equal(read_photo(opened), found)
+
+
+def test_half_transparent_pixels_are_mixed_with_white_from_any_source(tmp_path):
+    pixels = np.dstack([np.zeros((8, 9, 3), np.uint8), np.full((8, 9), 128, np.uint8)])
+    path = tmp_path / "half.png"
+    Image.fromarray(pixels).save(path)
+    for source in (path, pixels, Image.fromarray(pixels), pixels.astype(np.uint16) * 256):
+        assert np.abs(read_photo(source).astype(int) - 127).max() <= 1
+
+
+def test_a_picture_without_transparent_pixels_is_decoded_as_for_training(tmp_path):
+    path = tmp_path / "opaque.png"
+    picture("RGBA").save(path)
+    assert np.array_equal(read_photo(path), decode_image(path.read_bytes(), "x"))
+
+
+def test_16_bits_keep_their_upper_8_from_any_source(tmp_path):
+    grey16 = np.arange(37 * 53, dtype=np.uint16).reshape(37, 53) * 33
+    expected = np.repeat((grey16 >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    for name in ("grey.png", "grey.tif"):
+        path = tmp_path / name
+        path.write_bytes(encoded(grey16, path.suffix))
+        assert np.array_equal(read_photo(path), expected)
+        with Image.open(path) as image:
+            assert np.array_equal(read_photo(image), expected)
+    assert np.array_equal(read_photo(grey16), expected)
+    colour16 = PIXELS.astype(np.uint16) * 256 + 99
+    (tmp_path / "colour.png").write_bytes(encoded(colour16[..., ::-1]))
+    for source in (colour16, tmp_path / "colour.png"):
+        assert np.array_equal(read_photo(source), PIXELS)
+
+
+def test_arrays_are_rgb_grey_or_rgba():
+    assert np.array_equal(read_photo(PIXELS), PIXELS)
+    assert np.array_equal(read_photo(PIXELS[:, ::-1]), PIXELS[:, ::-1])
+    grey = PIXELS[..., 0]
+    for source in (grey, grey[..., None]):
+        assert np.array_equal(read_photo(source), np.dstack([grey] * 3))
+    opaque = np.dstack([PIXELS, np.full(grey.shape, 255, np.uint8)])
+    assert np.array_equal(read_photo(opaque), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "photo",
+    [
+        np.zeros((4, 4), np.float32), np.zeros((4, 4), bool), np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8), np.zeros((2, 4, 4, 3), np.uint8),
+    ],
+    ids=lambda photo: f"{photo.dtype} {photo.shape}",
+)  # fmt: skip
+def test_other_arrays_are_refused_with_their_shape(photo):
+    with pytest.raises(UserError, match="is no photo: give uint8") as error:
+        read_photo(photo)
+    assert str(photo.shape) in str(error.value)
+
+
+def test_other_things_are_refused():
+    with pytest.raises(UserError, match="a path, a numpy array or a Pillow image"):
+        read_photo([[1, 2], [3, 4]])
+    with pytest.raises(UserError, match="mode F"):
+        read_photo(picture("F"))
+    with pytest.raises(UserError, match="cannot be decoded as RGB"):
+        read_photo(Image.open(io.BytesIO(encoded(PIXELS, ".jpg")[:700])))
+
+
+def test_a_camera_that_puts_two_pictures_into_a_file_is_understood(tmp_path):
+    path = tmp_path / "stereo.jpg"
+    picture().save(path, "MPO", save_all=True, append_images=[picture().rotate(180)])
+    assert np.abs(read_photo(path).astype(int) - PIXELS).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is an empty file"),
+        (b"<html>not found</html>", "cannot be read as an image .22 bytes"),
+        (encoded(PIXELS)[:300], "cannot be decoded .300 bytes; cut off"),
+        (encoded(PIXELS, ".jpg")[:700], "cannot be decoded .700 bytes; cut off"),
+        (encoded(PIXELS)[:20], "cannot be read as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),
+    ],
+)
+def test_what_is_no_image_is_one_line(tmp_path, content, message):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_photo(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_a_folder_and_a_device_are_no_image_files(tmp_path):
+    for path in (tmp_path / "none.jpg", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match="there is no such image file"):
+            read_photo(path)
+
+
+def test_larger_photos_than_allowed_are_refused_with_their_size(tmp_path):
+    path = tmp_path / "photo.png"
+    picture().save(path)
+    for source in (path, PIXELS, picture()):
+        assert read_photo(source, 53 * 37).shape == (37, 53, 3)
+        with pytest.raises(UserError, match=r"53×37, has 0.0 million pixels, at most 0.00196 mil"):
+            read_photo(source, 53 * 37 - 1)
+
+
+@pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_that_only_announces_to_be_huge_is_never_decoded(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_head(*size) + png_chunk(b"IDAT", b""))
+    with pytest.raises(UserError, match=r"million pixels, at most 100 million are read") as error:
+        read_photo(path)
+    assert f"{size[0] * size[1] / 1e6:.1f}" in str(error.value)
+
+
+def test_a_bomb_of_few_bytes_costs_no_memory(tmp_path):
+    path = tmp_path / "bomb.png"
+    side, row = 20_000, bytes(20_001 * 3)
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    body = png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    path.write_bytes(png_head(side, side) + body)
+    code = (
+        "import resource, sys\nfrom utils.photos import read_photo\n"
+        "from utils.errors import UserError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"try: read_photo({str(path)!r})\n"
+        "except UserError as error: print(error, file=sys.stderr)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    ending = run_command(sys.executable, "-c", code)
+    assert ending.stderr.count("\n") == 1
+    assert "400.0 million pixels" in ending.stderr
+    assert int(ending.stdout) < 50_000  # KiB; decoded it would be 1.2 GB
+
+
+def test_a_file_of_more_bytes_than_a_photo_can_have_is_not_read(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(PIXELS) + bytes(8 * 53 * 37))
+    with pytest.raises(UserError, match="too many for a photo"):
+        read_photo(path, 53 * 37)

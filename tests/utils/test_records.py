@@ -1,0 +1,347 @@
+"""utils/records.py: what is written is read, from any process, and bad files are refused."""
+
+import multiprocessing
+import os
+import pickle
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pyarrow as pa
+import pytest
+from helpers import ROOT
+
+from utils import records
+from utils.errors import UserError
+from utils.records import RecordReader, RecordWriter, RefRecord
+
+SHARED = "café.jpg"
+
+
+def make_ref(ref_id: int, **changes) -> RefRecord:
+    fields = {
+        "ref_id": ref_id,
+        "image_key": SHARED,
+        "image_id": 7,
+        "category": 3,
+        "height": 4,
+        "width": 6,
+        "mask": b"\x89PNG" + bytes([ref_id]),
+        "sentences": ("the red one", "número dos"),
+        "sent_ids": (10 * ref_id, 10 * ref_id + 1),
+    }
+    return RefRecord(**{**fields, **changes})
+
+
+REFS = [make_ref(1), make_ref(2, image_key="b.png", image_id=None, category=None), make_ref(3)]
+
+
+def write(path: Path, refs: list[RefRecord] = REFS, **kwargs) -> Path:
+    with RecordWriter(path, "toys", "val", **kwargs) as writer:
+        for ref in refs:
+            writer.add_image(ref.image_key, f"bytes of {ref.image_key}".encode())
+            writer.add_ref(ref, [5, 4])
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "lmdb" / "toys" / "val.lmdb")
+
+
+def put(path: Path, entries: dict[bytes, bytes]) -> None:
+    """Write raw entries as another program would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        lmdb.open(str(path), subdir=False, lock=False, map_size=1 << 20) as env,
+        env.begin(write=True) as txn,
+    ):
+        for key, value in entries.items():
+            txn.put(key, value)
+
+
+def entries_of(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    with (
+        lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env,
+        env.begin() as txn,
+    ):
+        yield from txn.cursor()
+
+
+def test_what_is_written_is_read(path: Path) -> None:
+    reader = RecordReader(path)
+    assert [reader.ref(i) for i in range(len(reader))] == REFS
+    assert reader.image(SHARED) == f"bytes of {SHARED}".encode()
+    assert reader.image("b.png") == b"bytes of b.png"
+
+
+def test_meta_counts_the_split(path: Path) -> None:
+    version = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
+    assert RecordReader(path).meta == {
+        "format_version": 1,
+        "dataset": "toys",
+        "split": "val",
+        "refs": 3,
+        "sentences": 6,
+        "images": 2,
+        "token_length": {4: 3, 5: 3},
+        "tool": f"cris {version['project']['version']}",
+    }
+
+
+def test_index_lists_every_ref(path: Path) -> None:
+    index = RecordReader(path).index
+    assert index.ref_ids == [1, 2, 3]
+    assert index.image_keys == [SHARED, "b.png", SHARED]
+    assert index.image_ids == [7, None, 7]
+    assert index.num_sentences == [2, 2, 2]
+
+
+def test_an_image_is_stored_once_and_a_second_one_of_its_name_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "x.lmdb"
+    with RecordWriter(path, "toys", "val") as writer:
+        writer.add_image(SHARED, b"first")
+        writer.add_image(SHARED, b"second")
+        writer.add_ref(make_ref(1), [5, 4])
+    assert RecordReader(path).image(SHARED) == b"first"
+    assert sum(key.startswith(b"image:") for key, _ in entries_of(path)) == 1
+
+
+def test_values_are_arrow_or_json_or_the_original_bytes(path: Path) -> None:
+    entries = dict(entries_of(path))
+    assert set(entries) == {
+        b"__meta__", b"__index__", b"ref:000000000", b"ref:000000001", b"ref:000000002",
+        b"image:" + SHARED.encode(), b"image:b.png",
+    }  # fmt: skip
+    table = pa.ipc.open_stream(entries[b"ref:000000001"]).read_all()
+    assert table.to_pylist()[0]["sentences"] == ["the red one", "número dos"]
+
+
+def test_no_other_file_is_left_beside_it(path: Path) -> None:
+    assert os.listdir(path.parent) == ["val.lmdb"]
+
+
+def test_the_map_grows_from_almost_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(records, "_BATCH_BYTES", 50_000)
+    refs = [make_ref(i, mask=os.urandom(9_000)) for i in range(100)]
+    reader = RecordReader(write(tmp_path / "x.lmdb", refs, map_size=1 << 14))
+    assert [reader.ref(i) for i in range(100)] == refs
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_writer_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "x.lmdb"
+
+    def fail() -> None:
+        with RecordWriter(path, "toys", "val") as writer:
+            writer.add_image(SHARED, b"x")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failing_writer_keeps_the_old_file(path: Path) -> None:
+    with pytest.raises(RuntimeError), RecordWriter(path, "toys", "val"):
+        raise RuntimeError
+    assert os.listdir(path.parent) == ["val.lmdb"]
+    assert RecordReader(path).ref(2) == REFS[2]
+
+
+def test_a_split_without_refs_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="split val of toys has no refs"):
+        write(tmp_path / "x.lmdb", [])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ref", "lengths", "message"),
+    [
+        (make_ref(1, image_key="other.jpg"), [5, 4], "image other.jpg was not added"),
+        (make_ref(1), [5], "2 sentences, 2 sentence ids, 1 token lengths"),
+        (make_ref(1, sent_ids=(1,)), [5, 4], "2 sentences, 1 sentence ids"),
+        (make_ref(1, sentences=(), sent_ids=()), [], "0 sentences"),
+    ],
+)
+def test_an_inconsistent_ref_is_refused(tmp_path: Path, ref, lengths, message) -> None:
+    with RecordWriter(tmp_path / "x.lmdb", "toys", "val") as writer:
+        writer.add_image(SHARED, b"x")
+        with pytest.raises(ValueError, match=message):
+            writer.add_ref(ref, lengths)
+        writer.add_ref(make_ref(2), [5, 4])
+    assert RecordReader(writer.path).index.ref_ids == [2]
+
+
+def test_two_readers_of_one_file_live_side_by_side(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "train.lmdb"
+    link.symlink_to(path)
+    train, val = RecordReader(link), RecordReader(path)
+    assert train.ref(0) == val.ref(0) == REFS[0]
+    del train
+    assert val.ref(1) == REFS[1]
+
+
+def test_a_file_packed_anew_is_read_by_the_next_reader(path: Path) -> None:
+    old = RecordReader(path)
+    assert len(old) == 3
+    write(path, REFS[:1])
+    assert len(RecordReader(path)) == 1
+    assert old.ref(2) == REFS[2]
+
+
+def test_making_and_pickling_a_reader_opens_nothing(tmp_path: Path) -> None:
+    reader = pickle.loads(pickle.dumps(RecordReader(tmp_path / "missing.lmdb")))
+    with pytest.raises(UserError):
+        len(reader)
+
+
+def test_a_pickled_reader_carries_only_the_path(path: Path) -> None:
+    reader = RecordReader(path)
+    assert reader.index.ref_ids == [1, 2, 3]
+    data = pickle.dumps(reader)
+    assert len(data) < 500
+    assert pickle.loads(data).ref(1) == REFS[1]
+
+
+def read_in_child(reader: RecordReader, queue: multiprocessing.Queue) -> None:
+    queue.put(([reader.ref(i) for i in range(len(reader))], reader.image(SHARED)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_children_read_what_the_parent_reads(path: Path, method: str, opened_before: bool) -> None:
+    context = multiprocessing.get_context(method)
+    reader, other = RecordReader(path), RecordReader(path)
+    if opened_before:
+        assert reader.ref(0) == other.ref(0)
+    queue = context.Queue()
+    children = [context.Process(target=read_in_child, args=(r, queue)) for r in (reader, other)]
+    for child in children:
+        child.start()
+    for _ in children:
+        assert queue.get(timeout=60) == (REFS, f"bytes of {SHARED}".encode())
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert reader.ref(2) == other.ref(2) == REFS[2]
+
+
+def test_positions_and_keys_that_are_not_there_are_errors(path: Path) -> None:
+    reader = RecordReader(path)
+    for position in (3, -1):
+        with pytest.raises(IndexError, match=f"3 refs, no position {position}"):
+            reader.ref(position)
+    with pytest.raises(UserError, match="has no image nowhere: re-pack with"):
+        reader.image("nowhere")
+
+
+COMMAND = (
+    "python tools/folder2lmdb.py -j d/anns/toys/val.json -i d/images/train2014 "
+    "-m d/masks/toys -o d/lmdb/toys"
+)
+META = b'{"format_version": %d, "refs": %d, "token_length": {}}'
+FULL = b'{"format_version":1,"dataset":"d","split":"s","refs":%s,"sentences":6,"images":2,'
+FULL += b'"token_length":%s,"tool":"t"}'
+
+
+def index_of(refs: int) -> bytes:
+    """A sound index of another number of refs."""
+    columns = {"ref_id": range(refs), "image_key": ["a"] * refs, "num_sentences": [1] * refs}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return records._to_arrow(pa.RecordBatch.from_pylist(rows, schema=records._INDEX_SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        (b"__meta__", b"", "a damaged __meta__"),
+        (b"__meta__", b"\xff garbage", "a damaged __meta__"),
+        (b"__meta__", b"[" * 100_000, "a damaged __meta__"),
+        (b"__meta__", b"[1]", "a damaged __meta__"),
+        (b"__meta__", b'{"refs": 3}', r"a damaged __meta__ \(KeyError\('format_version'"),
+        (b"__meta__", b'{"format_version": 1}', r"a damaged __meta__ \(KeyError\('refs'"),
+        (b"__meta__", META % (1, 3), r"a damaged __meta__ \(KeyError\('dataset'"),
+        (b"__meta__", FULL % (b"-3", b"{}"), "a damaged __meta__"),
+        (b"__meta__", FULL % (b'"3"', b"{}"), "a damaged __meta__ .*refs is '3'"),
+        (b"__meta__", FULL % (b"3", b"[]"), "a damaged __meta__ .*token_length is"),
+        (b"__meta__", FULL % (b"3", b'{"a":1}'), "a damaged __meta__"),
+        (b"__index__", None, "no __index__"),
+        (b"__index__", b"garbage", "a damaged __index__"),
+        (b"__index__", index_of(2), "a damaged __index__ .*2 rows for 3 refs"),
+        (b"ref:000000000", None, "no ref:000000000"),
+        (b"ref:000000000", index_of(1), "a damaged ref:000000000 .*columns"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_with_the_command(
+    path: Path, key: bytes, content: bytes | None, message: str
+) -> None:
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(key) if content is None else txn.put(key, content)
+
+    def use(reader: RecordReader) -> None:
+        len(reader), reader.index, reader.digest(), reader.ref(0)
+
+    with pytest.raises(UserError, match=rf"val\.lmdb has {message}.*: re-pack with") as caught:
+        use(RecordReader(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_pages_are_named_with_the_command(path: Path) -> None:
+    psize = 4096
+    data = bytearray(path.read_bytes())
+    for page in range(2, len(data) // psize):  # but those that say where the tree begins
+        data[page * psize + 8 : page * psize + 16] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"val\.lmdb is damaged at __meta__ .*: re-pack with"):
+        len(RecordReader(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "jsons"),
+    [
+        ("none.lmdb", "ANNOTATIONS/none.json"),
+        ("elsewhere/x/val+testA.lmdb", "ANNOTATIONS/val.json ANNOTATIONS/testA.json"),
+        ("d/lmdb/toys/data.mdb", "ANNOTATIONS/data.json"),
+    ],
+)
+def test_the_command_for_a_file_that_lies_elsewhere_is_a_general_one(name, jsons) -> None:
+    command = f"python tools/folder2lmdb.py -j {jsons} -i IMAGES -m MASKS -o {Path(name).parent}"
+    assert records.repack_command(Path(name)) == f"re-pack with {command}"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "d/lmdb/toys/val.lmdb does not exist: make it with"),
+        (lambda p: p.mkdir(), "is a folder, not an LMDB file: make it with"),
+        (lambda p: p.write_bytes(b""), "no LMDB can be read from .*val.lmdb.*: re-pack with"),
+        (lambda p: p.write_text("<html>" * 4000), "no LMDB can be read from .*: re-pack with"),
+        (lambda p: put(p, {b"__keys__": b"\x80", b"__len__": b"\x80"}), "official .* pickled"),
+        (lambda p: put(p, {b"a": b"b"}), "is an LMDB without __meta__: re-pack with"),
+        (lambda p: put(p, {b"__meta__": META % (9, 1)}), "record format 9, this code reads 1"),
+        (lambda p: put(p, {b"__meta__": META % (1, 0)}), "holds no refs: re-pack with"),
+    ],
+    ids=["missing", "folder", "empty", "html", "official", "other", "version", "no-refs"],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch, make, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("d/lmdb/toys/val.lmdb")
+    path.parent.mkdir(parents=True)
+    make(path)
+    for use in (len, lambda r: r.meta, lambda r: r.index, lambda r: r.ref(0)):
+        with pytest.raises(UserError, match=message) as caught:
+            use(RecordReader(path))
+        assert re.search(re.escape(COMMAND), str(caught.value))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_off_in_copying_is_refused(path: Path) -> None:
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(UserError, match=rf"is cut off \({size - 1} bytes of {size}\)"):
+        len(RecordReader(path))

@@ -1,0 +1,234 @@
+"""From photo to network and back: geometry, colours, decoding, and what geometry alone costs."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import blob, encoded
+from PIL import Image
+
+from engine.evaluator import perfect_prediction
+from utils.errors import UserError
+from utils.metrics import intersection_and_union, iou, summarize
+from utils.transforms import (
+    BORDER,
+    CLIP_MEAN,
+    CLIP_STD,
+    PROTOCOLS,
+    decode_image,
+    decode_mask,
+    letterbox_image,
+    letterbox_mask,
+    letterbox_matrices,
+    normalize_images,
+    normalize_masks,
+    restore_size,
+    upsample_probability,
+)
+
+SIZES = [(480, 640), (640, 480), (333, 500), (416, 416), (64, 48), (90, 640), (640, 90)]
+
+
+def restored_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    square = letterbox_mask(mask, side).astype(np.float32) / 255
+    return restore_size(square, mask.shape) > 0.5
+
+
+# ---------------------------------------------------------------------------------------- letterbox
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_letterbox_and_its_inverse_return_the_mask(size):
+    for seed in range(3):
+        mask = blob(*size, seed=seed)
+        assert iou(*intersection_and_union(restored_mask(mask, 416), mask > 0)) > 0.97
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (2, 3), (3000, 7)], ids=str)
+def test_degenerate_sizes_pass_through_both_ways(size):
+    full = np.full(size, 255, np.uint8)
+    image = letterbox_image(np.repeat(full[..., None], 3, axis=2), 96)
+    assert image.shape == (96, 96, 3)
+    assert letterbox_mask(full, 96).shape == (96, 96)
+    restored = restore_size(np.ones((96, 96), np.float32), size)
+    assert restored.shape == size
+    assert (restored > 0.5).mean() > 0.98
+
+
+def test_one_pixel_survives_the_round_trip():
+    assert restored_mask(np.full((1, 1), 255, np.uint8), 416).all()
+    assert not restored_mask(np.zeros((1, 1), np.uint8), 416).any()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matrices_undo_each_other_and_centre_the_photo(size):
+    forward, inverse = letterbox_matrices(size, 416)
+    joined = np.vstack([inverse, [0, 0, 1]]) @ np.vstack([forward, [0, 0, 1]])
+    assert np.allclose(joined, np.eye(3), atol=1e-3)
+    height, width = size
+    left, top = forward @ (0, 0, 1)
+    right, bottom = forward @ (width, height, 1)
+    assert min(left, top) == pytest.approx(0, abs=1e-3)
+    assert (left + right, top + bottom) == pytest.approx((416, 416), abs=1e-3)
+    assert (right - left) / (bottom - top) == pytest.approx(width / height, rel=1e-5)
+
+
+def test_border_is_clips_mean_colour_for_photos_and_background_for_masks():
+    image = letterbox_image(np.zeros((50, 100, 3), np.uint8), 64)
+    assert image.dtype == np.uint8
+    assert np.abs(image[0, 0] - np.array(BORDER)).max() < 1
+    assert (image[20:44, 4:60] == 0).all()
+    assert normalize_images(torch.from_numpy(image)[None])[0, :, 0, 0].abs().max() < 0.01
+    mask = letterbox_mask(np.full((50, 100), 255, np.uint8), 64)
+    assert (mask[:10] == 0).all()
+    assert (mask[20:44, 4:60] == 255).all()
+
+
+def test_mask_edges_are_soft_and_overlaps_marked_254_stay_foreground():
+    mask = np.zeros((300, 300), np.uint8)
+    mask[100:200, 100:200] = 254
+    square = normalize_masks(torch.from_numpy(letterbox_mask(mask, 128))[None])
+    assert square.max() == pytest.approx(254 / 255)
+    assert ((square > 0.1) & (square < 0.9)).any()
+    assert (restored_mask(mask, 128) == (mask > 0)).mean() > 0.99
+
+
+# ------------------------------------------------------------------------------------ normalisation
+
+
+def test_normalised_images_equal_the_formula_within_one_ulp():
+    every_value = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
+    expected = (every_value.astype(np.float32) / np.float32(255) - mean) / std
+    found = normalize_images(torch.from_numpy(every_value))
+    assert found.shape == (1, 3, 16, 16)
+    assert found.dtype == torch.float32
+    np.testing.assert_array_max_ulp(found.permute(0, 2, 3, 1).numpy(), expected, maxulp=1)
+
+
+def test_normalised_images_are_channels_last_and_leave_their_source_alone():
+    photos = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    before = photos.clone()
+    images = normalize_images(photos)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(photos, before)
+
+
+def test_normalised_masks_are_between_0_and_1():
+    masks = torch.tensor([[[0, 51], [128, 255]]], dtype=torch.uint8)
+    expected = torch.tensor([0, 51 / 255, 128 / 255, 1]).view(1, 1, 2, 2)
+    assert torch.equal(normalize_masks(masks), expected)
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def test_photos_are_rgb_whatever_the_file():
+    red = np.zeros((20, 30, 3), np.uint8)
+    red[..., 2] = 255  # OpenCV writes BGR
+    for suffix in (".png", ".jpg"):
+        image = decode_image(encoded(red, suffix), "x")
+        assert image.shape == (20, 30, 3)
+        assert np.abs(image.astype(int) - (255, 0, 0)).max() < 4
+    grey = encoded(red[..., 2], ".jpg")
+    assert decode_image(grey, "x").shape == (20, 30, 3)
+    transparent = encoded(np.dstack([red, red[..., 0]]))
+    assert decode_image(transparent, "x").shape == (20, 30, 3)
+
+
+def test_masks_are_one_channel_with_their_values_untouched():
+    mask = np.array([[0, 253, 254, 255]], np.uint8)
+    assert np.array_equal(decode_mask(encoded(mask), "x"), mask)
+
+
+def as_file(kind: str, mode: str = "RGB", **options: object) -> bytes:
+    """A picture of 37×53 pixels as Pillow writes it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(as_file("JPEG", exif=turned(orientation)) for orientation in range(1, 9)),
+        *(as_file("JPEG", mode) for mode in ("L", "CMYK")),
+        *(as_file("JPEG", progressive=True, subsampling=s) for s in (0, 1, 2)),
+        *(as_file("PNG", mode) for mode in ("L", "LA", "P", "1", "RGBA")),
+        encoded(np.arange(0, 60_000, 100, np.uint16).reshape(20, 30)),
+        *(as_file(kind) for kind in ("WEBP", "BMP", "TIFF")),
+    ],
+)
+def test_decoding_to_rgb_is_decoding_as_published_and_swapping(data):
+    published = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(decode_image(data, "x"), cv2.cvtColor(published, cv2.COLOR_BGR2RGB))
+
+
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>not found</html>", encoded(np.zeros((20, 30), np.uint8))[:20]]
+)
+def test_what_cannot_be_decoded_is_named(decode, data):
+    with pytest.raises(UserError, match=r"COCO_1\.jpg (cannot be decoded|is an empty file)"):
+        decode(data, "COCO_1.jpg")
+
+
+# ----------------------------------------------------------------------------------- way back, cost
+
+
+def test_upsampling_follows_the_protocols_corners():
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8) / 7
+    published = upsample_probability(ramp, 32, PROTOCOLS["published"])
+    aligned = upsample_probability(ramp, 32, PROTOCOLS["aligned"])
+    assert published.shape == aligned.shape == (1, 32, 32)
+    centre = (torch.arange(32) + 0.5) / 4 - 0.5  # of each pixel, in cells
+    assert torch.allclose(published[0, 16, 8:24], torch.arange(8, 24) / 31, atol=1e-2)
+    assert torch.allclose(aligned[0, 16, 8:24], centre[8:24] / 7, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("share", "published", "aligned"),
+    [
+        (0.005, (0.74, 0.84), (0.95, 1)),
+        (0.02, (0.85, 0.92), (0.97, 1)),
+        (0.06, (0.90, 0.955), (0.98, 1)),
+        (0.15, (0.93, 0.975), (0.99, 1)),
+    ],
+)
+def test_ceiling_of_the_aligned_protocol_is_higher_for_objects_of_all_sizes(
+    share, published, aligned, record_property
+):
+    limits = {"published": published, "aligned": aligned}
+    masks = [blob(480, 640, share, seed) for seed in range(12)]
+    for name, (low, high) in limits.items():
+        counts = [
+            intersection_and_union(perfect_prediction(mask, 416, PROTOCOLS[name]), mask > 0)
+            for mask in masks
+        ]
+        ceiling = summarize(*zip(*counts, strict=True))["mIoU"]
+        what = f"mIoU lost by perfection, {name}"
+        record_property("difference", (f"blobs, {100 * share:g} %", what, 1 - ceiling, 1 - low))
+        assert low < ceiling < high, name
+
+
+def test_smaller_input_costs_the_published_protocol_most():
+    masks = [blob(400, 500, 0.05, seed) for seed in range(6)]
+    ceilings = {}
+    for name, protocol in PROTOCOLS.items():
+        for side in (96, 416):
+            counts = [
+                intersection_and_union(perfect_prediction(mask, side, protocol), mask > 0)
+                for mask in masks
+            ]
+            ceilings[name, side] = summarize(*zip(*counts, strict=True))["mIoU"]
+    assert ceilings["aligned", 96] > ceilings["published", 96] + 0.1
+    assert ceilings["published", 416] > ceilings["published", 96] + 0.1
