@@ -48,6 +48,6 @@ def test_the_index_names_every_document():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_commands_name_are_there(page):
     """Programs and configs in commands, but for those that a reader is told to write."""
-    programs = re.findall(r"(?:tools/\w+\.py|(?:train|test)\.py)", page.read_text("utf-8"))
+    programs = re.findall(r"(?<!/)\b(?:tools/\w+\.py|(?:train|test)\.py)", page.read_text("utf-8"))
     configs = re.findall(r"--config (config/[\w+/.]+\.yaml)", page.read_text("utf-8"))
     assert [name for name in {*programs, *configs} if not (ROOT / name).is_file()] == []

@@ -109,7 +109,7 @@ def test_an_official_file_in_a_folder_is_converted_too(tmp_path):
 
 def test_converting_gives_what_packing_gives(tmp_path, mini_root):
     """But for the sentences' ids, which the official file does not keep."""
-    from engine_helpers import pack
+    from helpers import pack
 
     pack(mini_root, tmp_path, "refcoco", "unc", "refcoco")
     packed = RecordReader(tmp_path / "lmdb/refcoco/train.lmdb")

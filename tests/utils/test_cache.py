@@ -120,7 +120,7 @@ def test_workers_read_the_cache_however_they_are_started(lmdb, folder, method, r
 
 
 def test_real_photos_come_out_of_the_cache_as_they_are_made(mini_root, tmp_path, folder):
-    from engine_helpers import pack
+    from helpers import pack
 
     pack(mini_root, tmp_path, "refcoco", "unc", "refcoco")
     for split in ("train", "val"):
