@@ -4,13 +4,11 @@ B batch, C channels, H W map size, L tokens. Pixels are a sequence of H·W posit
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.dropout import Dropout, draw_kept
 from model.recompute import checkpointed
 
 
@@ -29,14 +27,14 @@ class DecoderLayer(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(channels, dim_ffn),
             nn.ReLU(inplace=True),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             nn.LayerNorm(dim_ffn),
             nn.Linear(dim_ffn, channels),
         )
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, vis: Tensor, words: Tensor, vis_pos: Tensor, word_pos: Tensor, pad_mask: Tensor
@@ -59,7 +57,7 @@ def attend(
     value: Tensor,
     pad_mask: Tensor | None = None,
 ) -> Tensor:
-    """What the layer computes, without its weights, and without large maps in a CPU's memory.
+    """Return what the layer computes, without keeping its attention weights.
 
     Args:
         layer: batch first; its dropout acts in training mode.
@@ -80,66 +78,8 @@ def attend(
     )
     shown = None if pad_mask is None else ~pad_mask[:, None, None]
     dropout = layer.dropout if layer.training else 0.0
-    if dropout and q.device.type == "cpu":
-        attended = DroppedAttention.apply(q, k, v, shown, dropout)
-    else:
-        attended = F.scaled_dot_product_attention(q, k, v, shown, dropout)
+    attended = F.scaled_dot_product_attention(q, k, v, shown, dropout)
     return layer.out_proj(attended.transpose(1, 2).flatten(2))
-
-
-class DroppedAttention(torch.autograd.Function):
-    """`F.scaled_dot_product_attention` with dropout on a CPU, a head at a time.
-
-    torch has no fused kernel for it there, and holds five maps of queries by keys for the backward
-    pass. One head's map stays in the cache, and all that is kept is what was dropped.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None, dropout: float
-    ) -> Tensor:
-        """q (B, heads, N, D), k and v (B, heads, L, D), shown (B, 1, 1, L) bool -> as q."""
-        kept, share = draw_kept((*q.shape[:3], k.shape[2]), dropout)
-        q = q * q.shape[-1] ** -0.5
-        out = torch.empty_like(q)
-        for b, h in head_indices(q):
-            weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
-            torch.mm(weights.mul_(kept[b, h]), v[b, h], out=out[b, h])
-        ctx.save_for_backward(q, k, v, shown, kept)
-        ctx.share = share
-        return out.div_(share)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The weights of each head are computed once more."""
-        q, k, v, shown, kept = ctx.saved_tensors
-        grad = grad / ctx.share
-        to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
-        for b, h in head_indices(q):
-            weights = attention_weights(q[b, h], k[b, h], None if shown is None else shown[b, 0])
-            dropped = weights * kept[b, h]
-            torch.mm(dropped.T, grad[b, h], out=to_v[b, h])
-            # Through the softmax: what each row's weights pull on together cancels.
-            to_scores = torch.mm(grad[b, h], v[b, h].T).mul_(dropped)
-            to_scores.addcmul_(weights, to_scores.sum(-1, keepdim=True), value=-1)
-            torch.mm(to_scores, k[b, h], out=to_q[b, h])
-            torch.mm(to_scores.T, q[b, h], out=to_k[b, h])
-        return to_q.mul_(q.shape[-1] ** -0.5), to_k, to_v, None, None
-
-
-def head_indices(q: Tensor) -> list[tuple[int, int]]:
-    """All (sample, head) of a (B, heads, N, D) tensor."""
-    return [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
-
-
-def attention_weights(q: Tensor, k: Tensor, shown: Tensor | None) -> Tensor:
-    """Scaled q (N, D), k (L, D), shown (1, L) bool -> softmax over keys (N, L)."""
-    scores = torch.mm(q, k.T)
-    if shown is not None:
-        scores.masked_fill_(~shown, -math.inf)
-    return scores.softmax(-1)
 
 
 class Decoder(nn.Module):
@@ -151,7 +91,7 @@ class Decoder(nn.Module):
         num_heads: attention heads.
         dim_ffn: hidden width of the feed-forward part.
         dropout: probability, attention weights included.
-        recompute: keep what enters each layer alone, see `model.recompute.run`.
+        recompute: keep what enters each layer alone, see `model.recompute.checkpointed`.
     """
 
     def __init__(

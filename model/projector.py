@@ -66,30 +66,22 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         (B, O, 2H, 2W), channels-last in memory.
     """
-    _, _, height, width = x.shape
+    batch, _, height, width = x.shape
     out_channels = weight.shape[0]
     rows = resampling_matrix(height, x).flatten(1)  # (2H, 3·H): tap, source row
     columns = resampling_matrix(width, x).transpose(1, 2).flatten(1)  # (2W, W·3): source, tap
     pixels = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
     # (3, C, 3·O): row tap; channel; column tap and output channel
     taps = weight.permute(2, 1, 3, 0).flatten(2).contiguous()
-    outputs = []
-    # The responses are large: a CPU takes one sample's after the other's, while they are in its
-    # cache and in memory that it has just used. An exported graph has batches of any size.
-    one_by_one = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    for part in pixels.split(1) if one_by_one else [pixels]:
-        # (b, 3, H·W, 3·O); a CPU's threads share a product better than three side by side.
-        if one_by_one:
-            responses = torch.stack([part @ tap for tap in taps], dim=1)
-        else:
-            responses = part[:, None] @ taps
-        tall = rows @ responses.view(part.shape[0], KERNEL * height, -1)  # (b, 2H, W·3·O)
-        tall = tall.view(-1, width * KERNEL, out_channels)  # (b·2H, W·3, O)
-        if bias is None:
-            outputs.append(columns @ tall)  # (b·2H, 2W, O)
-        else:
-            outputs.append(torch.baddbmm(bias, columns.expand(tall.shape[0], -1, -1), tall))
-    return torch.cat(outputs).unflatten(0, (x.shape[0], 2 * height)).permute(0, 3, 1, 2)
+    # One product of two matrices a row tap: (B·H·W, C) @ (C, 3·O).
+    responses = torch.stack([pixels @ tap for tap in taps], dim=1)  # (B, 3, H·W, 3·O)
+    tall = rows @ responses.view(batch, KERNEL * height, -1)  # (B, 2H, W·3·O)
+    tall = tall.view(-1, width * KERNEL, out_channels)  # (B·2H, W·3, O)
+    if bias is None:
+        out = columns @ tall  # (B·2H, 2W, O)
+    else:
+        out = torch.baddbmm(bias, columns.expand(tall.shape[0], -1, -1), tall)
+    return out.unflatten(0, (batch, 2 * height)).permute(0, 3, 1, 2)
 
 
 def resampling_matrix(size: int, like: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from model.clip import DenseAttentionPool
 from model.clip_archive import ClipSizes, derive_sizes
-from model.decoder import DroppedAttention, attend, sequence_positions
-from model.dropout import draw_kept
+from model.decoder import attend, sequence_positions
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
 from utils.config import load_config
@@ -280,30 +279,6 @@ def test_upsample_conv_equals_a_convolution_of_the_upsampled_map(size):
     upsampled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
     expected = F.conv2d(upsampled, weight, bias, padding=1)
     assert_same_values_and_gradients(upsample_conv(*ours), expected, ours, theirs)
-
-
-ATTENTION = {"self": (7, None), "padded": (5, 3)}  # keys, of which so many are shown
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_with_dropout_equals_the_plain_formula_on_what_it_kept(name):
-    keys, count = ATTENTION[name]
-    draw = torch.Generator().manual_seed(0)
-    shapes = (2, 3, 7, 4), (2, 3, keys, 4), (2, 3, keys, 4)
-    ours = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
-    theirs = [t.detach().clone().requires_grad_() for t in ours]
-    shown = None if count is None else (torch.arange(keys) < count).expand(2, 1, 1, keys)
-    torch.manual_seed(3)
-    found = DroppedAttention.apply(*ours, shown, 0.4)
-    torch.manual_seed(3)
-    kept, share = draw_kept((2, 3, 7, keys), 0.4)
-    q, k, v = theirs
-    scores = q @ k.transpose(-1, -2) / 2
-    if shown is not None:
-        scores = scores.masked_fill(~shown, -torch.inf)
-    expected = (scores.softmax(-1) * kept / share) @ v
-    assert 0.3 < kept.double().mean() < 0.8
-    assert_same_values_and_gradients(found, expected, ours, theirs)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
