@@ -1,74 +1,383 @@
-"""How fast this is, in ratios: reading samples, evaluation, a training step, and its memory.
+"""Compare speed and memory with the published formulation (tools/published.py).
 
-`eval`, `train` and `memory` compare with the published formulation (tools/published.py) on the same
-weights, photos and sentences; `data` compares ways of reading, or times an epoch of a config.
+`eval`, `train` and `memory` give both formulations the same weights, photos and sentences in
+float32; `data` compares ways of reading training samples. The ways take turns, since a machine is
+faster in one minute than in another: medians and the ratios within a round hold.
 """
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
+import cv2
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.errors import run_entry_point
+from engine.build import build_model, find_device, settle_memory
+from engine.evaluator import evaluate, resolve_protocols
+from engine.loaders import build_evaluation_loader, make_caches
+from engine.optim import build_optimizer, build_schedule, parameter_groups
+from engine.run import Run
+from engine.trainer import build_scaler, forward_backward, optimizer_step
+from tools import data_process, folder2lmdb, published, refshapes
+from tools.latency import count_flops, machine, take_turns, without_archive
+from utils.config import Config, load_config
+from utils.dataset import TrainingDataset, collate_refs
+from utils.distributed import Ranks
+from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
+from utils.machine import peak_memory
+from utils.metrics import summarize
+from utils.records import JoinedReader, RecordReader
+from utils.seed import draw
+from utils.tokenizer import tokenize
 
 EPILOG = """examples:
   python tools/benchmark.py eval DATA_ROOT
-  python tools/benchmark.py train datasets/lmdb/refcoco/val.lmdb --by-images
+  python tools/benchmark.py train datasets/lmdb/refcoco/val.lmdb --batch 16 --device cuda
   python tools/benchmark.py memory
-  python tools/benchmark.py data datasets/lmdb/*/val.lmdb --rounds 9 --cache /fast/disk
-  python tools/benchmark.py data --config config/refcoco/cris_r50.yaml --opts TRAIN.workers 2"""
+  python tools/benchmark.py data datasets/lmdb/refcoco/val.lmdb --rounds 9"""
 
-DEFAULT_CONFIG = "config/refcoco/cris_r50.yaml"
-ROUNDS = {"data": 7, "eval": 3, "train": 5, "memory": 1}
-LOWEST = {"rounds": 1, "input_size": 1, "word_len": 2, "sentences": 1, "batch": 2, "threads": 0}
+PUBLISHED, OURS, CACHED = "published", "this", "this, DATA.cache"
+SETS = ("refcoco", "refshapes")  # folders in REFER's layout
+
+Ways = Mapping[str, Callable[[], object]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command names, print a table, write JSON."""
     args = _parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
     with TemporaryDirectory() as folder:
-        result = (
-            measure_data(args, Path(folder))
-            if args.command == "data"
-            else compare(args, Path(folder))
-        )
+        setting = Setting(args, find_records(args.records, Path(folder)))
+        if args.command == "memory" and args.way:
+            print(peak_of_two_steps(setting, args.way, args.batch))
+            return
+        commands = {
+            "eval": compare_evaluation,
+            "train": compare_training,
+            "memory": compare_memory,
+            "data": compare_reading,
+        }
+        result = commands[args.command](setting, args)
+    result = {"command": args.command, "machine": machine(setting.device), **result}
+    print_table(result)
     if args.json:
         with atomic_path(args.json) as partial:
             partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure_data(args: argparse.Namespace, folder: Path) -> dict:
-    """One epoch of a config's training loader, or ways of reading LMDB files."""
-    from tools.measure import machine
-    from tools.reading import compare_readers, time_epoch
-
-    if args.config:
-        found = time_epoch(args.config, args.opts)
-    else:
-        found = compare_readers(args, args.cache or folder)
-    return {"command": args.command, "machine": machine(), **found}
+# ------------------------------------------------------------------------------------------- inputs
 
 
-def compare(args: argparse.Namespace, folder: Path) -> dict:
-    """This repository against the published formulation."""
-    from engine.build import find_device
-    from tools import formulations
+def find_records(given: Path | None, folder: Path) -> Path:
+    """Return the LMDB to measure on, packed into `folder` if there is none.
 
-    find_device(args.device, "--device")  # before anything is packed
-    ways = {
-        "eval": formulations.compare_evaluation,
-        "train": formulations.compare_training,
-        "memory": formulations.compare_memory,
+    Args:
+        given: an LMDB, or a folder in REFER's layout, whose val, testA and testB are taken; None
+            draws RefShapes.
+    Raises:
+        UserError: `given` is neither.
+    """
+    if given is not None and not given.exists():
+        raise UserError(f"{given} does not exist: give an LMDB or a folder in REFER's layout")
+    if given is None:
+        given = folder / "refshapes"
+        counts = {"train": 4, "val": 24, "testA": 4, "testB": 4}
+        words = [word for split, count in counts.items() for word in (f"--{split}", str(count))]
+        refshapes.main(["--output", str(given), *words])
+    if not (given / "images").is_dir():
+        return given
+    dataset = next((name for name in SETS if (given / name).is_dir()), None)
+    if dataset is None:
+        raise UserError(f"{given} has neither of the folders {', '.join(SETS)}")
+    where = ["--data_root", given, "--output_dir", folder, "--dataset", dataset, "--split", "unc"]
+    data_process.main([str(word) for word in [*where, "--generate_mask"]])
+    splits = [folder / f"anns/{dataset}/{split}.json" for split in ("val", "testA", "testB")]
+    words = ["-j", *splits, "-i", given / "images/train2014", "-m", folder / f"masks/{dataset}"]
+    folder2lmdb.main([str(word) for word in [*words, "-o", folder / "lmdb"]])
+    return folder / "lmdb/val+testA+testB.lmdb"
+
+
+def find_config(path: str, opts: Sequence[str]) -> Config:
+    """Load the config; where CLIP's archive is not at hand, its published sizes do."""
+    if "TRAIN.precision" in opts:
+        raise UserError("TRAIN.precision: both ways are measured in float32; leave it out")
+    fixed = {"TRAIN.precision": "fp32", "TRAIN.accumulation_steps": "1", "TRAIN.workers_val": "0"}
+    words = [word for pair in fixed.items() for word in pair]
+    return without_archive(load_config(path, [*opts, *words]))
+
+
+class Setting:
+    """Config, records and a model's weights, which both formulations are given."""
+
+    def __init__(self, args: argparse.Namespace, lmdb: Path) -> None:
+        self.device = find_device(args.device, "--device")
+        self.cfg = find_config(args.config, args.opts)
+        self.ranks = Ranks(0, 1, 0, 1, self.device)
+        self.lmdb, self.reader = lmdb, RecordReader(lmdb)
+        self.side, self.word_len = self.cfg.TRAIN.input_size, self.cfg.TRAIN.word_len
+
+    def ours(self) -> nn.Module:
+        """Build this repository's model, whose weights make masks with outlines.
+
+        Statistics of BatchNorm are those of photos, and the logits have mean -0.6, deviation 2.
+        """
+        torch.manual_seed(0)
+        model = build_model(self.cfg, self.device).train()
+        images, tokens, _ = self.batch(range(min(4, len(self.reader))))
+        # The sentence's BatchNorm keeps its own: the statistics of four would magnify rounding.
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            model(images, tokens)
+            for norm in norms:
+                norm.momentum = 0.1
+            logits, last = model.eval()(images, tokens), model.proj.txt
+            last.weight.mul_(2 / logits.std())
+            last.bias.mul_(2 / logits.std())
+            last.bias[-1] -= 2 * logits.mean() / logits.std() + 0.6
+        return model
+
+    def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Read refs as the release's loader does: images, tokens, masks, on the device."""
+        refs = [self.reader.ref(position) for position in positions]
+        seed = self.cfg.TRAIN.manual_seed
+        chosen = [
+            ref.sentences[draw(len(ref.sentences), seed, 0, position)]
+            for ref, position in zip(refs, positions, strict=True)
+        ]
+        images = [published.read_image(self.reader.image(r.image_key), self.side) for r in refs]
+        masks = [published.read_mask(ref.mask, self.side) for ref in refs]
+        parts = torch.stack(images), tokenize(chosen, self.word_len), torch.stack(masks)
+        return tuple(part.to(self.device) for part in parts)
+
+    def position_batches(self, size: int) -> list[list[int]]:
+        """Shuffle all positions into whole batches."""
+        count = len(self.reader)
+        if count < size:
+            raise UserError(f"{self.lmdb} has {count} refs, fewer than --batch {size}")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        return [part.tolist() for part in order.split(size) if len(part) == size]
+
+
+# -------------------------------------------------------------------------------------- comparisons
+
+
+def compare_evaluation(setting: Setting, args: argparse.Namespace) -> dict:
+    """Time evaluation from the photo's bytes to pixel counts at the photo's size."""
+    full = build_evaluation_loader(setting.cfg, str(setting.lmdb), setting.ranks)
+    counts = full.dataset.reader.index.num_sentences
+    groups, sentences = [], 0
+    for group in full.dataset.groups:
+        if sentences < args.sentences:
+            groups.append(group)
+            sentences += sum(int(counts[position]) for position in group)
+    full.dataset.groups = groups
+    loader = DataLoader(full.dataset, full.batch_size, collate_fn=full.collate_fn)
+    positions = [position for group in groups for position in group]
+    ours, theirs = setting.ours(), published.Published(setting.ours())
+    found: dict[str, dict] = {}
+
+    def evaluate_published() -> None:
+        found[PUBLISHED] = published.evaluate(
+            theirs, setting.reader, positions, setting.side, setting.word_len, setting.device
+        )
+
+    def evaluate_ours() -> None:
+        protocols, batch_size = resolve_protocols("published"), setting.cfg.TRAIN.batch_size_val
+        (scores,) = evaluate(ours, loader, setting.device, protocols, batch_size).values()
+        found[OURS] = {score.key: (score.intersection, score.union) for score in scores}
+
+    ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
+    result = time_ways(ways, args.rounds, sentences, "sentences/s", setting.device)
+    pairs = [(found[OURS][key], found[PUBLISHED][key]) for key in found[PUBLISHED]]
+    means = [summarize(*zip(*side, strict=True))["mIoU"] for side in zip(*pairs, strict=True)]
+    return result | {
+        "what": f"evaluation of {sentences} sentences on {len(groups)} photos at {setting.side} px",
+        "differences": {
+            "pixels of a sentence": max(abs(a - b) for p in pairs for a, b in zip(*p, strict=True)),
+            "mIoU": abs(means[0] - means[1]),
+        },
     }
-    lmdb = formulations.find_records(args.records, folder)
-    if getattr(args, "way", None):
-        return formulations.serve(args, lmdb)
-    result = {"command": args.command, **ways[args.command](args, lmdb)}
-    formulations.show(result)
-    return result
+
+
+def compare_training(setting: Setting, args: argparse.Namespace) -> dict:
+    """Time training steps, reading included."""
+    ways = {name: training_steps(setting, name, args.batch) for name in (PUBLISHED, OURS)}
+    settle_memory(setting.cfg, setting.device)
+    losses: dict[str, float] = {}
+
+    def step(name: str) -> None:
+        loss = next(ways[name])
+        losses.setdefault(name, loss)
+
+    calls = {name: lambda name=name: step(name) for name in ways}
+    result = time_ways(calls, args.rounds, args.batch, "refs/s", setting.device)
+    return result | {
+        "what": f"training steps of {args.batch} refs at {setting.side} px, dropout "
+        f"{setting.cfg.TRAIN.dropout:g}",
+        "differences": {
+            "loss of the first step, relative": abs(losses[OURS] / losses[PUBLISHED] - 1)
+        },
+    }
+
+
+def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
+    """Make a training step of one way at each `next`, and give its loss."""
+    cfg, model = setting.cfg, setting.ours().train()
+    batches = setting.position_batches(batch)
+    if name == PUBLISHED:
+        model = published.Published(model)
+        optimizer = published.build_optimizer(parameter_groups(model, cfg), cfg.TRAIN.base_lr)
+        while True:
+            for positions in batches:
+                images, tokens, masks = setting.batch(positions)
+                yield published.train_step(model, optimizer, images, masks, tokens)[0]
+    dataset = TrainingDataset(setting.reader, setting.side, setting.word_len, cfg.TRAIN.manual_seed)
+    optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    run = Run(
+        cfg=cfg,
+        ranks=setting.ranks,
+        folder=None,
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, cfg, steps_per_epoch=1000),
+        scaler=build_scaler(torch.float32, setting.device),
+        dtype=torch.float32,
+        train_loader=None,
+        val_loader=None,
+        protocols={},
+        tracker=None,
+    )
+    while True:
+        for positions in batches:
+            samples = dataset.__getitems__([(position, 0) for position in positions])
+            scores = forward_backward(run, collate_refs(samples), synchronize=True)
+            optimizer_step(run)
+            yield scores[0].item()
+
+
+def compare_memory(setting: Setting, args: argparse.Namespace) -> dict:
+    """Compare the peak memory of two training steps, each way in a process of its own."""
+    rows: dict[str, list[float]] = {PUBLISHED: [], OURS: []}
+    command = [sys.executable, __file__, "memory", setting.lmdb, "--config", args.config]
+    command += ["--batch", args.batch, "--device", args.device, "--threads", args.threads]
+    for _ in range(args.rounds):
+        for name in rows:
+            words = [str(word) for word in [*command, "--way", name, "--opts", *args.opts]]
+            ending = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+            if ending.returncode:
+                raise UserError(f"the process that measured {name!r} ended: memory may be short")
+            rows[name].append(int(ending.stdout.split()[-1]) / 1e6)
+    return {
+        "what": f"peak memory in two training steps of {args.batch} refs at {setting.side} px",
+        "unit": "MB",
+        "ways": {name: {"MB": spread(values)} for name, values in rows.items()},
+        "ratios": {OURS: ratios(rows[OURS], rows[PUBLISHED])},
+    }
+
+
+def peak_of_two_steps(setting: Setting, name: str, batch: int) -> int:
+    """Make two training steps and return the bytes that the device or process held at most."""
+    if name == OURS:
+        settle_memory(setting.cfg, setting.device)
+    steps = training_steps(setting, name, batch)
+    next(steps), next(steps)
+    is_on_gpu = setting.device.type == "cuda"
+    return torch.cuda.max_memory_allocated(setting.device) if is_on_gpu else peak_memory()
+
+
+def compare_reading(setting: Setting, args: argparse.Namespace) -> dict:
+    """Time the reading of every ref on one core: plainly, as here, and from the cache."""
+    torch.set_num_threads(1)
+    records = JoinedReader([(setting.reader, range(len(setting.reader)))])
+    batches = setting.position_batches(min(16, len(records)))
+    with TemporaryDirectory() as folder:
+        caches = make_caches(folder, [setting.reader], setting.side, print)
+        plain, cached = (
+            TrainingDataset(records, setting.side, setting.word_len, seed=0, caches=made)
+            for made in ({}, caches)
+        )
+
+        def read(dataset: TrainingDataset) -> None:
+            for batch in batches:
+                collate_refs(dataset.__getitems__([(position, 0) for position in batch]))
+
+        ways = {
+            PUBLISHED: lambda: [setting.batch(batch) for batch in batches],
+            OURS: lambda: read(plain),
+            CACHED: lambda: read(cached),
+        }
+        count = sum(map(len, batches))
+        result = time_ways(ways, args.rounds, count, "refs/s", torch.device("cpu"))
+    return result | {"what": f"reading {count} refs for training at {setting.side} px, one core"}
+
+
+# ------------------------------------------------------------------------------------------- rulers
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of some values, and the smallest and largest of them."""
+    return {"median": median(values), "low": min(values), "high": max(values)}
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Summarise `values` over `others`, round by round."""
+    return spread([a / b for a, b in zip(values, others, strict=True)])
+
+
+def time_ways(ways: Ways, rounds: int, count: int, unit: str, device: torch.device) -> dict:
+    """Count the operations of each way's first call, then time the ways in turns.
+
+    Args:
+        count: items that a call processes, named by `unit`, such as "refs/s".
+    """
+    flops = {name: count_flops(way) for name, way in ways.items()}
+    seconds = take_turns(ways, rounds, device, warmup=0)
+    first = next(iter(ways))
+    return {
+        "unit": unit,
+        "rounds": rounds,
+        "ways": {
+            name: {
+                unit: spread([count / s for s in values]),
+                "GFLOP": flops[name] / count / 1e9,
+                "GFLOP/s": flops[name] / 1e9 / median(values),
+            }
+            for name, values in seconds.items()
+        },
+        "ratios": {n: ratios(seconds[first], seconds[n]) for n in ways if n != first},
+    }
+
+
+def print_table(result: Mapping) -> None:
+    """Print a result for people."""
+
+    def cells(values: Mapping[str, float]) -> str:
+        bounds = f"({values['low']:,.2f}-{values['high']:,.2f})"
+        return f"{values['median']:>12,.2f}{bounds:>20}"
+
+    print(f"\n{result['what']}")
+    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    unit = result["unit"]
+    print(f"{'':<30}{unit:>12}{'(range)':>20}{'GFLOP each':>12}{'ratio':>12}{'(range)':>20}")
+    for name, row in result["ways"].items():
+        flops = f"{row['GFLOP']:,.1f}" if row.get("GFLOP") else ""
+        ratio = cells(result["ratios"][name]) if name in result["ratios"] else ""
+        print(f"{name:<30}{cells(row[unit])}{flops:>12}{ratio}")
+    for name, value in result.get("differences", {}).items():
+        print(f"largest difference, {name}: {value:.2g}")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,57 +385,28 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="ways of reading, one core, compared and timed")
-    data.add_argument("lmdb", type=Path, nargs="*", help="records with real photos")
-    data.add_argument("--input-size", type=int, default=416, help="default 416")
-    data.add_argument("--word-len", type=int, default=17, help="default 17")
-    data.add_argument("--cache", type=Path, help="folder for the caches (a temporary one)")
-    data.add_argument("--config", metavar="FILE", help="time one epoch of its loader instead")
-    both = {
-        "eval": commands.add_parser("eval", help="sentences a second, all included"),
-        "train": commands.add_parser("train", help="images a second of a training step"),
-        "memory": commands.add_parser("memory", help="peak memory of a training step"),
+    kinds = {
+        "eval": ("sentences a second, all included", 3),
+        "train": ("refs a second of training steps", 5),
+        "memory": ("peak memory of training steps", 1),
+        "data": ("ways of reading training samples", 7),
     }
-    for command in both.values():
-        command.add_argument(
-            "records",
-            type=Path,
-            nargs="?",
-            help="an LMDB, or a folder in REFER's layout; without it RefShapes are drawn",
-        )
-        command.add_argument("--config", default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}")
-        command.add_argument("--threads", type=int, default=0, help="of torch; default: its own")
+    for name, (text, rounds) in kinds.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("records", type=Path, nargs="?", help="LMDB or REFER folder, or none")
+        command.add_argument("--config", default="config/refcoco/cris_r50.yaml", metavar="FILE")
         command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    both["eval"].add_argument(
-        "--sentences", type=int, default=24, help="so many or a few more (default 24)"
-    )
-    for name in ("train", "memory"):
-        both[name].add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
-        both[name].add_argument("--way", help=argparse.SUPPRESS)
-    both["train"].add_argument(
-        "--by-images", action="store_true", help="measure TRAIN.batch_by images as well"
-    )
-    both["train"].add_argument(
-        "--parts", action="store_true", help="measure each part of the model alone as well"
-    )
-    for name, command in (both | {"data": data}).items():
-        rounds = ROUNDS[name]
+        command.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
         command.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-        command.add_argument(
-            "--opts",
-            nargs=argparse.REMAINDER,
-            default=[],
-            metavar="KEY VALUE",
-            help="of the config",
-        )
+        command.add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
+        command.add_argument("--sentences", type=int, default=24, help="to evaluate (default 24)")
+        command.add_argument("--way", help=argparse.SUPPRESS)
+        command.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
     args = parser.parse_args(argv)
-    for name, low in LOWEST.items():
-        if getattr(args, name, low) < low:
-            value, flag = getattr(args, name), name.replace("_", "-")
-            commands.choices[args.command].error(f"--{flag} {value}: give a number from {low}")
-    if args.command == "data" and bool(args.lmdb) == bool(args.config):
-        data.error("give LMDB files, or --config with one")
+    for name, low in {"rounds": 1, "sentences": 1, "batch": 2, "threads": 0}.items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name} {getattr(args, name)}: give a number from {low}")
     return args
 
 

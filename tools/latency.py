@@ -2,21 +2,30 @@
 
 import argparse
 import json
+import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from loguru import logger
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.measure import REST, flops_by_part, machine, take_turns, waiting_for
+from engine.build import build_model, find_device, restore_trained
+from model.fold import fold_batch_norm
+from model.segmenter import Segmenter
+from utils.config import ClipArch, Config, load_config
 from utils.errors import UserError, run_entry_point
+from utils.files import atomic_path
+from utils.logger import setup_logging
 from utils.machine import peak_memory
-
-if TYPE_CHECKING:
-    import torch
-
-    from model.segmenter import Segmenter
-    from utils.config import Config
+from utils.tokenizer import END_ID, START_ID
+from utils.transforms import normalize_images
 
 EPILOG = """examples:
   python tools/latency.py --config config/refcoco/cris_r50.yaml
@@ -28,16 +37,13 @@ random weights, which cost the same. Times are of one photo with one sentence an
 --sentences of them; of the network alone, normalised images in, logits out, in float32, with
 BatchNorm folded as in evaluation and prediction."""
 
-# What the paper's figure shows as boxes, and the modules that they are.
+# Where each part's parameters lie; the image backbone stands first, the text backbone is the rest.
 PARTS = {
-    "image backbone": ("backbone.visual",),
-    "text backbone": (
-        *("backbone.transformer", "backbone.token_embedding", "backbone.ln_final"),
-        *("backbone.positional_embedding", "backbone.text_projection", "backbone.logit_scale"),
-    ),
-    "neck": ("neck",),
-    "decoder": ("decoder",),
-    "projector": ("proj",),
+    "image backbone": "backbone.visual.",
+    "text backbone": "backbone.",
+    "neck": "neck.",
+    "decoder": "decoder.",
+    "projector": "proj.",
 }
 PUBLISHED_ARCH = {  # of OpenAI's archives, by the names that the published configs give them
     "RN50": (1024, 224, (3, 4, 6, 3), 64, 77, 49408, 512, 8, 12),
@@ -45,32 +51,16 @@ PUBLISHED_ARCH = {  # of OpenAI's archives, by the names that the published conf
 }
 
 
-class Times(NamedTuple):
-    """Seconds a call: the median, and what one call in ten stays below and above."""
-
-    median: float
-    p10: float
-    p90: float
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build the model, count, measure, print."""
+    """Build the model, count, time, print."""
     args = _parse_args(argv)
-    # After parsing, so that --help and a mistyped option answer at once.
-    import torch
-
-    from engine.build import find_device
-    from model.fold import fold_batch_norm
-    from utils.config import load_config
-    from utils.logger import setup_logging
-
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     device = find_device(args.device, "--device")
     model = build(cfg, device, args.weights)
-    calls = ways(fold_batch_norm(model), cfg, device, args.sentences)
     with torch.inference_mode():
-        times = measure(calls, args.rounds, args.warmup, device)
+        calls = timed_calls(fold_batch_norm(model), cfg, device, args.sentences)
+        seconds = take_turns(calls, args.rounds, device, args.warmup)
         report = {
             "config": str(args.config),
             "input_size": cfg.TRAIN.input_size,
@@ -81,97 +71,73 @@ def main(argv: Sequence[str] | None = None) -> None:
             "flops": operations_by_part(model, cfg, device),
             "sentences": args.sentences,
             "rounds": args.rounds,
-            "seconds": {name: found._asdict() for name, found in times.items()},
+            "seconds": {name: quantiles(values) for name, values in seconds.items()},
+            "peak_memory": {"process": peak_memory()},
         }
-    report["peak_memory"] = _peak(device)
+    if device.type == "cuda":
+        report["peak_memory"]["gpu"] = torch.cuda.max_memory_allocated(device)
     print_report(report)
     if args.json is not None:
-        from utils.files import atomic_path
-
         with atomic_path(args.json) as partial:
             partial.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def build(cfg: "Config", device: "torch.device", weights: str | None) -> "Segmenter":
-    """The config's model for inference: from a checkpoint, from CLIP, or of its sizes alone."""
-    from loguru import logger
-
-    from engine.build import build_model, restore_trained
-
-    archive = cfg.TRAIN.clip_pretrain
+def build(cfg: Config, device: torch.device, weights: str | None) -> Segmenter:
+    """Build the model for inference: from a checkpoint, from CLIP, or of its sizes alone."""
     if weights is not None:
         return restore_trained(cfg, device, weights, "weights")[0].eval()
-    if archive and not Path(archive).is_file():
-        cfg = with_published_sizes(cfg)
-        logger.info(f"there is no {archive}: weights are random, sizes those of the archive")
-    return build_model(cfg, device).eval()
+    return build_model(without_archive(cfg), device).eval()
 
 
-def with_published_sizes(cfg: "Config") -> "Config":
-    """The config with the sizes of the archive that it names in place of the archive.
+def without_archive(cfg: Config) -> Config:
+    """Return the config with the published sizes where the CLIP archive that it names is missing.
 
     Raises:
-        UserError: its sizes are not known here.
+        UserError: the sizes of that archive are not known here.
     """
-    from dataclasses import fields, replace
-
-    from utils.config import ClipArch
-
-    archive = Path(cfg.TRAIN.clip_pretrain)
-    if archive.stem not in PUBLISHED_ARCH:
+    archive = cfg.TRAIN.clip_pretrain
+    if not archive or Path(archive).is_file():
+        return cfg
+    name = Path(archive).stem
+    if name not in PUBLISHED_ARCH:
         raise UserError(
             f"TRAIN.clip_pretrain: there is no {archive}, and its sizes are not known: "
             f"those of {' and '.join(PUBLISHED_ARCH)} are; or give --weights"
         )
+    logger.info(f"there is no {archive}: weights are random, sizes those of the archive")
     names = [field.name for field in fields(ClipArch)]
-    arch = ClipArch(**dict(zip(names, PUBLISHED_ARCH[archive.stem], strict=True)))
+    arch = ClipArch(**dict(zip(names, PUBLISHED_ARCH[name], strict=True)))
     return replace(cfg, TRAIN=replace(cfg.TRAIN, clip_pretrain=None, clip_arch=arch))
 
 
-def part_of(name: str) -> str:
-    """Which of `PARTS` a parameter of the model belongs to."""
-    (part,) = (
-        part
-        for part, modules in PARTS.items()
-        if any(f"{name}.".startswith(f"{module}.") for module in modules)
-    )
-    return part
-
-
-def parameters_by_part(model: "Segmenter") -> dict[str, int]:
-    """Numbers in each part's parameters; together all there are."""
+def parameters_by_part(model: Segmenter) -> dict[str, int]:
+    """Count each part's parameters; together they are the model's."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
+        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+        counts[part] += parameter.numel()
     return counts
 
 
-def operations_by_part(model: "Segmenter", cfg: "Config", device: "torch.device") -> dict[str, int]:
-    """Floating-point operations of one sentence on one photo, as executed; a product and sum are 2.
-
-    Matrix products, convolutions and attention are counted, elementwise work is not.
-    """
+def operations_by_part(model: Segmenter, cfg: Config, device: torch.device) -> dict[str, int]:
+    """Count each part's operations for one sentence on one photo, as `count_flops` does."""
     image, tokens = inputs(cfg, device, 1)
-    by_module = [module for modules in PARTS.values() for module in modules]
-    counted = flops_by_part(model, lambda: model(image, tokens), by_module)
-    # The product with text_projection is in no submodule of the backbone.
-    owners = {module: part for part, modules in PARTS.items() for module in modules}
-    owners[REST] = "text backbone"
-    counts = dict.fromkeys(PARTS, 0)
-    for module, number in counted.items():
-        counts[owners[module]] += number
-    return counts
+    maps = model.backbone.encode_image(image)
+    words, state = model.backbone.encode_text(tokens)
+    fused = model.neck(model.neck.project(*maps), state)
+    pixels = model.decoder(fused, words, tokens == 0)
+    calls = (
+        lambda: model.backbone.encode_image(image),
+        lambda: model.backbone.encode_text(tokens),
+        lambda: model.neck(model.neck.project(*maps), state),
+        lambda: model.decoder(fused, words, tokens == 0),
+        lambda: model.proj(pixels, state),
+    )
+    return {part: count_flops(call) for part, call in zip(PARTS, calls, strict=True)}
 
 
-def inputs(
-    cfg: "Config", device: "torch.device", sentences: int
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """A photo of noise, (1, 3, S, S), and full rows of tokens, (sentences, L)."""
-    import torch
-
-    from utils.tokenizer import END_ID, START_ID
-    from utils.transforms import normalize_images
-
+def inputs(cfg: Config, device: torch.device, sentences: int) -> tuple[Tensor, Tensor]:
+    """Make a photo of noise, (1, 3, S, S), and full rows of tokens, (sentences, L)."""
     generator = torch.Generator().manual_seed(0)
     side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=generator)
@@ -180,59 +146,89 @@ def inputs(
     return normalize_images(pixels.to(device)), tokens.to(device)
 
 
-def ways(
-    model: "Segmenter", cfg: "Config", device: "torch.device", sentences: int
+def timed_calls(
+    model: Segmenter, cfg: Config, device: torch.device, sentences: int
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
-    import torch
-
+    """Return the calls that are timed, by what they do."""
     image, tokens = inputs(cfg, device, sentences)
-    with torch.inference_mode():
-        features = model.encode_image(image)
+    features = model.encode_image(image)
     one, several = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, sentences))
-    found = {
+    calls = {
         "photo and sentence": lambda: model(image, tokens[:1]),
         "photo alone": lambda: model.encode_image(image),
         "sentence on an encoded photo": lambda: model.segment(features.repeat(one), tokens[:1]),
     }
     if sentences > 1:
-        found[f"{sentences} sentences on an encoded photo"] = lambda: model.segment(
+        calls[f"{sentences} sentences on an encoded photo"] = lambda: model.segment(
             features.repeat(several), tokens
         )
-    return found
+    return calls
 
 
-def measure(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: "torch.device"
-) -> dict[str, Times]:
-    """Time calls that take turns, after `warmup` rounds that are not kept."""
-    import numpy as np
-
-    wait = waiting_for(device)
-
-    def waited(call: Callable[[], object]) -> Callable[[], None]:
-        def way() -> None:
-            call()
-            wait()
-
-        return way
-
-    seconds = take_turns({n: waited(call) for n, call in calls.items()}, rounds, warmup)
-    found = {}
-    for name, values in seconds.items():
-        p10, median, p90 = (float(v) for v in np.quantile(values, (0.1, 0.5, 0.9)))
-        found[name] = Times(median, p10, p90)
-    return found
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median, and what one call in ten stays below and above."""
+    p10, middle, p90 = (float(value) for value in np.quantile(seconds, (0.1, 0.5, 0.9)))
+    return {"median": middle, "p10": p10, "p90": p90}
 
 
-def _peak(device: "torch.device") -> dict[str, int]:
-    """Bytes: what tensors took at most on a GPU, and the process in the machine's memory."""
-    import torch
+def take_turns(
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round; the first `warmup` rounds are not kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(warmup + rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
-    peak = {"process": peak_memory()}
-    if device.type == "cuda":
-        peak["gpu"] = torch.cuda.max_memory_allocated(device)
-    return peak
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Count a call's matrix products, convolutions and attention, backward passes included.
+
+    A multiplication and an addition are two operations. torch's counter leaves out the CPU's
+    kernels of attention, which are added here.
+    """
+    aten = torch.ops.aten
+
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def attention_backward(grad, query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    def whole_attention(query, key, value, width, heads, *_, out_shape=None, **__) -> int:
+        batch, queries, _ = query
+        projections = 4 * batch * width * width * (queries + key[1])
+        return projections + 4 * batch * queries * key[1] * width
+
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten._native_multi_head_attention: whole_attention,
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Return what a figure depends on: processor, threads, GPU, versions."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), name)
+    return {
+        "processor": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def print_report(report: Mapping) -> None:

@@ -10,7 +10,6 @@ from helpers import CPU, ROOT, make_trained, on_cpu
 
 from engine.build import build_model
 from tools import latency
-from tools.measure import count_flops
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -58,9 +57,9 @@ def test_parts_add_up_to_the_model(config):
     image, tokens = latency.inputs(cfg, CPU, 1)
     with torch.inference_mode():
         parts = latency.operations_by_part(model, cfg, CPU)
-        assert sum(parts.values()) == count_flops(lambda: model(image, tokens))
-        photo = count_flops(lambda: model.backbone.encode_image(image))
-        text = count_flops(lambda: model.backbone.encode_text(tokens))
+        assert sum(parts.values()) == latency.count_flops(lambda: model(image, tokens))
+        photo = latency.count_flops(lambda: model.backbone.encode_image(image))
+        text = latency.count_flops(lambda: model.backbone.encode_text(tokens))
     assert (parts["image backbone"], parts["text backbone"]) == (photo, text)
     assert all(parts.values())
 
@@ -68,7 +67,7 @@ def test_parts_add_up_to_the_model(config):
 @pytest.mark.parametrize(("name", "parameters"), [("RN50", 146_849_122), ("RN101", 161_251_682)])
 def test_without_the_archive_the_published_sizes_are_built(name, parameters):
     cfg = load_config(ROOT / f"config/refcoco/cris_{name.lower().replace('n', '')}.yaml")
-    sized = latency.with_published_sizes(cfg)
+    sized = latency.without_archive(cfg)
     with torch.device("meta"):
         model = build_model(sized, torch.device("meta"))
     counts = latency.parameters_by_part(model)
@@ -76,7 +75,7 @@ def test_without_the_archive_the_published_sizes_are_built(name, parameters):
     assert sized.TRAIN.clip_pretrain is None
     other = load_config(ROOT / "config/refcoco/cris_r50.yaml", ["TRAIN.clip_pretrain", "ViT.pt"])
     with pytest.raises(UserError, match=r"there is no ViT\.pt, and its sizes are not known"):
-        latency.with_published_sizes(other)
+        latency.without_archive(other)
 
 
 def test_times_are_quantiles_of_calls_that_take_turns_after_the_warmup():
@@ -86,10 +85,11 @@ def test_times_are_quantiles_of_calls_that_take_turns_after_the_warmup():
         calls.append("slow")
         time.sleep(0.01)
 
-    found = latency.measure({"slow": slow, "quick": lambda: calls.append("quick")}, 5, 2, CPU)
+    ways = {"slow": slow, "quick": lambda: calls.append("quick")}
+    found = {k: latency.quantiles(v) for k, v in latency.take_turns(ways, 5, CPU, 2).items()}
     assert calls == ["slow", "quick"] * 7
-    assert found["slow"].median >= 0.01 > found["quick"].median
-    assert found["slow"].p10 <= found["slow"].median <= found["slow"].p90
+    assert found["slow"]["median"] >= 0.01 > found["quick"]["median"]
+    assert found["slow"]["p10"] <= found["slow"]["median"] <= found["slow"]["p90"]
 
 
 def test_a_checkpoint_and_bad_options(tmp_path, config, capsys):
