@@ -70,7 +70,7 @@ def test_a_missing_config(program, tmp_path):
     [
         (["TRAIN.epoch", 3], ["unknown key TRAIN.epoch", "did you mean TRAIN.epochs?"]),
         (["TRAIN.epochs"], ["--opts takes KEY VALUE pairs; TRAIN.epochs has no value"]),
-        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be an integer, not 'many'"]),
+        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be a valid integer, not 'many'"]),
         (["TRAIN.batch_size", 9000], ["training split has", "one batch of 9000", "batch_size"]),
         (["TRAIN.batch_size", 1], ["TRAIN.batch_size 1", "single sample"]),
         (["TRAIN.accumulation_steps", 3], ["TRAIN.batch_size 8 does not divide by 1 x 3"]),

@@ -113,8 +113,6 @@ def with_published_sizes(cfg: "Config") -> "Config":
     Raises:
         UserError: its sizes are not known here.
     """
-    from dataclasses import fields, replace
-
     from utils.config import ClipArch
 
     archive = Path(cfg.TRAIN.clip_pretrain)
@@ -123,9 +121,10 @@ def with_published_sizes(cfg: "Config") -> "Config":
             f"TRAIN.clip_pretrain: there is no {archive}, and its sizes are not known: "
             f"those of {' and '.join(PUBLISHED_ARCH)} are; or give --weights"
         )
-    names = [field.name for field in fields(ClipArch)]
+    names = list(ClipArch.model_fields)
     arch = ClipArch(**dict(zip(names, PUBLISHED_ARCH[archive.stem], strict=True)))
-    return replace(cfg, TRAIN=replace(cfg.TRAIN, clip_pretrain=None, clip_arch=arch))
+    train = cfg.TRAIN.model_copy(update={"clip_pretrain": None, "clip_arch": arch})
+    return cfg.model_copy(update={"TRAIN": train})
 
 
 def part_of(name: str) -> str:
