@@ -225,7 +225,16 @@ class TrainConfig(_Group):
             raise UserError(
                 f"TRAIN.start_epoch {self.start_epoch} must be below TRAIN.epochs {self.epochs}"
             )
-        self._check_compile()
+        if self.compile and (self.recompute_backbone or self.recompute_decoder):
+            raise UserError(
+                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
+                "compiling the two together takes minutes even for a tiny model; choose one"
+            )
+        if self.compile and self.batch_by == "images":
+            raise UserError(
+                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
+                "its own number of photos; set batch_by to refs"
+            )
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
                 raise UserError(
@@ -234,20 +243,6 @@ class TrainConfig(_Group):
                 )
             check_clip_dims(self, self.clip_arch)
         return self
-
-    def _check_compile(self) -> None:
-        if not self.compile:
-            return
-        if self.recompute_backbone or self.recompute_decoder:
-            raise UserError(
-                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
-                "compiling the two together takes minutes even for a tiny model; choose one"
-            )
-        if self.batch_by == "images":
-            raise UserError(
-                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
-                "its own number of photos; set batch_by to refs"
-            )
 
 
 class TestConfig(_Group):
@@ -294,10 +289,10 @@ class Config(_Group):
 
 
 def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
-    """Read a YAML file, the file that its `_base_` names, and `--opts` over both.
+    """Read a YAML file, the files below it by `_base_`, and `--opts` over both.
 
     Args:
-        path: a thin file of ours, a saved config, or an official one.
+        path: a thin file of ours, a saved config, or one of the release.
         opts: flat KEY, VALUE, KEY, VALUE ...; a key may leave out its section; values are Python
             literals, YAML, or else text; the last one wins.
 
@@ -313,12 +308,12 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
         content = {name: {} if keys is None else keys for name, keys in tree.items()}
         _merge(values, content, source, sources)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
-        *groups, name = _full_key(key).split(".")
-        tree = {name: _parse_opt(text, KEYS.get(".".join((*groups, name))))}
-        for group in reversed(groups):
-            tree = {group: tree}
+        key = _full_key(key)
+        tree = _parse_opt(text, KEYS.get(key))
+        for name in reversed(key.split(".")):
+            tree = {name: tree}
         _merge(values, tree, "--opts", sources)
-        if (groups, name) == (["TEST"], "test_split"):  # the one split asked for, not a file's list
+        if key == "TEST.test_split":  # the one split asked for, whatever list the file has
             _merge(values, {"TEST": {"splits": []}}, "--opts", sources)
     notices = _remove_without_effect(values)
     try:
@@ -527,7 +522,8 @@ def _suggestion(key: str) -> str:
 def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str) -> str:
     """Return one line that names the source, the key and what is wrong with its value."""
     faults = error.errors(include_url=False)
-    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    # Of the types of a union, the one that goes deepest is the one meant.
+    fault = max(faults, key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
     key, entry = "", ""
     for part in fault["loc"]:
         if isinstance(part, int):
@@ -546,6 +542,8 @@ def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str)
         return f"{whole}: {text}"  # of several keys, which it names
     if fault["type"] == "missing":
         return f"{where}{key}{entry} is missing from the list"
+    if fault["type"] == "string_pattern_mismatch":  # of an Interval
+        text = "must be a number of steps, or of minutes such as '10 minutes'"
     if fault["type"] == "model_type":
         text = "must be a mapping of its keys"
     return f"{where}{key}{entry} {text}, not {_show(fault['input'])}"
