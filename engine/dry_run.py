@@ -1,7 +1,6 @@
 """`train.py --dry-run`: one optimiser step and one validation batch, and nothing is written."""
 
 import time
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -17,7 +16,7 @@ from utils.machine import GIB, peak_memory
 
 def without_writing(cfg: Config) -> Config:
     """The config that a dry run builds from: photos are decoded, not put into `DATA.cache`."""
-    return replace(cfg, DATA=replace(cfg.DATA, cache=None))
+    return cfg.model_copy(update={"DATA": cfg.DATA.model_copy(update={"cache": None})})
 
 
 def dry_run(run: Run) -> None:

@@ -96,7 +96,7 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
     if weights is None and train.clip_pretrain:
         weights = read_clip(train.clip_pretrain)
     if train.clip_arch is not None:
-        sizes = ClipSizes(**asdict(train.clip_arch))
+        sizes = ClipSizes(**train.clip_arch.model_dump())
     elif weights is not None:
         sizes = derive_sizes(weights)
     else:

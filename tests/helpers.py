@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -505,7 +504,7 @@ def write_result(
     reader = RecordReader(lmdb)
     scores = made_up_scores(reader, step)
     train = TrainConfig(output_folder=str(folder.parent), exp_name=folder.name)
-    cfg = replace(Config(), TRAIN=train, TEST=TestConfig(**test_keys))
+    cfg = Config(TRAIN=train, TEST=TestConfig(**test_keys))
     results = [
         {
             "dataset": reader.meta["dataset"],

@@ -4,7 +4,6 @@ Errors of the data preparation tools are in the tests of those tools.
 """
 
 import io
-import os
 import pickle
 import re
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import lmdb
 import pytest
 import torch
-from helpers import ROOT, error_of, run_command, run_program, with_bad_image, write_config
+from helpers import error_of, run_command, run_program, with_bad_image, write_config
 
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RecordWriter
@@ -70,7 +69,7 @@ def test_a_missing_config(program, tmp_path):
     [
         (["TRAIN.epoch", 3], ["unknown key TRAIN.epoch", "did you mean TRAIN.epochs?"]),
         (["TRAIN.epochs"], ["--opts takes KEY VALUE pairs; TRAIN.epochs has no value"]),
-        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be an integer, not 'many'"]),
+        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be a valid integer, not 'many'"]),
         (["TRAIN.batch_size", 9000], ["training split has", "one batch of 9000", "batch_size"]),
         (["TRAIN.batch_size", 1], ["TRAIN.batch_size 1", "single sample"]),
         (["TRAIN.accumulation_steps", 3], ["TRAIN.batch_size 8 does not divide by 1 x 3"]),
@@ -365,14 +364,3 @@ def test_stopping_by_hand_is_no_error():
     with pytest.raises(SystemExit) as ending:
         run_entry_point(stop)
     assert ending.value.code == 130
-
-
-def test_help_answers_without_importing_torch():
-    code = "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
-    code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "finally: print('torch' in sys.modules)"
-    for program in ("train.py", "test.py"):
-        ending = run_command(sys.executable, "-c", code, program, PYTHONPATH=os.fspath(ROOT))
-        assert ending.returncode == 0
-        assert "python" in ending.stdout
-        assert ending.stdout.splitlines()[-1] == "False"

@@ -48,7 +48,8 @@ def test_shapes_from_nothing_to_scores(data, tmp_path):
     recipe = {"epochs": 2, "batch_by": "images", "workers": 1, "workers_val": 1}
     config = write_config(tmp_path, data, threshold=0.15, **recipe)
     run_program("train.py", config)
-    opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 5)
+    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
+    opts += ("TEST.visualize_limit", 5)
     run_program("test.py", config, *opts)
     lmdb = data / "lmdb/shapes/val.lmdb"
     check_run(tmp_path / "exp/tiny", "shapes", "val", lmdb, pictures=5)
@@ -69,7 +70,8 @@ def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, sp
     lmdbs = ("DATA.train_lmdb", folder / f"{train}.lmdb", "DATA.val_lmdb", folder / f"{val}.lmdb")
     run_program("train.py", config, *lmdbs, "DATA.train_split", train, "DATA.val_split", val)
     split = ("TEST.test_split", val, "TEST.test_lmdb", folder / f"{val}.lmdb")
-    opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 2)
+    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
+    opts += ("TEST.visualize_limit", 2)
     run_program("test.py", config, *split, *opts)
     check_run(tmp_path / "exp/tiny", dataset, val, folder / f"{val}.lmdb", pictures=2)
 

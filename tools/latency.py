@@ -6,7 +6,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +104,9 @@ def without_archive(cfg: Config) -> Config:
             f"those of {' and '.join(PUBLISHED_ARCH)} are; or give --weights"
         )
     logger.info(f"there is no {archive}: weights are random, sizes those of the archive")
-    names = [field.name for field in fields(ClipArch)]
-    arch = ClipArch(**dict(zip(names, PUBLISHED_ARCH[name], strict=True)))
-    return replace(cfg, TRAIN=replace(cfg.TRAIN, clip_pretrain=None, clip_arch=arch))
+    arch = ClipArch(**dict(zip(ClipArch.model_fields, PUBLISHED_ARCH[name], strict=True)))
+    train = cfg.TRAIN.model_copy(update={"clip_pretrain": None, "clip_arch": arch})
+    return cfg.model_copy(update={"TRAIN": train})
 
 
 def parameters_by_part(model: Segmenter) -> dict[str, int]:

@@ -1,34 +1,42 @@
 """The configuration of a run: a typed schema, YAML files over it, `--opts` over those.
 
-Lowest to highest: the defaults below, the file that `_base_` names (one level, relative to the
-file that names it), the file given with --config, and `--opts KEY VALUE ...`. `config/base.yaml`
-explains every key; a test keeps its values equal to the defaults here. Official CRIS files, which
-have no `_base_` and some keys that mean nothing here (`NO_EFFECT`), load as they are.
+Lowest to highest: the defaults below, the files that `_base_` names (each relative to the file that
+names it), the file given with --config, and `--opts KEY VALUE ...`. `config/base.yaml` explains
+every key; a test keeps its values equal to the defaults here. Configs of the release, which have no
+`_base_` and some keys that mean nothing here (`NO_EFFECT`), load as they are.
 """
 
 import ast
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from utils.errors import UserError
 from utils.files import atomic_path
 
 BASE_KEY = "_base_"
 AUTO = "auto"  # of TRAIN.resume: the newest whole checkpoint of the run, if there is one
-SPLIT_ALIASES = {"val-test": "val"}  # the official test configs' name for val
+SPLIT_ALIASES = {"val-test": "val"}  # the name for val in the release's test configs
+GUESSES = {"lr": "TRAIN.base_lr", "learning_rate": "TRAIN.base_lr"}  # names in other projects
 
-# Published keys that are accepted everywhere and do nothing: why.
+# Keys of the release that are accepted everywhere and do nothing: why.
 NO_EFFECT = {
     "DATA.mask_root": "masks are stored in the LMDB",
     "TRAIN.evaluate": "validation follows every TRAIN.val_freq epochs",
@@ -46,69 +54,86 @@ NO_EFFECT = {
 )
 
 
-class _Rule(NamedTuple):
-    """A condition on one value; `text` completes "<key> must ..."."""
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
-Size = Annotated[int, _Rule(lambda n: n >= 1, "be at least 1")]
-Count = Annotated[int, _Rule(lambda n: n >= 0, "be at least 0")]
-Pixels = Annotated[int, _Rule(lambda n: n > 0 and n % 32 == 0, "be a positive multiple of 32")]
-Rate = Annotated[float, _Rule(lambda x: 0 < x < math.inf, "be above 0 and finite")]
-Interval = Annotated[
-    str,
-    _Rule(
-        lambda text: re.fullmatch(r"[1-9]\d*( steps| minutes)?", text) is not None,
-        "be a number of steps, or of minutes such as '10 minutes'",
-    ),
-]
-Amount = Annotated[float, _Rule(lambda x: 0 <= x < math.inf, "be at least 0 and finite")]
+def _as_text(value: Any) -> Any:
+    """Turn a number or a date, as YAML reads some names, back into text."""
+    is_name = isinstance(value, int | float | date) and not isinstance(value, bool)
+    return str(value) if is_name else value
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipArch:
+def _as_number(value: Any) -> Any:
+    with suppress(ValueError):
+        return float(value) if type(value) in (int, str) else value  # YAML 1.1 takes 1e-4 for text
+    return value
+
+
+def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a >= b for a, b in pairwise(values)):
+        raise ValueError("must increase")
+    return values
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+Split = Annotated[Text, AfterValidator(lambda name: SPLIT_ALIASES.get(name, name))]
+Integer = Annotated[int, Field(strict=True)]
+Size = Annotated[Integer, Field(ge=1)]
+Count = Annotated[Integer, Field(ge=0)]
+Pixels = Annotated[Size, Field(multiple_of=32)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_as_number)]
+Rate = Annotated[Number, Field(gt=0)]
+Amount = Annotated[Number, Field(ge=0)]
+Interval = Annotated[Text, Field(pattern=r"^[1-9]\d*( steps| minutes)?$")]
+
+
+class _Group(BaseModel):
+    """Keys that stand together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClipArch(_Group):
     """Sizes of a CLIP ResNet that is built without an archive; all of them are needed."""
 
     embed_dim: Size
     image_resolution: Pixels
     vision_layers: tuple[Size, Size, Size, Size]
-    vision_width: Annotated[int, _Rule(lambda n: n > 0 and n % 2 == 0, "be positive and even")]
+    vision_width: Annotated[Size, Field(multiple_of=2)]
     context_length: Size
     vocab_size: Size
     transformer_width: Size
     transformer_heads: Size
     transformer_layers: Size
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.transformer_width != 64 * self.transformer_heads:
             raise UserError(
                 f"TRAIN.clip_arch.transformer_width {self.transformer_width} must be 64 times "
                 f"transformer_heads {self.transformer_heads}, as in every CLIP"
             )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
-    dataset: str = "refcoco"
-    train_lmdb: str | tuple[str, ...] = "datasets/lmdb/refcoco/train.lmdb"
-    train_split: str = "train"
-    exclude_lmdb: tuple[str, ...] = ()
-    val_lmdb: str = "datasets/lmdb/refcoco/val.lmdb"
-    val_split: str = "val"
-    cache: str | None = None
-    allow_mismatch: bool = False
+    dataset: Text = "refcoco"
+    train_lmdb: Text | tuple[Text, ...] = "datasets/lmdb/refcoco/train.lmdb"
+    train_split: Text = "train"
+    exclude_lmdb: tuple[Text, ...] = ()
+    val_lmdb: Text = "datasets/lmdb/refcoco/val.lmdb"
+    val_split: Text = "val"
+    cache: Text | None = None
+    allow_mismatch: StrictBool = False
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         files = self.train_files
         if not files:
             raise UserError("DATA.train_lmdb is an empty list; name one LMDB or several")
         twice = next((file for file in files if files.count(file) > 1), None)
         if twice is not None:
             raise UserError(f"DATA.train_lmdb names {twice} twice")
+        return self
 
     @property
     def train_files(self) -> tuple[str, ...]:
@@ -116,31 +141,26 @@ class DataConfig:
         return (self.train_lmdb,) if isinstance(self.train_lmdb, str) else self.train_lmdb
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Group):
     """The model, the recipe, and where the run is written."""
 
-    clip_pretrain: str | None = "pretrain/RN50.pt"
+    clip_pretrain: Text | None = "pretrain/RN50.pt"
     clip_arch: ClipArch | None = None
     input_size: Pixels = 416
-    word_len: Annotated[int, _Rule(lambda n: n >= 2, "be at least 2 (start and end)")] = 17
+    word_len: Annotated[Integer, Field(ge=2)] = 17  # start and end
     word_dim: Size | None = None
-    vis_dim: Annotated[int, _Rule(lambda n: n > 0 and n % 4 == 0, "be a multiple of 4")] | None = (
-        None
-    )
+    vis_dim: Annotated[Size, Field(multiple_of=4)] | None = None
     fpn_in: tuple[Size, Size, Size] | None = None
     fpn_out: tuple[Size, Size, Size] | None = None
-    sync_bn: bool = True
+    sync_bn: StrictBool = True
     num_layers: Size = 3
     num_head: Size = 8
     dim_ffn: Size = 2048
-    dropout: Annotated[float, _Rule(lambda x: 0 <= x < 1, "be in [0, 1)")] = 0.1
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     workers: Count = 32
     workers_val: Count = 16
     epochs: Size = 50
-    milestones: Annotated[
-        tuple[Size, ...], _Rule(lambda m: all(a < b for a, b in pairwise(m)), "increase")
-    ] = (35,)
+    milestones: Annotated[tuple[Size, ...], AfterValidator(_increasing)] = (35,)
     start_epoch: Count = 0
     batch_size: Size = 64
     batch_size_val: Size = 64
@@ -151,14 +171,14 @@ class TrainConfig:
     lr_decay: Rate = 0.1
     lr_multi: Amount = 0.1
     backbone_start: Literal["published", "lr_multi"] = "published"
-    freeze_token_embedding: bool = False
+    freeze_token_embedding: StrictBool = False
     warmup_steps: Count = 0
     weight_decay: Amount = 0.0
     max_norm: Amount = 0.0
-    recompute_backbone: bool = False
-    recompute_decoder: bool = False
-    compile: bool = False
-    deterministic: bool = False
+    recompute_backbone: StrictBool = False
+    recompute_decoder: StrictBool = False
+    compile: StrictBool = False
+    deterministic: StrictBool = False
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     target: Literal["nearest", "area"] = "nearest"
     val_freq: Size = 1
@@ -168,11 +188,11 @@ class TrainConfig:
     keep_checkpoints: Size = 2
     manual_seed: Count = 0
     print_freq: Size = 100
-    exp_name: str = "CRIS_R50"
-    output_folder: str = "exp/refcoco"
-    weight: str | None = None
-    resume: str | None = None
-    force: bool = False
+    exp_name: Text = "CRIS_R50"
+    output_folder: Text = "exp/refcoco"
+    weight: Text | None = None
+    resume: Text | None = None
+    force: StrictBool = False
     wandb: Literal["disabled", "offline", "online"] = "disabled"
 
     @property
@@ -187,7 +207,8 @@ class TrainConfig:
         text = self.save_every or ""
         return int(text.split()[0]) if "minutes" in text else None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.vis_dim is not None:
             _check_heads(self.vis_dim, self.num_head)
         if None not in (self.fpn_out, self.vis_dim) and self.fpn_out[1] != self.vis_dim:
@@ -204,7 +225,16 @@ class TrainConfig:
             raise UserError(
                 f"TRAIN.start_epoch {self.start_epoch} must be below TRAIN.epochs {self.epochs}"
             )
-        self._check_compile()
+        if self.compile and (self.recompute_backbone or self.recompute_decoder):
+            raise UserError(
+                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
+                "compiling the two together takes minutes even for a tiny model; choose one"
+            )
+        if self.compile and self.batch_by == "images":
+            raise UserError(
+                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
+                "its own number of photos; set batch_by to refs"
+            )
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
                 raise UserError(
@@ -212,68 +242,57 @@ class TrainConfig:
                     "make clip_pretrain null to train from scratch, or clip_arch null"
                 )
             check_clip_dims(self, self.clip_arch)
-
-    def _check_compile(self) -> None:
-        if not self.compile:
-            return
-        if self.recompute_backbone or self.recompute_decoder:
-            raise UserError(
-                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
-                "compiling the two together takes minutes even for a tiny model; choose one"
-            )
-        if self.batch_by == "images":
-            raise UserError(
-                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
-                "its own number of photos; set batch_by to refs"
-            )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class TestConfig:
+class TestConfig(_Group):
     """What test.py scores, and how."""
 
     __test__ = False  # pytest: no test class
 
-    test_split: str = "val"
-    test_lmdb: str = "datasets/lmdb/refcoco/val.lmdb"
-    splits: tuple[str, ...] = ()
-    weights: str | None = None
+    test_split: Split = "val"
+    test_lmdb: Text = "datasets/lmdb/refcoco/val.lmdb"
+    splits: tuple[Split, ...] = ()
+    weights: Text | None = None
     protocol: Literal["published", "aligned", "both"] = "published"
-    threshold: Annotated[float, _Rule(lambda x: 0 < x < 1, "be in (0, 1)")] | None = None
-    visualize: bool = False
+    threshold: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    visualize: StrictBool = False
     visualize_limit: Count | None = None
-    report: bool = True
+    report: StrictBool = False
     report_limit: Size | None = None
     report_photo_size: Size = 384
-    swap_sentences: bool = False
-
-    def __post_init__(self) -> None:
-        splits = tuple(SPLIT_ALIASES.get(split, split) for split in self.splits)
-        object.__setattr__(self, "splits", splits)
-        split = SPLIT_ALIASES.get(self.test_split, self.test_split)
-        object.__setattr__(self, "test_split", split)
+    swap_sentences: StrictBool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(_Group):
     """A resolved configuration. `notices` are lines for the log and no part of its value."""
 
-    DATA: DataConfig = field(default_factory=DataConfig)
-    TRAIN: TrainConfig = field(default_factory=TrainConfig)
-    TEST: TestConfig = field(default_factory=TestConfig)
-    notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    DATA: DataConfig = DataConfig()
+    TRAIN: TrainConfig = TrainConfig()
+    TEST: TestConfig = TestConfig()
+    _notices: tuple[str, ...] = ()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Lines about keys without effect and values that rarely go together."""
+        return self._notices
 
     @property
     def run_folder(self) -> Path:
         """Where the run is written: `<output_folder>/<exp_name>`."""
         return Path(self.TRAIN.output_folder) / self.TRAIN.exp_name
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and to_dict(self) == to_dict(other)
+
+    __hash__ = None
+
 
 def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
-    """Read a YAML file, the file that its `_base_` names, and `--opts` over both.
+    """Read a YAML file, the files below it by `_base_`, and `--opts` over both.
 
     Args:
-        path: a thin file of ours, a saved config, or an official one.
+        path: a thin file of ours, a saved config, or one of the release.
         opts: flat KEY, VALUE, KEY, VALUE ...; a key may leave out its section; values are Python
             literals, YAML, or else text; the last one wins.
 
@@ -284,25 +303,31 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     opts = [str(opt) for opt in opts]
     if len(opts) % 2:
         raise UserError(f"--opts takes KEY VALUE pairs; {opts[-1]} has no value")
-    values: dict[str, Any] = {}
+    values, sources = {}, {}
     for source, tree in _read_files(Path(path)):
-        for section, content in tree.items():
-            _assign(values, str(section), {} if content is None else content, source)
+        content = {name: {} if keys is None else keys for name, keys in tree.items()}
+        _merge(values, content, source, sources)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         key = _full_key(key)
-        _assign(values, key, _parse_opt(text, SCHEMA.get(key)), "--opts")
+        tree = _parse_opt(text, KEYS.get(key))
+        for name in reversed(key.split(".")):
+            tree = {name: tree}
+        _merge(values, tree, "--opts", sources)
         if key == "TEST.test_split":  # the one split asked for, whatever list the file has
-            values["TEST.splits"] = ()
+            _merge(values, {"TEST": {"splits": []}}, "--opts", sources)
+    notices = _remove_without_effect(values)
     try:
-        config = _build(Config, values)
-    except UserError as error:
-        raise UserError(f"{path}{' with --opts' if opts else ''}: {error}") from None
-    return replace(config, notices=(*_without_effect(values), *_doubtful(config)))
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        whole = f"{path}{' with --opts' if opts else ''}"
+        raise UserError(_first_fault(error, sources, whole)) from None
+    config._notices = (*notices, *_doubtful(config))
+    return config
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain dicts, tuples, strings and numbers by section, as checkpoints carry them."""
-    return {s.name: asdict(getattr(config, s.name)) for s in fields(config) if s.compare}
+    """Return plain dicts, tuples, strings and numbers by section, as checkpoints carry them."""
+    return config.model_dump()
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -370,37 +395,32 @@ def _check_heads(width: int, num_heads: int) -> None:
         raise UserError(f"TRAIN.vis_dim {width} does not divide by TRAIN.num_head {num_heads}")
 
 
-def _schema(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key below `cls`, groups included, with its type."""
+def _keys(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Return every dotted key below `group`, groups included, with its type."""
     keys: dict[str, Any] = {}
-    for item in fields(cls):
-        if item.compare:
-            keys[prefix + item.name] = item.type
-            if nested := _nested(item.type):
-                keys |= _schema(nested, f"{prefix}{item.name}.")
+    for name, field in group.model_fields.items():
+        keys[prefix + name] = field.annotation
+        for arm in (field.annotation, *get_args(field.annotation)):
+            if isinstance(arm, type) and issubclass(arm, BaseModel):
+                keys |= _keys(arm, f"{prefix}{name}.")
     return keys
 
 
-def _nested(hint: Any) -> type | None:
-    """The dataclass that `hint` is or may be, if any."""
-    return next((arm for arm in (hint, *get_args(hint)) if is_dataclass(arm)), None)
+KEYS = _keys(Config)
 
 
-SCHEMA = _schema(Config)
-
-
-def _read_files(path: Path) -> list[tuple[str, Mapping]]:
-    """(name, content without `_base_`) of the base file, if there is one, and of `path`."""
+def _read_files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """Return (name, content without `_base_`) of every file below `path`, and of `path` last."""
+    if path.resolve() in above:
+        raise UserError(f"{path}: its {BASE_KEY} leads back to it")
     tree = _read_yaml(path)
-    if BASE_KEY not in tree:
-        return [(str(path), tree)]
-    base_path = path.parent / str(tree.pop(BASE_KEY))
-    if not base_path.is_file():
-        raise UserError(f"{path}: its {BASE_KEY} {base_path} does not exist")
-    base = _read_yaml(base_path)
-    if BASE_KEY in base:
-        raise UserError(f"{base_path}: it is the {BASE_KEY} of {path} and may not name another")
-    return [(str(base_path), base), (str(path), tree)]
+    below = []
+    if BASE_KEY in tree:
+        base_path = path.parent / str(tree.pop(BASE_KEY))
+        if not base_path.is_file():
+            raise UserError(f"{path}: its {BASE_KEY} {base_path} does not exist")
+        below = _read_files(base_path, (*above, path.resolve()))
+    return [*below, (str(path), tree)]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -432,17 +452,28 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _full_key(key: str) -> str:
-    """The dotted key that `key` ends, or `key` itself when there is none."""
-    known = (*SCHEMA, *NO_EFFECT)
+    """Return the dotted key that `key` ends, or `key` itself when there is none."""
+    known = (*KEYS, *NO_EFFECT)
     matches = [key] if key in known else [name for name in known if name.endswith(f".{key}")]
     if len(matches) > 1:
         raise UserError(f"--opts: {key} may be {' or '.join(matches)}; name the section")
-    return matches[0] if matches else key
+    if not matches:
+        raise UserError(f"--opts: unknown key {key}; {_suggestion(key)}")
+    return matches[0]
+
+
+def _takes_text(hint: Any) -> bool:
+    """Tell whether a key of type `hint` holds a name, which no parser may turn into a number."""
+    if get_origin(hint) in (Union, UnionType):
+        return all(arm is NoneType or _takes_text(arm) for arm in get_args(hint))
+    if get_origin(hint) is Annotated:
+        return _takes_text(get_args(hint)[0])
+    return hint is str or get_origin(hint) is Literal
 
 
 def _parse_opt(text: str, hint: Any) -> Any:
-    """The value that `text` spells for a key of type `hint`: Python literal, YAML, or text."""
-    takes_text = hint in (str, str | None) or get_origin(hint) is Literal
+    """Return what `text` spells for a key of type `hint`: Python literal, YAML, or text."""
+    takes_text = _takes_text(hint)
     with suppress(ValueError, SyntaxError, TypeError):
         value = ast.literal_eval(text)
         if not takes_text or value is None or isinstance(value, str):
@@ -454,98 +485,77 @@ def _parse_opt(text: str, hint: Any) -> Any:
     return text
 
 
-def _assign(values: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Check one key's value, or those of a mapping below it, into the flat `values`."""
-    is_group = any(known.startswith(f"{key}.") for known in (*SCHEMA, *NO_EFFECT))
-    if is_group and isinstance(value, Mapping):
-        for name, item in value.items():
-            _assign(values, f"{key}.{name}", item, source)
-    elif key in NO_EFFECT:
-        values[key] = value
-    elif key in SCHEMA:
-        values[key] = _convert(value, SCHEMA[key], f"{source}: {key}")
-        for below in [known for known in values if known.startswith(f"{key}.")]:
-            del values[below]  # null for a whole group
-    else:
-        raise UserError(f"{source}: unknown key {key}; {_suggestion(key)}")
+def _merge(values: dict, tree: Mapping, source: str, sources: dict, prefix: str = "") -> None:
+    """Write the keys of `tree` over those of `values`, and note their source."""
+    for name, value in tree.items():
+        name = str(name)
+        key = f"{prefix}{name}"
+        sources[key] = source
+        if isinstance(value, Mapping):
+            below = values.get(name)
+            values[name] = below if isinstance(below, dict) else {}
+            _merge(values[name], value, source, sources, f"{key}.")
+        else:
+            values[name] = value
+
+
+def _remove_without_effect(values: dict[str, Any]) -> list[str]:
+    """Remove the keys of `NO_EFFECT`; return one line for each reason why some do nothing."""
+    found: dict[str, list[str]] = {}
+    for key, reason in NO_EFFECT.items():
+        section, name = key.split(".")
+        if isinstance(values.get(section), dict) and name in values[section]:
+            del values[section][name]
+            found.setdefault(reason, []).append(key)
+    if not values.get("Distributed", True):
+        del values["Distributed"]
+    return [f"no effect here: {', '.join(names)} ({why})" for why, names in found.items()]
 
 
 def _suggestion(key: str) -> str:
-    names = {known.rpartition(".")[2]: known for known in SCHEMA}
-    near = get_close_matches(key.rpartition(".")[2], names, 1)
+    name = key.rpartition(".")[2]
+    names = {known.rpartition(".")[2]: known for known in KEYS} | GUESSES
+    near = [name] if name in names else get_close_matches(name, names, 1)
     return f"did you mean {names[near[0]]}?" if near else "config/base.yaml lists the valid ones"
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a UserError that starts with `where`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        value = _convert(value, args[0], where)
-        for rule in args[1:]:
-            if not rule.holds(value):
-                raise UserError(f"{where} must {rule.text}, not {_show(value)}")
-        return value
-    if origin in (Union, UnionType):
-        if value is None and type(None) in args:
-            return None
-        is_list = isinstance(value, list | tuple)
-        arm = next((arm for arm in args if is_list and get_origin(arm) is tuple), args[0])
-        return _convert(value, arm, where)
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        hints = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(value) == len(hints):
-            pairs = enumerate(zip(value, hints, strict=True))
-            return tuple(_convert(item, kind, f"{where}[{i}]") for i, (item, kind) in pairs)
-    if hint in (bool, int, str) and type(value) is hint:
-        return value
-    if hint is float and type(value) in (int, float, str):
-        with suppress(ValueError):
-            return float(value)  # YAML 1.1 takes 1e-4 for text
-    if hint is str and isinstance(value, int | float | date) and not isinstance(value, bool):
-        return str(value)
-    kinds = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    kind = kinds.get(hint, "a mapping of its keys")
-    if origin is Literal:
-        kind = "one of " + ", ".join(args)
-    elif origin is tuple:
-        kind = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
-    raise UserError(f"{where} must be {kind}, not {_show(value)}")
+def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str) -> str:
+    """Return one line that names the source, the key and what is wrong with its value."""
+    faults = error.errors(include_url=False)
+    # Of the types of a union, the one that goes deepest is the one meant.
+    fault = max(faults, key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
+    key, entry = "", ""
+    for part in fault["loc"]:
+        if isinstance(part, int):
+            entry += f"[{part}]"
+        elif key not in KEYS or any(known.startswith(f"{key}.") for known in KEYS):
+            key = f"{key}.{part}".lstrip(".")  # else it says which type of a union was tried
+    where = f"{sources.get(key, whole)}: "
+    text = fault["msg"].replace("Input should be", "must be").replace("a valid tuple", "a list")
+    text = text.removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{where}unknown key {key}; {_suggestion(key)}"
+    if fault["type"] == "missing" and not entry:
+        names = [str(fault["loc"][-1]) for fault in faults if fault["type"] == "missing"]
+        return f"{whole}: {key.rpartition('.')[0]} lacks {', '.join(names)}"
+    if isinstance(fault.get("ctx", {}).get("error"), UserError):
+        return f"{whole}: {text}"  # of several keys, which it names
+    if fault["type"] == "missing":
+        return f"{where}{key}{entry} is missing from the list"
+    if fault["type"] == "string_pattern_mismatch":  # of an Interval
+        text = "must be a number of steps, or of minutes such as '10 minutes'"
+    if fault["type"] == "model_type":
+        text = "must be a mapping of its keys"
+    return f"{where}{key}{entry} {text}, not {_show(fault['input'])}"
 
 
 def _show(value: Any) -> str:
-    """`value` as a YAML file would have it."""
+    """Return `value` as a YAML file would have it."""
     return "null" if value is None else repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """An instance of `cls` from the flat `values`, with defaults for what is not there."""
-    arguments, missing = {}, []
-    for item in fields(cls):
-        key, nested = prefix + item.name, _nested(item.type)
-        if nested and any(known.startswith(f"{key}.") for known in values):
-            arguments[item.name] = _build(nested, values, f"{key}.")
-        elif key in values:
-            arguments[item.name] = values[key]
-        elif item.default is MISSING and item.default_factory is MISSING:
-            missing.append(item.name)
-    if missing:
-        raise UserError(f"{prefix.rstrip('.')} lacks {', '.join(missing)}")
-    return cls(**arguments)
-
-
-def _without_effect(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """One line for each reason why some of the given keys do nothing."""
-    keys: dict[str, list[str]] = {}
-    for key in values:
-        if key in NO_EFFECT:
-            keys.setdefault(NO_EFFECT[key], []).append(key)
-    return tuple(f"no effect here: {', '.join(names)} ({why})" for why, names in keys.items())
-
-
 def _doubtful(config: Config) -> tuple[str, ...]:
-    """One line for each pair of values that may be together, and rarely are meant to be."""
+    """Return one line for each pair of values that may be together and rarely should be."""
     train, test, lines = config.TRAIN, config.TEST, []
     beyond = [epoch for epoch in train.milestones if epoch >= train.epochs]
     if beyond and train.schedule == "milestones":

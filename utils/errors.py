@@ -1,9 +1,11 @@
-"""How a mistake of the user's reaches the user: one line, exit code 1, no traceback."""
+"""Tell users of their mistakes in one line, with exit code 1 and no traceback."""
 
 import os
 import re
 import sys
 from collections.abc import Callable
+
+import torch
 
 
 class UserError(ValueError):
@@ -44,14 +46,13 @@ def run_entry_point(main: Callable[[], None]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no room: on a GPU, for Python, or for torch on the CPU."""
-    # By name, since what answers at once does not import torch.
-    kind = type(error).__name__
-    return kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
+    """Tell whether there was no room: on a GPU, for Python, or for torch on the CPU."""
+    is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_named or "can't allocate memory" in str(error)
 
 
 def _line(error: Exception) -> str:
-    """The error's text; one that comes from a DataLoader's worker ends the worker's traceback."""
+    """Return the error's text, which ends the traceback where a DataLoader's worker failed."""
     text = str(error)
     if re.match(r"Caught \w+ in DataLoader worker", text):
         return text.splitlines()[-1].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Write files that are either whole or not there."""
 
 import glob
 import os
@@ -10,7 +10,7 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, with suffixes
 
 
 def is_plain_name(text: str) -> bool:
-    """Whether a file can be called so, in the folder where it belongs, with some suffix."""
+    """Tell whether a file can be called so, in the folder where it belongs, with some suffix."""
     return (
         text.strip(" .") == text != ""
         and text.isprintable()

@@ -17,19 +17,19 @@ EPSILON = 1e-6
 
 
 def intersection_and_union(pred_mask: np.ndarray, mask: np.ndarray) -> tuple[int, int]:
-    """Pixel counts of two boolean (H, W) arrays."""
+    """Count the common and the joint pixels of two boolean (H, W) arrays."""
     intersection = int(np.count_nonzero(pred_mask & mask))
     union = int(np.count_nonzero(pred_mask)) + int(np.count_nonzero(mask)) - intersection
     return intersection, union
 
 
 def iou(intersection: float, union: float) -> float:
-    """Intersection over union as released: two empty masks score 0."""
+    """Divide intersection by union as the release does: two empty masks score 0."""
     return intersection / (union + EPSILON)
 
 
 def summarize(intersections: Sequence[int], unions: Sequence[int]) -> dict[str, float]:
-    """The scores of a split from the pixel counts of its sentences; keys are `METRIC_NAMES`."""
+    """Return the scores of a split from its sentences' pixel counts; keys are `METRIC_NAMES`."""
     if not len(intersections):
         raise ValueError("no sentences to score")
     inter, union = np.asarray(intersections, np.float64), np.asarray(unions, np.float64)
@@ -40,9 +40,9 @@ def summarize(intersections: Sequence[int], unions: Sequence[int]) -> dict[str, 
 
 @torch.no_grad()
 def training_scores(logits: Tensor, target: Tensor) -> Tensor:
-    """What is printed while training, on the S/4 map and without a host synchronisation.
+    """Compute what training prints, on the S/4 map and without a host synchronisation.
 
-    As released: predicted where the probability is at least 0.35, foreground wherever the soft
+    As in the release: predicted where the probability is at least 0.35, foreground where the soft
     target is above 0.
 
     Args:

@@ -54,7 +54,7 @@ def draw(high: int, *names: int) -> int:
 
 
 def rng_state() -> dict:
-    """The state of every generator, in tensors and numbers: `torch.load(weights_only=True)`."""
+    """Return every generator's state in tensors and numbers, as `weights_only=True` loads them."""
     name, keys, *rest = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),

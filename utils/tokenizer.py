@@ -7,27 +7,22 @@ merged, the earliest-learned merge first, and what is left is looked up.
 Vocabulary, 49,408 ids in this order: 256 bytes, the same 256 at the end of a word, one symbol for
 each of 48,894 merges, start (49406), end (49407). Padding is id 0.
 
-Nothing is read before the first sentence, and torch is imported only to make tensors, so that
-tools which only count tokens start fast.
+The vocabulary is read with the first sentence.
 """
 
-from __future__ import annotations
-
 import gzip
-import heapq
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import ftfy
 import regex
+import torch
 
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 VOCABULARY_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 NUM_MERGES = 48_894
@@ -56,8 +51,6 @@ def tokenize(
     Raises:
         ValueError: `context_length` is too small, or a sentence does not fit and `truncate` is off.
     """
-    import torch
-
     if context_length < 2:
         raise ValueError(f"context_length {context_length} leaves no room for start and end tokens")
     sentences = _as_list(texts)
@@ -81,7 +74,7 @@ def token_lengths(texts: str | Sequence[str]) -> list[int]:
 
 
 def has_words(sentence: str) -> bool:
-    """Whether any token lies between the start and the end token."""
+    """Tell whether any token lies between the start and the end token."""
     return WORD.search(_clean(sentence)) is not None
 
 
@@ -119,39 +112,16 @@ def _word_ids(word: str) -> tuple[int, ...]:
 
 
 def _merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Apply merges, the lowest rank first and for each from left to right, until none fits.
-
-    A heap over a doubly linked list: a run of 10,000 letters costs milliseconds, where searching
-    for the best pair anew in every round would cost seconds.
-    """
-    spelled, size = list(symbols), len(symbols)  # "" where a symbol went into the one before it
-    before, after = list(range(-1, size - 1)), list(range(1, size + 1))
-
-    def candidates(lefts: Iterable[int]) -> Iterator[tuple[int, int, str, str]]:
-        for left in lefts:
-            if left >= 0 and after[left] < size:
-                a, b = spelled[left], spelled[after[left]]
-                if (a, b) in ranks:
-                    yield ranks[a, b], left, a, b
-
-    heap = list(candidates(range(size)))
-    heapq.heapify(heap)
-    while heap:
-        rank, touched = heap[0][0], []
-        while heap and heap[0][0] == rank:
-            _, left, a, b = heapq.heappop(heap)
-            right = after[left]
-            if spelled[left] != a or right >= size or spelled[right] != b:
-                continue  # one of the two has been merged since with another neighbour
-            spelled[left], spelled[right] = a + b, ""
-            after[left] = after[right]
-            if after[left] < size:
-                before[after[left]] = left
-            touched += [before[left], left]
-        # Only now: a pair made by this merge waits its turn even where its own rank is lower.
-        for candidate in candidates(touched):
-            heapq.heappush(heap, candidate)
-    return [symbol for symbol in spelled if symbol]
+    """Apply the earliest-learned merge that fits, everywhere, until none fits."""
+    while pairs := set(pairwise(symbols)) & ranks.keys():
+        best, joined = min(pairs, key=ranks.__getitem__), []
+        for symbol in symbols:
+            if joined and (joined[-1], symbol) == best:
+                joined[-1] += symbol
+            else:
+                joined.append(symbol)
+        symbols = joined
+    return symbols
 
 
 class _Vocabulary(NamedTuple):

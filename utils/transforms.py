@@ -51,7 +51,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
 
 
 def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map of a photo into the centre of a square, and its inverse.
+    """Return the affine map of a photo into the centre of a square, and its inverse.
 
     Args:
         size: (H, W) of the photo.
@@ -70,13 +70,13 @@ def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np
 
 
 def letterbox_image(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (S, S, 3) uint8, cubic; the border is CLIP's mean colour."""
+    """Resize (H, W, 3) uint8 to (S, S, 3), cubic; the border is CLIP's mean colour."""
     forward, _ = letterbox_matrices(image.shape[:2], side)
     return cv2.warpAffine(image, forward, (side, side), flags=cv2.INTER_CUBIC, borderValue=BORDER)
 
 
 def letterbox_mask(mask: np.ndarray, side: int) -> np.ndarray:
-    """(H, W) uint8 -> (S, S) uint8, linear, so that edges are soft; the border is 0."""
+    """Resize (H, W) uint8 to (S, S), linear, so that edges are soft; the border is 0."""
     forward, _ = letterbox_matrices(mask.shape, side)
     return cv2.warpAffine(mask, forward, (side, side), flags=cv2.INTER_LINEAR, borderValue=0)
 
@@ -95,19 +95,19 @@ def normalize_images(images: Tensor) -> Tensor:
 
 @cache
 def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's mean and deviation, (1, 3, 1, 1) each; copying them anew would stall a GPU's host."""
+    """Keep CLIP's mean and deviation, (1, 3, 1, 1) each; a new copy would stall a GPU's host."""
     with torch.inference_mode(False):
         mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
         return mean, torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)
 
 
 def normalize_masks(masks: Tensor) -> Tensor:
-    """(B, S, S) uint8 in [0, 255] -> (B, 1, S, S) float32 in [0, 1]."""
+    """Turn (B, S, S) uint8 in [0, 255] into (B, 1, S, S) float32 in [0, 1]."""
     return masks.unsqueeze(1).float().div_(255)
 
 
 def upsample_probability(probability: Tensor, side: int, protocol: Protocol) -> Tensor:
-    """(B, 1, S/4, S/4) float in [0, 1] -> (B, S, S), bicubic (may leave [0, 1] a little)."""
+    """Enlarge (B, 1, S/4, S/4) in [0, 1] to (B, S, S), bicubic (may leave [0, 1] a little)."""
     full = F.interpolate(
         probability, (side, side), mode="bicubic", align_corners=protocol.align_corners
     )

@@ -353,9 +353,9 @@ def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
     [
         ("DATA.train_lmdb", "[]", "DATA.train_lmdb is an empty list; name one LMDB or several"),
         ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "DATA.train_lmdb names a.lmdb twice"),
-        ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be text"),
-        ("DATA.train_lmdb", "null", "DATA.train_lmdb must be text, not null"),
-        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb must be text"),
+        ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be a valid string"),
+        ("DATA.train_lmdb", "null", "DATA.train_lmdb must be a valid string, not null"),
+        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb must be a valid string"),
         ("DATA.exclude_lmdb", "a.lmdb", "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
     ],
 )

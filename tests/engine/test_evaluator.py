@@ -84,7 +84,7 @@ def val_lmdb(data: Path) -> str:
 
 
 def with_train(cfg: Config, **changes) -> Config:
-    return replace(cfg, TRAIN=replace(cfg.TRAIN, **changes))
+    return cfg.model_copy(update={"TRAIN": cfg.TRAIN.model_copy(update=changes)})
 
 
 def scores_of(
@@ -326,7 +326,8 @@ def test_protocols_are_chosen_by_name_and_may_have_another_threshold():
 
 
 def test_validation_scores_by_the_first_protocol_and_threshold_of_the_test(cfg):
-    both = replace(cfg, TEST=replace(cfg.TEST, protocol="both", threshold=0.7))
+    test = cfg.TEST.model_copy(update={"protocol": "both", "threshold": 0.7})
+    both = cfg.model_copy(update={"TEST": test})
     assert validation_protocol(both) == {"aligned": resolve_protocols("aligned", 0.7)["aligned"]}
     assert validation_protocol(cfg) == resolve_protocols("published", THRESHOLD)
 

@@ -1,6 +1,5 @@
 """Predictions on anybody's photos: the same masks as test.py's, however they are asked for."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,5 +248,5 @@ def test_weights_default_to_those_of_the_config_then_of_the_run(config, tmp_path
     cfg = load_config(config)
     assert Predictor(cfg).weights == str(cfg.run_folder / "best_model.pth")
     last = str(cfg.run_folder / "last_model.pth")
-    named = replace(cfg, TEST=replace(cfg.TEST, weights=last))
+    named = cfg.model_copy(update={"TEST": cfg.TEST.model_copy(update={"weights": last})})
     assert Predictor(named).weights == last

@@ -345,7 +345,7 @@ def test_pages_ask_for_nothing_beyond_their_folder():
             assert "innerHTML" not in text
 
 
-def test_the_program_writes_a_report_unless_told_not_to(tmp_path, shapes_lmdb):
+def test_the_program_writes_a_report_when_told_to(tmp_path, shapes_lmdb):
     data = tmp_path / "lmdb/shapes"
     data.mkdir(parents=True)
     for name in ("train", "val"):
@@ -357,9 +357,9 @@ def test_the_program_writes_a_report_unless_told_not_to(tmp_path, shapes_lmdb):
     folder.mkdir(parents=True)
     save_checkpoint(state, folder, is_best=True)
     split = ("TEST.test_split", "train", "TEST.protocol", "both")
-    run_program("test.py", config, *split, "TEST.report", False)
-    assert not (folder / "report").exists()
     run_program("test.py", config, *split)
+    assert not (folder / "report").exists()
+    run_program("test.py", config, *split, "TEST.report", True)
     pages = [r["page"] for r in read_script(folder / "report/results.js")]
     assert pages == ["test_shapes_train.aligned", "test_shapes_train"]
     result = json.loads((folder / f"{pages[1]}.json").read_text())
