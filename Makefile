@@ -30,7 +30,7 @@ test-full: install ## Run all the tests
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
-	@$(BIN)/python -m pytest tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/engine/test_answers.py \
+	@$(BIN)/python -m pytest tests/tools/test_demo.py tests/tools/test_demo_browser.py \
 	    tests/utils/test_photos.py tests/tools/test_predict.py tests/engine/test_predictor.py tests/utils/test_visualize.py
 
 lint: install ## Check style, and that the files are formatted
