@@ -49,7 +49,7 @@ def test_shapes_from_nothing_to_scores(data, tmp_path):
     config = write_config(tmp_path, data, threshold=0.15, **recipe)
     run_program("train.py", config)
     opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 5)
-    run_program("test.py", config, *opts)
+    run_program("test.py", config, *opts, "TEST.report", True)
     lmdb = data / "lmdb/shapes/val.lmdb"
     check_run(tmp_path / "exp/tiny", "shapes", "val", lmdb, pictures=5)
 
@@ -70,7 +70,7 @@ def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, sp
     run_program("train.py", config, *lmdbs, "DATA.train_split", train, "DATA.val_split", val)
     split = ("TEST.test_split", val, "TEST.test_lmdb", folder / f"{val}.lmdb")
     opts = ("TEST.protocol", "both", "TEST.visualize", True, "TEST.visualize_limit", 2)
-    run_program("test.py", config, *split, *opts)
+    run_program("test.py", config, *split, *opts, "TEST.report", True)
     check_run(tmp_path / "exp/tiny", dataset, val, folder / f"{val}.lmdb", pictures=2)
 
 

@@ -169,7 +169,7 @@ def test_graphs_that_differ_are_not_left_and_those_before_stay(
         for kind, path in paths.items():
             shutil.copyfile(graphs / kind, path)
 
-    monkeypatch.setattr(engine.export, "export_graphs", copy_graphs)
+    monkeypatch.setattr(export, "export_graphs", copy_graphs)
     kept = tmp_path / "kept"
     export_as("onnx", config, "-o", kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
