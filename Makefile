@@ -7,6 +7,8 @@ CONFIG ?= config/refshapes/cris_tiny.yaml
 BIN := .venv/bin
 INSTALLED := .venv/installed-requirements.txt
 DEMO_INSTALLED := .venv/installed-requirements-demo.txt
+# Two files of tests at a time, each computing in one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo test test-full test-demo lint format clean
@@ -23,15 +25,15 @@ demo: $(DEMO_INSTALLED) ## Try the model of the quickstart on a page in the brow
 	@$(BIN)/python tools/demo.py --config $(CONFIG)
 
 test: install ## Run the tests, without the slow ones
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-full: install ## Run all the tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
-	@$(BIN)/python -m pytest tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/engine/test_answers.py \
-	    tests/utils/test_photos.py tests/tools/test_predict.py tests/engine/test_predictor.py tests/utils/test_visualize.py
+	@$(PYTEST) tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/utils/test_photos.py \
+	    tests/tools/test_predict.py tests/engine/test_predictor.py tests/utils/test_visualize.py
 
 lint: install ## Check style, and that the files are formatted
 	@$(BIN)/ruff check .

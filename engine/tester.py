@@ -140,27 +140,21 @@ def write_report(
     results: Sequence[Mapping],
     scores: Sequence[Sequence[SentenceScore]],
 ) -> None:
-    """Write a page for each result of a split; they share their photos.
-
-    What cannot be written (a full disk) costs the report and leaves the scores.
-    """
+    """Write a page for each result of a split; they share their photos."""
     folder = cfg.run_folder / REPORT
-    try:
-        models, shown = [], []
-        for result, lines in zip(results, scores, strict=True):
-            model = Scored(result["protocol"], result, [line.record() for line in lines])
-            models.append(model)
-            shown.append(choose_shown(model.lines, cfg.TEST.report_limit))
-        wanted = [m.lines[i] for m, places in zip(models, shown, strict=True) for i in places]
-        pictures = write_pictures(reader, wanted, folder / PHOTOS, cfg.TEST.report_photo_size)
-        for model, places in zip(models, shown, strict=True):
-            page = stem_of(model.result)
-            data = report_data([model], places, pictures)
-            data |= {"page": page, "results": "../results.js"}
-            write_page(folder / page, data, mask_data([model], places, pictures))
-        write_results(folder)
-    except OSError as error:
-        logger.error(f"no report in {folder}: {error.strerror or error}")
+    models = [
+        Scored(result["protocol"], result, [line.record() for line in lines])
+        for result, lines in zip(results, scores, strict=True)
+    ]
+    shown = [choose_shown(model.lines, cfg.TEST.report_limit) for model in models]
+    wanted = [m.lines[i] for m, places in zip(models, shown, strict=True) for i in places]
+    pictures = write_pictures(reader, wanted, folder / PHOTOS, cfg.TEST.report_photo_size)
+    for model, places in zip(models, shown, strict=True):
+        page = stem_of(model.result)
+        data = report_data([model], places, pictures)
+        data |= {"page": page, "results": "../results.js"}
+        write_page(folder / page, data, mask_data([model], places, pictures))
+    write_results(folder)
 
 
 def report_page(cfg: Config) -> Path | None:

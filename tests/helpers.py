@@ -28,8 +28,9 @@ from PIL import Image
 import train
 from engine import tester
 from engine.evaluator import SentenceScore, encode_rle, summarize_ceiling, summarize_scores
+from engine.loaders import build_evaluation_loader
 from engine.pace import MEASURED
-from engine.trainer import Run, save, train_one_epoch
+from engine.trainer import Run, save
 from model.clip_archive import ClipSizes
 from model.segmenter import Segmenter, assemble
 from tools import data_process, folder2lmdb, refshapes
@@ -39,7 +40,7 @@ from utils.distributed import Ranks
 from utils.logger import Tracker
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
-from utils.transforms import PROTOCOLS, decode_mask
+from utils.transforms import PROTOCOLS, decode_mask, normalize_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ClipSizes(  # of the golden case "tiny"
@@ -265,29 +266,47 @@ def loader_config(
     return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
 
 
-def train_a_little(folder: Path, data: Path, threshold: float) -> Path:
-    """A config and its run in `folder`, that learnt val enough to predict something.
+def make_run(folder: Path, data: Path, threshold: float) -> Path:
+    """Write a config and a run in `folder` whose model masks a quarter of the pixels of val.
+
+    Its weights are initial ones, and the projector's are scaled and shifted until the threshold
+    lies among the logits. So masks are neither empty nor full on any processor, and they depend on
+    photo and sentence.
 
     Args:
-        threshold: goes into the config; probabilities lie on both sides of 0.15.
+        threshold: goes into the config.
     """
-    recipe = {"target": "area", "base_lr": 2e-3, "batch_size": 6}
-    config = write_config(folder, data, threshold=threshold, **recipe)
-    val = str(data / "lmdb/shapes/val.lmdb")
-    run = build_run(config, "DATA.train_lmdb", val, "DATA.train_split", "val")
-    with on_cpu():
-        for epoch in range(40):
-            train_one_epoch(run, epoch)
+    config = write_config(folder, data, threshold=threshold)
+    run = build_run(config)
+    model, text = run.model, run.model.proj.txt
+    loader = build_evaluation_loader(run.cfg, run.cfg.DATA.val_lmdb, ALONE)
+    with on_cpu(), torch.no_grad():
+        model.eval()
+        text.weight[-1] = 0  # no offset by the sentence
+        for parameter in text.parameters():
+            taps = parameter[:-1].unflatten(0, (-1, 9))
+            taps -= taps.mean(1, keepdim=True)  # each sentence's logits lie around 0
+        logits = torch.cat([_logits(model, batch) for batch in loader])
+        spread = logits.std()
+        for parameter in text.parameters():
+            parameter.div_(spread)
+        text.bias[-1] += torch.logit(torch.tensor(threshold)) - logits.quantile(3 / 4) / spread
     save(run, {}, is_best=True)
     return config
 
 
+def _logits(model: Segmenter, batch: dict) -> torch.Tensor:
+    """Return the logits of an evaluation batch but for the outermost, which lean on padding."""
+    logits = model(normalize_images(batch["images"]), batch["tokens"], batch["image_index"])
+    return logits[..., 1:-1, 1:-1].flatten()
+
+
 def make_trained(base: Path) -> Path:
-    """The config of a run that learnt a little, once below `base`; nothing is written to it."""
+    """Return the config of a run whose masks are not trivial, made once below `base`."""
     folder = base / "trained"
     if folder.exists():
         return folder / "tiny.yaml"
-    return train_a_little(folder, make_shapes(base), threshold=0.15)
+    return make_run(folder, make_shapes(base), threshold=0.15)
 
 
 @contextmanager

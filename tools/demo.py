@@ -1,20 +1,34 @@
-"""A page in your browser: drop a photo, type a sentence, see what a trained model makes of it."""
+"""Show a page in the browser: drop a photo, type a sentence, see the mask that a model finds."""
 
 import argparse
+import html
 import os
+import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
+from loguru import logger
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.demo_server import MB, listen, serve
+from engine.predictor import EncodedImage, Prediction, Predictor, check_sentence
+from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
+from utils.logger import setup_logging
+from utils.photos import read_photo
+from utils.records import RecordReader
+from utils.visualize import PRED_COLOR, heat_map, overlay
 
 if TYPE_CHECKING:
-    from utils.config import Config
+    import gradio
 
 EPILOG = """examples:
   python tools/demo.py --config config/refcoco/cris_r50.yaml --weights best_model.pth
@@ -25,83 +39,160 @@ The page is for this machine alone unless --host says otherwise; nothing asks wh
 other host, so it works without a network. Photos are kept for an hour, or until the demo ends."""
 
 EXAMPLES = 6
+SHOWN_SIDE = 1280  # pixels; what is shown and kept of a photo is no larger
+PHOTOS, MAPS = 16, 32  # kept in memory, of all people together; at most some 0.5 GB
+KEPT_FOR = 3600  # seconds, of an uploaded file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Load the model, draw the page, answer until Ctrl-C."""
+    """Load the model, show the page, answer until Ctrl-C."""
     args = _parse_args(argv)
     if find_spec("gradio") is None:
         raise UserError("the demo needs gradio: pip install -r requirements-demo.txt")
-    door = listen(args.host, args.port)
-    # After the cheap checks, so that a mistyped option or a taken port is answered at once.
-    import numpy as np
-
-    from engine.answers import Answers
-    from engine.predictor import Predictor
-    from tools.demo_page import CSS, build_page
-    from utils.config import load_config
-    from utils.logger import setup_logging
-
+    port = find_port(args.host, args.port)
     setup_logging(None, is_main=True)
     config = load_config(args.config, args.opts)
     predictor = Predictor(config, args.weights)
-    with door, tempfile.TemporaryDirectory(prefix="cris-demo-") as folder:
-        # gradio reads these when it is imported.
+    # Being told to end by the system is like Ctrl-C: the folder of photos goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="cris-demo-") as folder:
+        # gradio reads these when it is imported; it asks for its own page before it goes on.
         os.environ |= {
             "GRADIO_TEMP_DIR": folder,
             "GRADIO_ANALYTICS_ENABLED": "False",
             "HF_HUB_OFFLINE": "1",
+            "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), args.host])),
         }
-        examples = find_examples(config, Path(folder) / "examples")
-        predictor(np.zeros((64, 64, 3), np.uint8), "a")  # the first run is slow, and nobody's then
-        page = build_page(Answers(predictor), examples)
-        serve(page, CSS, door, args.max_upload * MB)
+        import gradio as gr
+
+        page = build_page(predictor, find_examples(config, Path(folder) / "examples"))
+        page.launch(
+            server_name=args.host, server_port=port, max_file_size=args.max_upload << 20,
+            theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"),
+            footer_links=[], show_error=True, ssr_mode=False, quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
+        print(f"{page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
 
 
-def find_examples(config: "Config", folder: Path) -> list[tuple[str, str]]:
-    """Photos with a sentence each: of the config's val split, or else drawn if it is RefShapes.
-
-    Args:
-        folder: gets the photos.
-    """
-    from loguru import logger
-
-    folder.mkdir()
+def find_port(host: str, port: int) -> int:
+    """Return the port if this host can use it; for 0, a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        if Path(config.DATA.val_lmdb).exists():
-            return list(_examples_of(Path(config.DATA.val_lmdb), folder))
-        if config.DATA.dataset == "refshapes":
-            return list(_draw_examples(folder))
+        with socket.create_server((host, port), family=family) as door:
+            return door.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port} cannot be used: {error}") from None
+
+
+def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Blocks":
+    """Return the page; an example is the path of a photo and a sentence."""
+    import gradio as gr
+
+    answer = answerer(predictor)
+
+    def show(path: str | None, sentence: str, threshold: float) -> tuple:
+        try:
+            return answer(path, sentence, threshold)
+        except (UserError, OSError, MemoryError) as error:
+            # A person knows an uploaded photo by its own name.
+            text = str(error) or "there is not enough memory: make the photo smaller"
+            text = text.replace(str(path), Path(path).name) if path else text
+            raise gr.Error(html.escape(text), print_exception=False) from None
+
+    with gr.Blocks(
+        title="CRIS", analytics_enabled=False, delete_cache=(KEPT_FOR // 12, KEPT_FOR)
+    ) as page:
+        gr.Markdown(f"# CRIS\n`{predictor.weights}`")
+        with gr.Row():
+            with gr.Column(scale=2):
+                photo = gr.Image(
+                    label="Photo", type="filepath", image_mode=None, height=320, elem_id="photo",
+                    sources=["upload", "clipboard"],
+                )  # fmt: skip
+                sentence = gr.Textbox(
+                    label="Sentence", placeholder="the man on the left", elem_id="sentence"
+                )
+                button = gr.Button("Find it", variant="primary", elem_id="ask")
+                slider = gr.Slider(
+                    0.01, 0.99, predictor.threshold, step=0.01, label="Threshold",
+                    elem_id="threshold", info="Pixels above this probability are the mask.",
+                )  # fmt: skip
+            with gr.Column(scale=5), gr.Row():
+                drawn = {"interactive": False, "format": "png", "height": 420}
+                mask = gr.Image(label="Mask", elem_id="mask", **drawn)
+                heat = gr.Image(label="Probability, dark 0 to bright 1", elem_id="heat", **drawn)
+        numbers = gr.HTML("Drop a photo, say what to look for, press Enter.", elem_id="numbers")
+        asked = {"inputs": [photo, sentence, slider], "outputs": [mask, heat, numbers]}
+        # One question at a time: they share the model and what is kept.
+        shared = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        gr.on([button.click, sentence.submit], show, **asked, **shared)
+        slider.change(show, **asked, **shared, trigger_mode="always_last", show_progress="hidden")
+        if examples:
+            gr.Examples(
+                examples, [photo, sentence], asked["outputs"], elem_id="examples",
+                fn=partial(show, threshold=predictor.threshold), run_on_click=True,
+                api_visibility="private",
+            )  # fmt: skip
+    return page
+
+
+def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
+    """Return a function that answers a question with overlay, heat map and text.
+
+    A photo is encoded once for all its sentences, and a threshold needs no network. Photos are
+    known by the path of their upload, which holds a digest of the file.
+    """
+
+    @lru_cache(PHOTOS)
+    def encode(path: str) -> tuple[np.ndarray, EncodedImage]:
+        photo = read_photo(path, predictor.max_pixels)
+        encoded = predictor.encode(photo)
+        scale = SHOWN_SIDE / max(photo.shape[:2])
+        if scale < 1:
+            height, width = (max(1, round(side * scale)) for side in photo.shape[:2])
+            photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
+        return photo, replace(encoded, size=photo.shape[:2])
+
+    @lru_cache(MAPS)
+    def find(path: str, sentence: str) -> Prediction:
+        return predictor(encode(path)[1], sentence)[0]
+
+    def answer(path: str | None, sentence: str, threshold: float) -> tuple:
+        if path is None:
+            raise UserError("there is no photo yet: drop one on the page first")
+        found = find(path, check_sentence(sentence)).at(threshold)
+        shown = overlay(encode(path)[0], found.mask, PRED_COLOR)
+        return shown, heat_map(found.probability), _numbers(found)
+
+    return answer
+
+
+def _numbers(found: Prediction) -> str:
+    if found.box is None:
+        best = found.probability.max()
+        what = f"nothing is above {found.threshold:.2f}; the highest probability is {best:.2f}"
+    else:
+        share = 100 * found.area / found.mask.size
+        what = f"{share:.1f} % of the photo, mean probability {found.mean_probability:.2f}"
+    cut = ". The sentence is too long: its end was not read" if found.is_cut else ""
+    return f"“{html.escape(found.sentence[:300])}”: {what}{cut}"
+
+
+def find_examples(config: Config, folder: Path) -> list[list[str]]:
+    """Copy photos of the val split to a folder; return their paths with a sentence each."""
+    try:
+        reader = RecordReader(config.DATA.val_lmdb)
+        refs = [reader.ref(number * len(reader) // EXAMPLES) for number in range(EXAMPLES)]
+        found = {ref.image_key: ref.sentences[0] for ref in refs}
+        folder.mkdir()
+        paths = [folder / f"{n}{Path(key).suffix}" for n, key in enumerate(found)]
+        for key, path in zip(found, paths, strict=True):
+            path.write_bytes(reader.image(key))
+        return [[str(path), text] for path, text in zip(paths, found.values(), strict=True)]
     except (UserError, OSError) as error:
         logger.warning(f"no examples: {error}")
-    return []
-
-
-def _examples_of(records: Path, folder: Path) -> Iterator[tuple[str, str]]:
-    """Refs from all over a split, no two of them in one image."""
-    from utils.records import RecordReader
-
-    reader = RecordReader(records)
-    keys: set[str] = set()
-    for number in range(EXAMPLES):
-        ref = reader.ref(number * len(reader) // EXAMPLES)
-        if ref.image_key not in keys:
-            keys.add(ref.image_key)
-            path = folder / f"{number}{Path(ref.image_key).suffix}"
-            path.write_bytes(reader.image(ref.image_key))
-            yield str(path), ref.sentences[number % len(ref.sentences)]
-
-
-def _draw_examples(folder: Path) -> Iterator[tuple[str, str]]:
-    from PIL import Image
-
-    from tools.refshapes import draw_example
-
-    for number in range(EXAMPLES):
-        pixels, sentences = draw_example(seed=number)
-        path = folder / f"{number}.png"
-        Image.fromarray(pixels).save(path)
-        yield str(path), sentences[number % len(sentences)]
+        return []
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,12 +216,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
         help="override config values; last on the line, such as --opts TEST.threshold 0.5",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port {args.port}: give a number from 0 to 65535")
-    if args.max_upload < 1:
-        parser.error(f"--max-upload {args.max_upload}: give 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained model for other programs: safetensors with its config, or two ONNX graphs."""
+"""Write a trained model for other programs: safetensors with its config, or two ONNX graphs."""
 
 import argparse
 import math
@@ -6,15 +6,32 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.build import restore_trained
+from engine.export import (
+    IMAGE_ENCODER,
+    TEXT_HEAD,
+    Case,
+    Difference,
+    compare,
+    export_graphs,
+    random_cases,
+)
+from engine.predictor import check_sentence
+from model.segmenter import Segmenter
+from tools.refshapes import draw_example
+from utils.checkpoint import read_checkpoint, save_weights
+from utils.config import Config, load_config, save_config, to_dict
 from utils.errors import UserError, run_entry_point
-
-if TYPE_CHECKING:
-    from engine.export import Case, Difference
-    from model.segmenter import Segmenter
-    from utils.config import Config
+from utils.files import atomic_path
+from utils.logger import setup_logging
+from utils.photos import read_photo
+from utils.tokenizer import tokenize
+from utils.transforms import letterbox_image
 
 EPILOG = """examples:
   python tools/export.py --config config/refcoco/cris_r50.yaml --format safetensors -o cris
@@ -34,13 +51,6 @@ TOLERANCE = 1e-4
 def main(argv: Sequence[str] | None = None) -> None:
     """Restore the model, write it, check what was written."""
     args = _parse_args(argv)
-    # After parsing, so that --help and a mistyped option answer at once.
-    import torch
-
-    from engine.build import restore_trained
-    from utils.config import load_config
-    from utils.logger import setup_logging
-
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     folder = args.output or cfg.run_folder / "export"
@@ -60,14 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{weights} is in {folder}, with its config")
 
 
-def write_safetensors(model: "Segmenter", cfg: "Config", folder: Path) -> None:
+def write_safetensors(model: Segmenter, cfg: Config, folder: Path) -> None:
     """Write weights and config, after the weights have been read back to the bit."""
-    import torch
-
-    from utils.checkpoint import read_checkpoint, save_weights
-    from utils.config import save_config, to_dict
-    from utils.files import atomic_path
-
     state = model.state_dict()
     with atomic_path(folder / WEIGHTS) as partial:
         save_weights(state, to_dict(cfg), partial)
@@ -80,17 +84,8 @@ def write_safetensors(model: "Segmenter", cfg: "Config", folder: Path) -> None:
     )
 
 
-def real_case(cfg: "Config", image: str | None, texts: Sequence[str]) -> "Case":
-    """A photo with sentences as the model would get them; None: a picture of RefShapes."""
-    import numpy as np
-
-    from engine.export import Case
-    from engine.predictor import check_sentence
-    from tools.refshapes import draw_example
-    from utils.photos import read_photo
-    from utils.tokenizer import tokenize
-    from utils.transforms import letterbox_image
-
+def real_case(cfg: Config, image: str | None, texts: Sequence[str]) -> Case:
+    """Return a photo with sentences as the model gets them; without one, a picture of RefShapes."""
     if image is None:
         photo, sentences = draw_example(seed=0)
         name = "a picture of RefShapes"
@@ -105,18 +100,12 @@ def real_case(cfg: "Config", image: str | None, texts: Sequence[str]) -> "Case":
     )
 
 
-def write_graphs(
-    model: "Segmenter", cfg: "Config", folder: Path, real: "Case", tolerance: float
-) -> None:
+def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolerance: float) -> None:
     """Write both graphs and the config, if the graphs compute what the model does.
 
     Raises:
         UserError: they do not; nothing is left behind.
     """
-    from engine.export import IMAGE_ENCODER, TEXT_HEAD, compare, export_graphs, random_cases
-    from utils.config import save_config
-    from utils.files import atomic_path
-
     with ExitStack() as stack:
         paths = {
             kind: stack.enter_context(atomic_path(folder / kind))
@@ -131,7 +120,7 @@ def write_graphs(
         print(f"{kind}: {size / 1e6:.1f} MB")
 
 
-def check(differences: Sequence["Difference"], tolerance: float) -> None:
+def check(differences: Sequence[Difference], tolerance: float) -> None:
     """Print how far the graphs are from PyTorch.
 
     Raises:

@@ -1,19 +1,25 @@
-"""What a trained model makes of your own photos: masks, pictures with them, and their measures."""
+"""Write the masks that a trained model finds in your photos, pictures of them, and measures."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from loguru import logger
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.predictor import Prediction, Predictor, check_sentence
+from utils.config import load_config
 from utils.errors import UserError, run_entry_point
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from engine.predictor import Prediction, Predictor
+from utils.files import atomic_path
+from utils.logger import progress, setup_logging
+from utils.photos import read_photo
+from utils.tokenizer import token_lengths
+from utils.visualize import PRED_COLOR, file_stem, overlay, save_picture
 
 EPILOG = """examples:
   python tools/predict.py --config config/refcoco/cris_r50.yaml --weights best_model.pth \\
@@ -45,11 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read what is asked, answer it photo by photo, print a table."""
     args = _parse_args(argv)
     tasks = read_tasks(args)
-    # After the cheap checks, so that a mistyped option or name is answered at once.
-    from engine.predictor import Predictor, check_sentence
-    from utils.config import load_config
-    from utils.logger import setup_logging
-
     setup_logging(None, is_main=True)
     for sentence in {sentence for task in tasks for sentence in task.sentences}:
         check_sentence(sentence)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_tasks(args: argparse.Namespace) -> list[Task]:
-    """The photos and sentences that the command line names.
+    """Return the photos and sentences that the command line names.
 
     Raises:
         UserError: there is no such folder or file, or a line of it is malformed.
@@ -82,7 +83,7 @@ def read_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[Path, str]]:
-    """(photo, sentence) of each line of a JSON Lines file."""
+    """Yield the photo and the sentence of each line of a JSON Lines file."""
     if not path.is_file():
         raise UserError(f"--jsonl: there is no file {path}")
     try:
@@ -103,7 +104,7 @@ def _read_lines(path: Path) -> Iterator[tuple[Path, str]]:
         yield path.parent / fields[0], fields[1]
 
 
-def answer(predictor: "Predictor", tasks: Sequence[Task], folder: Path) -> tuple[list[dict], int]:
+def answer(predictor: Predictor, tasks: Sequence[Task], folder: Path) -> tuple[list[dict], int]:
     """Write the answers to all tasks; a photo that cannot be read is told of and left out.
 
     Returns:
@@ -111,11 +112,6 @@ def answer(predictor: "Predictor", tasks: Sequence[Task], folder: Path) -> tuple
     Raises:
         UserError: the only photo cannot be read.
     """
-    from loguru import logger
-
-    from utils.logger import progress
-    from utils.photos import read_photo
-
     names, records, failed, told = Names(), [], 0, set()
     for task in progress(tasks, len(tasks), "photos"):
         try:
@@ -136,20 +132,16 @@ def answer(predictor: "Predictor", tasks: Sequence[Task], folder: Path) -> tuple
 
 
 def _found(
-    predictor: "Predictor", photo: "np.ndarray", sentences: Sequence[str]
-) -> Iterable["Prediction"]:
-    """Predictions of one photo, encoded once, as many in memory as its size allows."""
+    predictor: Predictor, photo: np.ndarray, sentences: Sequence[str]
+) -> Iterable[Prediction]:
+    """Yield predictions of one photo, encoded once, as many in memory as its size allows."""
     encoded = predictor.encode(photo)
     count = max(1, PIXELS_AT_ONCE // (photo.shape[0] * photo.shape[1]))
     for start in range(0, len(sentences), count):
         yield from predictor(encoded, sentences[start : start + count])
 
 
-def _tell_cut(predictor: "Predictor", sentence: str) -> None:
-    from loguru import logger
-
-    from utils.tokenizer import token_lengths
-
+def _tell_cut(predictor: Predictor, sentence: str) -> None:
     (length,) = token_lengths(sentence)
     logger.warning(
         f"“{_short(sentence, 60)}” has {length} tokens, the model reads "
@@ -164,9 +156,7 @@ class Names:
         self._taken: set[str] = set()
 
     def of(self, image: Path, sentence: str) -> str:
-        """`<photo>-<sentence>`, with a number if another answer is called so."""
-        from utils.visualize import file_stem
-
+        """Return `<photo>-<sentence>`, with a number if another answer is called so."""
         base = name = f"{file_stem(image.stem)}-{file_stem(sentence)}"
         number = 1
         while name.casefold() in self._taken:
@@ -177,7 +167,7 @@ class Names:
 
 
 def write_answer(
-    predictor: "Predictor", photo: "np.ndarray", found: "Prediction", image: Path, stem: Path
+    predictor: Predictor, photo: np.ndarray, found: Prediction, image: Path, stem: Path
 ) -> dict:
     """Write one prediction's three files, each whole or not at all; the JSON last.
 
@@ -188,12 +178,6 @@ def write_answer(
     Returns:
         What the JSON holds.
     """
-    import numpy as np
-    from PIL import Image
-
-    from utils.files import atomic_path
-    from utils.visualize import PRED_COLOR, overlay, save_picture
-
     mask_path, overlay_path, json_path = (
         stem.with_name(stem.name + suffix) for suffix in (".mask.png", ".overlay.png", ".json")
     )

@@ -91,7 +91,7 @@ def steps(config: str, cfg: Config) -> Iterator[Step]:
     folders = (".", "engine", "engine/report", "model", "utils")
     code = [p for d in folders for p in (ROOT / d).glob("*.*") if p.suffix in CODE]
     inputs = [cfg.run_folder / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
-    command = f"test.py --config {shlex.quote(config)} --opts"
+    command = f"test.py --config {shlex.quote(config)} --opts TEST.report True"
     draw = f"{command} TEST.visualize True TEST.visualize_limit {PICTURES}"
     yield Step("evaluate", draw, is_fresh(results(cfg), inputs), (cfg.run_folder / "vis",))
     swap = f"{command} TEST.test_split val TEST.swap_sentences True"

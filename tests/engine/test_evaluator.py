@@ -13,11 +13,11 @@ import torch
 from helpers import (
     ALONE,
     error_of,
+    make_run,
     on_cpu,
     read_jsonl,
     run_program,
     spawn,
-    train_a_little,
 )
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -58,9 +58,9 @@ LINE_FIELDS = {
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, data) -> Path:
-    """Of a run that learnt val a little, and predicts something at the threshold in its config."""
+    """Return the folder of a run that predicts something at the threshold in its config."""
     folder = tmp_path_factory.mktemp("evaluated")
-    train_a_little(folder, data, THRESHOLD)
+    make_run(folder, data, THRESHOLD)
     return folder
 
 
@@ -202,7 +202,7 @@ def test_swapped_sentences_defeat_a_model_that_reads(cfg, data):
 )
 def test_scores_do_not_depend_on_batch_size_or_workers(trained, cfg, data, changes):
     expected = scores_of(trained, cfg, val_lmdb(data))
-    assert summarize_scores(expected)["mIoU"] > 0.02
+    assert summarize_scores(expected)["mIoU"] > 0.01
     got = scores_of(trained, with_train(cfg, **changes), val_lmdb(data))
     assert_close(got, expected)
     if "workers_val" in changes:

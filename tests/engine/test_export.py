@@ -169,7 +169,7 @@ def test_graphs_that_differ_are_not_left_and_those_before_stay(
         for kind, path in paths.items():
             shutil.copyfile(graphs / kind, path)
 
-    monkeypatch.setattr(engine.export, "export_graphs", copy_graphs)
+    monkeypatch.setattr(export, "export_graphs", copy_graphs)
     kept = tmp_path / "kept"
     export_as("onnx", config, "-o", kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
@@ -191,12 +191,10 @@ def test_the_example_of_the_documentation_gives_the_predictors_masks(
     shutil.copytree(graphs, tmp_path / "export")
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
-    for seed in range(20):  # until the model, which has learnt little, marks something
-        Image.fromarray(draw_example(seed=seed)[0]).save("photo.jpg")
-        with on_cpu():
-            expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
-        if any(found.area for found in expected):
-            break
+    Image.fromarray(draw_example(seed=0)[0]).save("photo.jpg")
+    with on_cpu():
+        expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
+    assert any(found.area for found in expected)
     runpy.run_path("example.py", run_name="__main__")
     for found in expected:
         mask = np.asarray(Image.open(f"{found.sentence}.png"))

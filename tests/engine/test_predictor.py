@@ -48,12 +48,8 @@ def same(a, b) -> bool:
 def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(
     tmp_path, config, reader, protocol
 ):
-    opts = [
-        "TEST.protocol",
-        protocol,
-        "TEST.weights",
-        load_config(config).run_folder / "best_model.pth",
-    ]
+    best = load_config(config).run_folder / "best_model.pth"
+    opts = ["TEST.protocol", protocol, "TEST.weights", best]
     run_program("test.py", config, *opts, "TRAIN.output_folder", tmp_path)
     stem = "test_shapes_val" + (".aligned" if protocol == "aligned" else "")
     lines = read_jsonl(tmp_path / f"tiny/{stem}.threshold0.15.jsonl")
@@ -67,7 +63,10 @@ def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(
             found = predictor(path, [line["sentence"] for line in expected])
             for line, prediction in zip(expected, found, strict=True):
                 mask = coco_mask.decode(line["pred_rle"]) > 0
-                assert np.array_equal(prediction.mask, mask)
+                # Rounding decides the rest: the predictor folds its BatchNorm.
+                is_clear = np.abs(prediction.probability - 0.15) > 1e-5
+                assert is_clear.mean() > 0.99
+                assert np.array_equal(prediction.mask[is_clear], mask[is_clear])
                 areas.append(prediction.area)
     assert len(areas) == len(lines) > 20
     assert np.mean([0 < area < mask.size / 2 for area in areas]) > 0.4  # there is something to err

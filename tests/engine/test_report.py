@@ -10,7 +10,6 @@ from helpers import (
     ODD_SENTENCES,
     ROOT,
     all_refs,
-    largest_file,
     read_jsonl,
     read_script,
     run_program,
@@ -18,7 +17,6 @@ from helpers import (
     write_odd_records,
     write_result,
 )
-from loguru import logger
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -317,24 +315,6 @@ def test_records_that_were_not_scored_are_refused(tmp_path, shapes_lmdb):
     lines = [{"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 7}]
     with pytest.raises(UserError, match=r"train.lmdb has no ref 7: it is not what was scored"):
         write_pictures(RecordReader(shapes_lmdb), lines, tmp_path, 384)
-
-
-def test_a_full_disk_costs_the_report_in_one_line_and_leaves_the_scores(tmp_path, shapes_lmdb):
-    folder = tmp_path / "run"
-    jsonl = write_result(folder, shapes_lmdb)
-    page = folder / "report" / jsonl.stem
-    size = (ROOT / "engine/report/page.js").stat().st_size
-    assert size > jsonl.stat().st_size, "the scores must fit, the page must not"
-    told: list[str] = []
-    handler = logger.add(told.append, format="{message}")
-    try:
-        with largest_file(size - 1):
-            write_result(folder, shapes_lmdb, step=2)
-    finally:
-        logger.remove(handler)
-    assert told == [f"no report in {folder / 'report'}: File too large\n"]
-    assert json.loads(jsonl.with_suffix(".json").read_text())["mIoU"] > 0
-    assert list(page.iterdir()) == []  # nothing of the old one either, which has other numbers
 
 
 def test_pages_ask_for_nothing_beyond_their_folder():

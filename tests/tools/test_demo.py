@@ -1,21 +1,66 @@
-"""tools/demo.py without a browser: its examples, what it refuses, how it starts."""
+"""tools/demo.py without a browser: its answers, its examples, what it refuses."""
 
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import make_trained
+from helpers import make_trained, on_cpu, save_photo
 
+from engine.predictor import Predictor
 from tools import demo
 from utils.config import load_config
 from utils.errors import UserError
-from utils.photos import read_photo
 from utils.records import RecordReader
+from utils.visualize import PRED_COLOR, heat_map, overlay
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     return make_trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def predictor(config) -> Predictor:
+    return Predictor(config, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+def test_an_answer_is_the_predictors_and_the_network_runs_once(tmp_path, predictor, monkeypatch):
+    path, answer = str(save_photo(tmp_path / "a.png")), demo.answerer(predictor)
+    with on_cpu():
+        (found,) = predictor(path, "red circle")
+        shown, heat, text = answer(path, "red circle", 0.15)
+        assert np.array_equal(shown, overlay(demo.read_photo(path), found.mask, PRED_COLOR))
+        assert np.array_equal(heat, heat_map(found.probability))
+        assert text.startswith(f"“red circle”: {100 * found.area / found.mask.size:.1f} %")
+        monkeypatch.setattr(predictor, "encode", None)
+        answer(path, "blue square", 0.15)  # another sentence encodes no photo
+        monkeypatch.setattr(predictor, "predict", None)
+        assert "nothing is above 0.99" in answer(path, "red circle", 0.99)[2]
+
+
+def test_a_large_photo_is_read_whole_and_shown_small(tmp_path, predictor):
+    path = str(save_photo(tmp_path / "large.png", size=(1000, 2 * demo.SHOWN_SIDE)))
+    with on_cpu():
+        shown, heat, _ = demo.answerer(predictor)(path, "red circle", 0.99)
+    assert shown.shape == heat.shape == (500, 1280, 3)
+
+
+def test_what_cannot_be_answered_is_told_and_not_kept(tmp_path, predictor):
+    answer, path = demo.answerer(predictor), tmp_path / "a.png"
+    path.write_text("no photo")
+    for photo, sentence, told in [
+        (None, "circle", "there is no photo yet"),
+        (str(path), "\n", "has no words"),
+        (str(path), "circle", "cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            answer(photo, sentence, 0.5)
+    save_photo(path)
+    assert "its end was not read" in answer(str(path), "red " * 20, 0.5)[2]
 
 
 # ----------------------------------------------------------------------------------------- examples
@@ -30,15 +75,6 @@ def test_examples_are_of_the_val_split(tmp_path, config):
     assert len({Path(path).read_bytes() for path, _ in found}) == len(found)
 
 
-def test_examples_of_refshapes_are_drawn_where_there_is_no_split(tmp_path, config):
-    nowhere = ["DATA.val_lmdb", str(tmp_path / "no.lmdb")]
-    opts = [*nowhere, "DATA.dataset", "refshapes"]
-    found = demo.find_examples(load_config(config, opts), tmp_path / "examples")
-    assert len(found) == demo.EXAMPLES
-    assert all(read_photo(path).shape[2] == 3 and sentence for path, sentence in found)
-    assert demo.find_examples(load_config(config, nowhere), tmp_path / "none") == []
-
-
 def test_a_damaged_split_costs_the_examples_only(tmp_path, config):
     (tmp_path / "val.lmdb").write_bytes(b"no database")
     opts = ["DATA.val_lmdb", str(tmp_path / "val.lmdb")]
@@ -48,40 +84,31 @@ def test_a_damaged_split_costs_the_examples_only(tmp_path, config):
 # ---------------------------------------------------------------------------------------- start
 
 
-def error_of(*args: object) -> str:
+def error_of(monkeypatch: pytest.MonkeyPatch, *args: object) -> str:
+    monkeypatch.setattr(demo, "find_spec", lambda name: True)
     with pytest.raises(UserError) as caught:
-        demo.main([str(arg) for arg in args])
+        demo.main(["--config", "no.yaml", *map(str, args)])
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
-def test_without_gradio_the_remedy_is_named(config, monkeypatch):
+def test_without_gradio_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert "pip install -r requirements-demo.txt" in error_of("--config", config)
+    with pytest.raises(UserError, match=r"pip install -r requirements-demo\.txt"):
+        demo.main(["--config", "no.yaml"])
 
 
 def test_a_port_in_use_is_one_line_and_comes_before_the_model(monkeypatch):
-    monkeypatch.setattr(demo, "find_spec", lambda name: True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = error_of("--config", "no.yaml", "--port", port)
-    assert message == f"port {port} of 127.0.0.1 is in use: name another, --port N"
+        message = error_of(monkeypatch, "--port", port)
+    assert f"--host 127.0.0.1 --port {port} cannot be used" in message
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "::2"])
 def test_a_host_that_is_not_this_machine_is_one_line(host, monkeypatch):
-    monkeypatch.setattr(demo, "find_spec", lambda name: True)
-    assert f"--host {host}" in error_of("--config", "no.yaml", "--host", host)
+    assert f"--host {host}" in error_of(monkeypatch, "--host", host)
 
 
-@pytest.mark.parametrize("words", [["--port", "65536"], ["--max-upload", "0"]])
-def test_numbers_out_of_range_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        demo.main(["--config", "no.yaml", *words])
-    assert f"error: {words[0]} {words[1]}: give" in capsys.readouterr().err
-
-
-def test_this_machine_alone_is_the_default():
-    args = demo._parse_args(["--config", "x.yaml"])
-    with demo.listen(args.host, 0) as door:
-        assert door.getsockname()[0] == "127.0.0.1"
+def test_a_port_out_of_range_is_one_line(monkeypatch):
+    assert "--port 65536 cannot be used" in error_of(monkeypatch, "--port", 65536)
