@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser and learning-rate schedule of CRIS (surprises: README, Ledger)."""
+"""Parameter groups, optimiser and learning-rate schedule of CRIS (surprises: docs/ledger.md)."""
 
 import math
 from bisect import bisect_right

@@ -11,7 +11,7 @@ def resize_target(mask: Tensor, size: tuple[int, int], target: str = "nearest") 
         mask: (B, 1, S, S) float in [0, 1], soft at its edges.
         size: (H, W) of the logits.
         target: "nearest" takes one pixel of each cell, as released; "area" the mean of the cell,
-            which puts the referent's edge where it is (README, Which number is which).
+            which puts the referent's edge where it is (docs/scores.md).
     Returns:
         (B, 1, H, W) float in [0, 1].
     """
