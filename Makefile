@@ -28,11 +28,11 @@ test: install ## Run the tests, without the slow ones
 	@$(PYTEST) -m "not slow"
 
 test-full: install ## Run all the tests
-	@$(PYTEST)
+	@$(BIN)/python -m pytest
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
-	@$(PYTEST) tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/utils/test_photos.py \
+	@$(BIN)/python -m pytest tests/tools/test_demo.py tests/tools/test_demo_browser.py tests/utils/test_photos.py \
 	    tests/tools/test_predict.py tests/engine/test_predictor.py tests/utils/test_visualize.py
 
 lint: install ## Check style, and that the files are formatted
