@@ -110,10 +110,7 @@ def save_and_stop(run: Run) -> NoReturn:
     is_saved = save(run, {}, is_best=False)
     if is_saved and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
-        try:
-            (run.folder / PREEMPTED).write_text(f"{told}\n")
-        except OSError as error:  # no room for it after the checkpoint
-            logger.error(f"{run.folder / PREEMPTED}: {error.strerror}; the checkpoint is there")
+        (run.folder / PREEMPTED).write_text(f"{told}\n")
         logger.warning(f"{told}; TRAIN.resume auto goes on from there")
     # A rank that ends earlier would have torchrun kill the one that saves.
     if not all(gather_objects(is_saved)):

@@ -364,16 +364,6 @@ def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
     assert_equal_runs(folder, straight)
 
 
-def test_a_mark_that_finds_no_room_does_not_hide_that_the_run_was_saved(
-    tmp_path, data, monkeypatch, capfd
-):
-    config = recipe(tmp_path, data)
-    monkeypatch.setattr(resume, "PREEMPTED", "no such folder/PREEMPTED")
-    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 1, config)
-    assert code == 75
-    assert "PREEMPTED: No such file or directory; the checkpoint is there" in capfd.readouterr().err
-
-
 def test_a_file_system_without_locks_is_told(tmp_path, data, monkeypatch):
     config = recipe(tmp_path, data)
     fault = OSError(errno.ENOSYS, "Function not implemented")
