@@ -451,22 +451,6 @@ def test_a_checkpoint_is_the_folders_own_by_whatever_path_it_is_named(straight, 
     assert build_run(config, "TRAIN.resume", folder / "of_other.pth").epoch == EPOCHS
 
 
-def test_the_same_command_goes_on_with_what_it_has_saved_itself(
-    straight, tmp_path, data, monkeypatch, capfd
-):
-    # As torchrun starts it again after a rank was killed, or a person after an interruption.
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    opts = ("TRAIN.resume", straight / "step_00000001.pth")
-    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 4, config, *opts)
-    assert (code, load(folder / "last_model.pth")["step"]) == (75, 3)
-    line = error_of("train.py", config, *opts, "TRAIN.epochs", 3)
-    assert "would write over it" in line  # another command
-    capfd.readouterr()
-    run_program("train.py", config, *opts)
-    assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
-    assert_equal_runs(folder, straight)
-
-
 def test_a_forced_run_from_anothers_checkpoint_removes_what_was_there(
     straight, tmp_path, data, capfd
 ):
