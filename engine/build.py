@@ -110,6 +110,8 @@ def settle_memory(cfg: Config, device: torch.device) -> None:
 def compile_model(model: Segmenter, device: torch.device) -> None:
     """Let `model(...)` be compiled when it is first called, for one shape of batch.
 
+    DistributedDataParallel goes around it, and so hooks onto the parameters as ever.
+
     In place, so that names of weights stay. `encode_image` and `segment`, which evaluation calls
     with as many sentences as a photo has, stay as they are: a score does not depend on it.
 
