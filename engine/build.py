@@ -41,7 +41,7 @@ def restore_model(
     """The config's model with a checkpoint's weights; no CLIP archive is needed for it.
 
     Args:
-        path: a checkpoint, ours or official.
+        path: a checkpoint, ours or the release's.
         purpose: the config key that names it, for errors.
     Returns:
         The model and the rest of what the checkpoint holds.

@@ -64,6 +64,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
         optimizer_step(run)
         assert_same(learnt(run), before)
         assert run.faults.tolist() == [1, 1, 5]
+        if precision == "fp16":
+            assert run.scaler.get_scale() == 32.0
         run.position = 5
         forward_backward(run, batch, True)
         optimizer_step(run)
