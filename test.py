@@ -8,22 +8,20 @@ Runs on one device. The scores go to <output_folder>/<exp_name>/test_<dataset>_<
 a sentence to the .jsonl beside it, and a page to look at to report/index.html there.
 """
 
+from loguru import logger
+
+from engine.build import restore_trained
+from engine.tester import print_table, report_page, split_files, test_split
 from utils.arguments import parse_config_arguments
+from utils.config import load_config
+from utils.distributed import start
 from utils.errors import run_entry_point
+from utils.logger import setup_logging
 
 
 def main() -> None:
     """Parse, restore the model, score each split, print the table."""
     args = parse_config_arguments(__doc__)
-    # After parsing, so that --help and a mistyped option answer at once.
-    from loguru import logger
-
-    from engine.build import restore_trained
-    from engine.tester import print_table, report_page, split_files, test_split
-    from utils.config import load_config
-    from utils.distributed import start
-    from utils.logger import setup_logging
-
     cfg = load_config(args.config, args.opts)
     setup_logging(None, is_main=True)
     for notice in cfg.notices:

@@ -10,9 +10,23 @@ first form starts one rank on each. Everything is written to <output_folder>/<ex
 """
 
 import sys
+from contextlib import nullcontext
 
+from engine import resume
+from engine.banner import announce
+from engine.build import compile_model, settle_memory
+from engine.dry_run import dry_run, without_writing
+from engine.evaluator import validation_protocol
+from engine.loaders import build_loaders
+from engine.optim import build_optimizer, build_schedule, parameter_groups
+from engine.run import Run
+from engine.trainer import build_scaler, fit, resolve_precision
+from utils import distributed
 from utils.arguments import parse_config_arguments
+from utils.config import Config, check_batch, load_config, to_dict
 from utils.errors import run_entry_point
+from utils.logger import Tracker, setup_logging
+from utils.seed import deterministic, seed_everything
 
 
 def main() -> None:
@@ -22,10 +36,6 @@ def main() -> None:
         dry_run="build everything, take one step, score one validation batch, say what memory that "
         "took, and write nothing",
     )
-    # After parsing, so that --help and a mistyped option answer at once.
-    from utils import distributed
-    from utils.config import load_config
-
     cfg = load_config(args.config, args.opts)
     if distributed.wants_launch():
         distributed.launch()
@@ -39,29 +49,12 @@ def main() -> None:
             distributed.stop()
 
 
-def train(cfg, ranks, is_dry: bool = False) -> None:
-    """Build everything that the config names, and fit, alone in the run's folder.
+def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
+    """Build everything that the config names, and fit while holding the run's folder.
 
     Args:
         is_dry: take one step and score one batch instead, and write nothing.
     """
-    from contextlib import nullcontext
-    from functools import partial
-
-    from engine import resume
-    from engine.banner import announce
-    from engine.build import compile_model, settle_memory
-    from engine.dry_run import dry_run, without_writing
-    from engine.evaluator import validation_protocol
-    from engine.loaders import build_loaders
-    from engine.optim import build_optimizer, build_schedule, parameter_groups
-    from engine.run import Run
-    from engine.trainer import build_scaler, fit, resolve_precision
-    from utils.config import check_batch, to_dict
-    from utils.distributed import wrap
-    from utils.logger import Tracker, setup_logging
-    from utils.seed import deterministic, seed_everything
-
     if is_dry:
         cfg = without_writing(cfg)
     writes = ranks.is_main and not is_dry
@@ -78,7 +71,6 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     train_loader, val_loader = build_loaders(cfg, micro_batch, ranks)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     if options.compile:
-        # Within DistributedDataParallel, which then hooks onto the parameters as ever.
         compile_model(model, device)
     if state is not None:
         resume.restore_optimizer(optimizer, state, source)
@@ -87,11 +79,12 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
     seed_everything(options.manual_seed + ranks.rank)
 
     steps = len(train_loader) // options.accumulation_steps
-    tracker = partial(Tracker, folder if writes else None, options.wandb, options.exp_name)
+    kept_records = resume.records_until(state) if keeps else None
+    tracked = (folder if writes else None, options.wandb, options.exp_name, to_dict(cfg))
     # Nothing is written before everything that can be missing has been found.
     with (
         nullcontext() if is_dry else resume.hold_run_folder(cfg, ranks, is_new=not goes_on),
-        tracker(to_dict(cfg), resume.records_until(state) if keeps else None) as tracker,
+        Tracker(*tracked, kept_records) as tracker,
         deterministic(options.deterministic),
     ):
         setup_logging(None if is_dry else folder, ranks.is_main)
@@ -101,7 +94,7 @@ def train(cfg, ranks, is_dry: bool = False) -> None:
             cfg=cfg,
             ranks=ranks,
             folder=folder,
-            model=wrap(model, ranks, options.sync_bn, options.accumulation_steps == 1),
+            model=distributed.wrap(model, ranks, options.sync_bn, options.accumulation_steps == 1),
             optimizer=optimizer,
             schedule=build_schedule(optimizer, cfg, steps),
             scaler=build_scaler(dtype, device),

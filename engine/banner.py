@@ -85,7 +85,7 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
 
 
 def clip_name(sizes: ClipSizes) -> str:
-    """What people call a CLIP of these sizes."""
+    """Return the name by which people know a CLIP of these sizes."""
     name = CLIP_NAMES.get((tuple(sizes.vision_layers), sizes.vision_width))
     stages = "-".join(map(str, sizes.vision_layers))
     return f"CLIP {name}" if name else f"CLIP ResNet {stages} of width {sizes.vision_width}"
@@ -103,7 +103,7 @@ def origin(run: Run, source: str | None) -> str:
 
 
 def describe_records(records: Records) -> Iterator[str]:
-    """Of each file: its path, data set and split, and how much of it is used."""
+    """Tell the path, data set and split of each file, and how much of it is used."""
     parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
     for reader, kept in parts:
         pairs = zip(count_records(reader, kept), ("ref", "sentence", "image"), strict=True)

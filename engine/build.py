@@ -41,7 +41,7 @@ def restore_model(
     """The config's model with a checkpoint's weights; no CLIP archive is needed for it.
 
     Args:
-        path: a checkpoint, ours or official.
+        path: a checkpoint, ours or the release's.
         purpose: the config key that names it, for errors.
     Returns:
         The model and the rest of what the checkpoint holds.
@@ -109,6 +109,8 @@ def settle_memory(cfg: Config, device: torch.device) -> None:
 
 def compile_model(model: Segmenter, device: torch.device) -> None:
     """Let `model(...)` be compiled when it is first called, for one shape of batch.
+
+    DistributedDataParallel goes around it, and so hooks onto the parameters as ever.
 
     In place, so that names of weights stay. `encode_image` and `segment`, which evaluation calls
     with as many sentences as a photo has, stay as they are: a score does not depend on it.

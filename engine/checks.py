@@ -39,7 +39,7 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
     One that was trained on several data sets may be scored on any.
 
     Args:
-        state: what the checkpoint holds; an official one does not say what it was trained with,
+        state: what the checkpoint holds; the release's does not say what it was trained with,
             and passes.
         path: of the checkpoint.
     Raises:

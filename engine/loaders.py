@@ -85,7 +85,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
-        """Of a whole pass."""
+        """Count the micro-batches of a whole pass."""
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -161,7 +161,7 @@ def training_records(cfg: Config, readers: Sequence[RecordReader]) -> Records:
 
 
 def build_loaders(cfg: Config, micro_batch: int, ranks: Ranks) -> tuple[DataLoader, DataLoader]:
-    """Of training and of validation, on records that are what the config says they are.
+    """Return the loaders of training and validation, on records that the config describes.
 
     Raises:
         UserError: they are not, or cannot be read, or are fewer than a batch.
@@ -253,7 +253,7 @@ def build_evaluation_loader(
 
 
 def images_at_a_time(sentences: int, device: torch.device) -> int:
-    """How many images are encoded together where so many sentences are.
+    """Return how many images to encode together where so many sentences are.
 
     An image brings several sentences; they are what fills the model's batch.
     """

@@ -10,7 +10,7 @@ BACKBONE, HEAD = "backbone", "head"
 
 
 def parameter_groups(model: nn.Module, cfg) -> list[dict]:
-    """Split the trained parameters as released.
+    """Split the trained parameters as the release does.
 
     Args:
         model: the unwrapped segmenter.
@@ -39,7 +39,7 @@ def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
 class Schedule:
     """Learning rates as a function of epoch and step; it keeps no state, so resuming is free.
 
-    As released, the first epoch trains **every** group at the base rate: the groups set only
+    As in the release, the first epoch trains **every** group at the base rate: the groups set only
     `initial_lr`, which takes effect when the schedule is stepped for the first time.
     `backbone_start` "lr_multi" gives each group its own rate from the start instead.
 

@@ -41,7 +41,7 @@ class Pace:
             yield batch
 
     def lap(self, batch_size: int) -> dict[str, float]:
-        """What was measured since the last lap, by the names in `MEASURED`; all ranks call it.
+        """Return what was measured since the last lap, named as in `MEASURED`; all ranks call it.
 
         A GPU may still compute while the host waits for data, so there the share is the most that
         faster loading could save.

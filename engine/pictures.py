@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from loguru import logger
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -41,10 +40,7 @@ def watched_sentences(dataset: EvaluationDataset, count: int) -> set[tuple[int, 
 
 
 def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
-    """Draw scored sentences into `pictures/epoch_<epoch>.jpg`, and give them to the tracker.
-
-    A disk without room ends no training.
-    """
+    """Draw scored sentences into `pictures/epoch_<epoch>.jpg`, and give them to the tracker."""
     if not scores:
         return
     epoch, dataset = run.epoch + 1, run.val_loader.dataset
@@ -53,7 +49,4 @@ def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
     run.tracker.show(epoch, list(zip(captions, pictures, strict=True)))
     path = run.folder / PICTURES / f"epoch_{epoch:04d}.jpg"
     remove_leftovers(path)
-    try:
-        save_picture(column(pictures), path)
-    except OSError as error:
-        logger.error(f"{path}: {error.strerror or error}; training goes on without it")
+    save_picture(column(pictures), path)

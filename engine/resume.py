@@ -28,6 +28,9 @@ from utils.signals import EXIT_CODE
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
 
+# What a checkpoint has to hold besides weights to be resumed.
+NEEDED = {"epoch", "step", "best_iou", "optimizer", "scaler", "rng"}
+
 # Which of a config's values decide what the steps of an epoch consist of.
 ORDER_KEYS = (
     *(("TRAIN", name) for name in ("batch_size", "batch_by", "manual_seed")),
@@ -110,10 +113,7 @@ def save_and_stop(run: Run) -> NoReturn:
     is_saved = save(run, {}, is_best=False)
     if is_saved and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
-        try:
-            (run.folder / PREEMPTED).write_text(f"{told}\n")
-        except OSError as error:  # no room for it after the checkpoint
-            logger.error(f"{run.folder / PREEMPTED}: {error.strerror}; the checkpoint is there")
+        (run.folder / PREEMPTED).write_text(f"{told}\n")
         logger.warning(f"{told}; TRAIN.resume auto goes on from there")
     # A rank that ends earlier would have torchrun kill the one that saves.
     if not all(gather_objects(is_saved)):
@@ -129,7 +129,7 @@ def hold_run_folder(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator
     were asked to stop ends here.
 
     Args:
-        is_new: it was chosen to begin there, since no checkpoint was there then.
+        is_new: the run begins there, since no checkpoint was there when that was chosen.
     Raises:
         UserError: another process holds it, or one that has ended since has saved there.
         SystemExit: as `save_and_stop`.
@@ -159,37 +159,32 @@ def _hold(folder: Path) -> AbstractContextManager[None]:
 
 
 def prepare_folder(cfg: Config, keeps: bool) -> None:
-    """Write the config to the run's folder; first remove what a run before it has left there.
-
-    Until a run has checkpoints of its own, `TRAIN.resume auto` would take the others for them.
+    """Write the config to the run's folder, cleared of what another run has left there.
 
     Args:
         keeps: its checkpoints and pictures are those of this run.
     """
+    folder = cfg.run_folder
     if not keeps:
-        _clear(cfg.run_folder)
-    save_config(cfg, cfg.run_folder / "config.yaml")
-
-
-def _clear(folder: Path) -> None:
-    old = list_checkpoints(folder)
-    if old:
-        logger.warning(f"TRAIN.force: {len(old)} checkpoint(s) in {folder} are removed")
-    for path in (*old, *(folder / PICTURES).glob("epoch_*.jpg")):
-        path.unlink(missing_ok=True)
+        old = list_checkpoints(folder)
+        if old:
+            logger.warning(f"TRAIN.force: {len(old)} checkpoint(s) in {folder} are removed")
+        for path in (*old, *(folder / PICTURES).glob("epoch_*.jpg")):
+            path.unlink()
+    save_config(cfg, folder / "config.yaml")
 
 
 def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | None:
-    """The checkpoint to resume from, if any: the one that the config names, or the newest whole.
+    """Return the checkpoint that `TRAIN.resume` asks to continue, or None to begin.
 
-    A checkpoint of another folder is where a run begins; started again, it takes what it has saved.
-    A forced run begins anew each time that a person starts it, and goes on where torchrun does.
+    null begins; auto continues the newest whole checkpoint of the folder, or begins; a path
+    continues that checkpoint. Ranks that torchrun restarts continue what their run has saved.
 
     Args:
-        is_dry: look only; who trains there, and what a new training would remove, does not matter.
+        is_dry: who trains in the folder, and what a training would write over, does not matter.
     Raises:
-        UserError: there are some, and all are torn; or a run that begins there would write over
-            them; or another process holds the folder.
+        UserError: all checkpoints are torn; or a run that begins in the folder would write over
+            some; or another process holds it.
     """
     source = refusal = None
     # Launchers of several nodes may count restarts differently.
@@ -208,7 +203,7 @@ def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | 
 
 
 def _choose(cfg: Config, is_careful: bool, is_restarted: bool) -> str | None:
-    """`choose_checkpoint` on rank 0; careful of other processes, and of what is there."""
+    """Choose on rank 0, careful of other processes and of checkpoints that are there."""
     folder, named = cfg.run_folder, cfg.TRAIN.resume
     if is_careful and (folder / LOG).is_file():
         # Who was asked to stop may be saving; what it leaves counts.
@@ -218,12 +213,11 @@ def _choose(cfg: Config, is_careful: bool, is_restarted: bool) -> str | None:
         return _newest(cfg)
     if goes_on(cfg, named) or not list_checkpoints(folder):
         return named
-    # The same command may have saved them. That torchrun has restarted it tells so of a forced run
-    # only: it restarts what was refused too.
-    may_be_own = named is not None if is_careful else cfg.TRAIN.force and is_restarted
-    newest = _newest(cfg) if may_be_own else None
-    if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
-        return newest
+    # torchrun restarts what was refused, too: so only what this very config has saved.
+    if is_restarted and (named is not None or cfg.TRAIN.force):
+        newest = _newest(cfg)
+        if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
+            return newest
     # Who reads it tells that it is not there.
     if is_careful and (named is None or Path(named).is_file()):
         _refuse_to_overwrite(cfg)
@@ -231,7 +225,7 @@ def _choose(cfg: Config, is_careful: bool, is_restarted: bool) -> str | None:
 
 
 def _newest(cfg: Config) -> str | None:
-    """The newest whole checkpoint of the run's folder, if there is any."""
+    """Return the newest whole checkpoint of the run's folder, if there is any."""
     path, torn = find_newest(cfg.run_folder)
     for each in torn:
         logger.warning(f"TRAIN.resume {cfg.TRAIN.resume}: {each} is cut off or damaged, skipped")
@@ -244,7 +238,7 @@ def _newest(cfg: Config) -> str | None:
 
 
 def goes_on(cfg: Config, source: str | None) -> bool:
-    """Whether a run from this checkpoint goes on with the one in its folder, or begins there."""
+    """Tell whether a run from this checkpoint goes on with the one in its folder."""
     if source is None:
         return False
     path = Path(source)
@@ -266,7 +260,7 @@ def _refuse_to_overwrite(cfg: Config) -> None:
 def load_start(
     cfg: Config, device: torch.device, source: str | None
 ) -> tuple[Segmenter, dict | None]:
-    """The model that a run starts with, and the rest of the checkpoint, if it resumes one.
+    """Return the model that a run starts with, and the rest of the checkpoint that it resumes.
 
     Args:
         source: from `choose_checkpoint`; None: `TRAIN.weight`, or else CLIP's weights.
@@ -278,23 +272,13 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    check_resumable(state, source)
-    check_checkpoint(cfg, state, source)
-    return model, state
-
-
-def check_resumable(state: dict, source: str) -> None:
-    """Refuse a checkpoint that holds weights only (`state` is without them), or an official one.
-
-    Raises:
-        UserError: what `resume` needs is not there.
-    """
-    missing = {"epoch", "step", "best_iou", "optimizer", "scaler", "rng"} - state.keys()
-    if missing:
+    if missing := NEEDED - state.keys():
         raise UserError(
             f"TRAIN.resume: {source} lacks {', '.join(sorted(missing))}; to start a new training "
             "from its weights give it as TRAIN.weight"
         )
+    check_checkpoint(cfg, state, source)
+    return model, state
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
@@ -325,7 +309,10 @@ def resume(run: Run, state: dict, source: str) -> None:
     run.epoch, run.step, run.best = state["epoch"], state["step"], state["best_iou"]
     run.position = state.get("position", 0)
     if "sums" in state:
-        run.sums.copy_(_of_rank(state["sums"], run.ranks))
+        sums, ranks = state["sums"], run.ranks
+        # With another number of ranks their mean, which gives the same means over all.
+        is_own = len(sums) == ranks.world_size
+        run.sums.copy_(sums[ranks.rank] if is_own else torch.stack(sums).mean(0))
     if "faults" in state:
         run.faults.copy_(state["faults"])
     if len(state["rng"]) == run.ranks.world_size:
@@ -341,11 +328,6 @@ def resume(run: Run, state: dict, source: str) -> None:
     best = f"best mIoU on {meta['dataset']} {meta['split']} {100 * run.best:.2f}"
     scored = best if run.best >= 0 else "not validated yet"
     logger.info(f"resumed {source}: epoch {run.epoch}{within}, {scored}")
-
-
-def _of_rank(sums: list[torch.Tensor], ranks: Ranks) -> torch.Tensor:
-    """This rank's; with another number of ranks the mean, which gives the same means over all."""
-    return sums[ranks.rank] if len(sums) == ranks.world_size else torch.stack(sums).mean(0)
 
 
 def _tell_differences(run: Run, state: dict, source: str) -> None:

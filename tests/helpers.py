@@ -395,7 +395,7 @@ def build_run(config: Path | Config, *opts: object, ranks: Ranks = ALONE) -> Run
     if not isinstance(config, Config):
         config = load_config(config, [str(opt) for opt in opts])
     runs: list[Run] = []
-    with on_cpu(), mock.patch("engine.trainer.fit", runs.append):
+    with on_cpu(), mock.patch("train.fit", runs.append):
         train.train(config, ranks)
     (run,) = runs
     run.tracker = Tracker(None)

@@ -11,12 +11,11 @@ Sound because no augmentation changes them. S is the side of the network's input
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -32,7 +31,7 @@ _PAGE = 4096
 
 
 class SquareMaker(NamedTuple):
-    """How a photo and a mask get into the square: the functions that a cache spares."""
+    """Hold the functions that a cache spares: they bring photo and mask into the square."""
 
     side: int
     image: Callable[[RecordReader, RefRecord], np.ndarray]  # -> (S, S, 3) uint8
@@ -79,7 +78,7 @@ def open_cache(
     say: Callable[[str], object],
     progress: Callable[[Iterable, int, str], Iterable],
 ) -> SquareCache:
-    """The cache of an LMDB file, made now if it is not there or does not fit any more.
+    """Return the cache of an LMDB file, made now if it is not there or does not fit any more.
 
     Any number of processes may ask for it at once: one makes it, the others wait.
 
@@ -90,7 +89,8 @@ def open_cache(
         say: takes a line for the person.
         progress: wraps (iterable, length, description) to show how far the work is.
     Raises:
-        UserError: `folder` is a file, or its disk has no room.
+        UserError: `folder` is a file.
+        OSError: its disk has no room.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -115,7 +115,7 @@ def open_cache(
 
 
 def _identity(reader: RecordReader, side: int) -> dict:
-    """All that the content of a cache depends on, and its sizes."""
+    """Return all that the content of a cache depends on, and its sizes."""
     stat = reader.path.stat()
     return {
         "cache version": CACHE_VERSION,
@@ -198,7 +198,10 @@ def _make(
     positions = list(groups.values())
     with atomic_path(path) as partial:
         with partial.open("wb") as file:
-            _reserve(file, partial, _ends(identity)[-1])
+            if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes to a map
+                os.posix_fallocate(file.fileno(), 0, _ends(identity)[-1])
+            else:
+                file.truncate(_ends(identity)[-1])
         parts = _map(partial, identity, "r+")
 
         def fill(row: int) -> None:
@@ -221,20 +224,3 @@ def _make(
             file.write(json.dumps(identity).encode().ljust(_PAGE))
             file.flush()
             os.fsync(file.fileno())
-
-
-def _reserve(file: BinaryIO, path: Path, size: int) -> None:
-    """Give the file its length and its place on the disk: a full disk kills who writes to a map."""
-    free = shutil.disk_usage(path.parent).free
-    try:
-        if free < size:
-            raise OSError
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-    except OSError:
-        raise UserError(
-            f"DATA.cache: {path.parent} has {free / 1e9:.2f} GB free and {size / 1e9:.2f} GB are "
-            "needed; make room, name another folder, or null for no cache"
-        ) from None

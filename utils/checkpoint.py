@@ -110,7 +110,7 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     weights is removed.
 
     Args:
-        path: a checkpoint of ours, or an official one; or weights that `save_weights` wrote.
+        path: a checkpoint of ours or of the release, or weights that `save_weights` wrote.
         purpose: the config key that asked for it, for the error.
     Raises:
         UserError: missing, torn, asking for code, or without a `state_dict`.

@@ -88,7 +88,7 @@ class TrainingDataset(Dataset):
         return samples
 
     def describe(self, visit: tuple[int, int]) -> tuple[int, str]:
-        """ref_id and drawn sentence of a visit (position, epoch)."""
+        """Return the ref_id and the drawn sentence of a visit (position, epoch)."""
         reader, place = self.reader.locate(visit[0])
         ref = reader.ref(place)
         return ref.ref_id, self._sentence(ref, *visit)
@@ -180,7 +180,7 @@ class EvaluationDataset(Dataset):
         reader: the records.
         input_size: S in pixels.
         word_len: L.
-        sentences: "all" of every ref, or "first" (what the official validation scores).
+        sentences: "all" of every ref, or "first" (what the release's validation scores).
         swap: give each ref the sentences of the next ref of the same image, the control that
             shows whether a model reads; images with one ref are left out.
     """
@@ -208,7 +208,7 @@ class EvaluationDataset(Dataset):
         return len(self.groups)
 
     def keys(self) -> set[tuple[int, int]]:
-        """The key of every sentence that has to be scored."""
+        """Return the key of every sentence that has to be scored."""
         counts = self.reader.index.num_sentences
         return {
             (position, place)
@@ -218,7 +218,7 @@ class EvaluationDataset(Dataset):
         }
 
     def mask_source(self, key: tuple[int, int]) -> RefRecord:
-        """The ref whose mask a sentence is scored against: its own, unless swapped."""
+        """Return the ref whose mask a sentence is scored against: its own, unless swapped."""
         if not self.swap:
             return self.reader.ref(key[0])
         group = next(group for group in self.groups if key[0] in group)
@@ -272,7 +272,7 @@ def group_by_image(reader: Records) -> list[list[int]]:
 
 
 def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:
-    """The ref's photo in the network's square: (S, S, 3) uint8 RGB."""
+    """Return the ref's photo in the network's square: (S, S, 3) uint8 RGB."""
     image = decode_image(reader.image(ref.image_key), f"{reader.path}, image {ref.image_key}")
     if image.shape[:2] != (ref.height, ref.width):
         raise UserError(
@@ -283,5 +283,5 @@ def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:
 
 
 def load_mask(ref: RefRecord) -> np.ndarray:
-    """The ref's mask at the photo's size: (H, W) uint8, non-zero is the referent."""
+    """Return the ref's mask at the photo's size: (H, W) uint8, non-zero is the referent."""
     return decode_mask(ref.mask, f"mask of ref {ref.ref_id}")

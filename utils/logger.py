@@ -43,29 +43,9 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         colorize=sys.stderr.isatty(),
     )
     if folder is not None:
-        logger.add(_appending_to(Path(folder) / LOG), format=FILE_FORMAT)
-
-
-def _appending_to(path: Path) -> Callable[[str], None]:
-    """A sink of loguru that makes the file with the first line, and goes on without room.
-
-    loguru's own prints a traceback for each line that a full disk does not take.
-    """
-    is_told = False
-
-    def write(line: str) -> None:
-        nonlocal is_told
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            if not is_told:
-                lost = f"{path}: {error.strerror}; what finds no room is missing from it"
-                tqdm.write(lost, file=sys.stderr)
-            is_told = True
-
-    return write
+        # Made with the first line. Without `catch`, what cannot be written is an error.
+        path = Path(folder) / LOG
+        logger.add(path, format=FILE_FORMAT, encoding="utf-8", delay=True, catch=False)
 
 
 def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
@@ -128,34 +108,16 @@ class Tracker:
         path = folder / METRICS
         if keep is not None and path.exists():
             _keep_records(path, keep)
-        self._file = path.open("w" if keep is None else "a")
+        self._file = path.open("w" if keep is None else "a", buffering=1)  # a line at once
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
-            self._flush()
-            with suppress(OSError):  # what has no room now has been told of
-                self._file.close()
+            self._file.close()
         if self._wandb is not None:
-            self._tell(lambda run: run.finish(exit_code=0 if kind is None else 1))
-
-    def _flush(self) -> None:
-        """A full disk ends no training: what could not be written goes with the next record."""
-        try:
-            self._file.flush()
-        except OSError as error:
-            logger.error(f"{self._file.name}: {error.strerror}; its records wait for room")
-
-    def _tell(self, call: Callable[[Any], object]) -> None:
-        """Weights & Biases fails in ways of its own (a full disk is one): that ends no training."""
-        try:
-            call(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            reason = " ".join(str(error).split())
-            logger.error(f"Weights & Biases: {reason}; the run goes on without it")
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, kind: str, record: dict) -> None:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
@@ -167,10 +129,8 @@ class Tracker:
             for key, value in record.items()
         }
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
-        self._flush()
         if self._wandb is not None:
-            named = {f"{kind}/{key}": value for key, value in record.items()}
-            self._tell(lambda run: run.log(named))
+            self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
 
     def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
         """Give Weights & Biases pictures with their captions, the same number in every epoch."""
@@ -178,15 +138,12 @@ class Tracker:
             return
         from wandb import Image
 
-        def send(run: Any) -> None:
-            # A name each: pictures under one name must be of one size.
-            images = {
-                f"epoch/sentence_{number}": Image(picture, caption=caption)
-                for number, (caption, picture) in enumerate(pictures, start=1)
-            }
-            run.log({"epoch/epoch": epoch, **images})
-
-        self._tell(send)
+        # A name each: pictures under one name must be of one size.
+        images = {
+            f"epoch/sentence_{number}": Image(picture, caption=caption)
+            for number, (caption, picture) in enumerate(pictures, start=1)
+        }
+        self._wandb.log({"epoch/epoch": epoch, **images})
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_on: bool) -> Any:

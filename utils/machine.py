@@ -1,5 +1,6 @@
-"""What this machine lets a process use, and what the process uses."""
+"""Tell what this machine lets a process use, and what the process uses."""
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -8,32 +9,26 @@ GIB = 2**30  # bytes
 
 
 def available_cores() -> int:
-    """Cores that this process may run on, which a container or a scheduler can limit."""
+    """Return the cores that this process may use; a container or a scheduler can limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what this process frees, instead of giving it back at once.
+    """Have glibc keep what this process frees, instead of giving it back to the system at once.
 
-    A training step on a CPU frees its maps and asks for them anew, and the system clears every
-    page of them again. Acts on the main thread's memory, which is where a step takes its own; the
-    process stays as large as it has once been, some per cent above what it would have been, for
-    what cannot be fitted together again. For whole programs: it cannot be undone. Without effect
-    where the C library is not glibc.
+    A training step on a CPU frees its maps and asks for them anew, and the system would clear every
+    page again. It cannot be undone; where the C library is another one, nothing happens.
     """
-    import ctypes
-
-    trim_threshold, mmap_max = -1, -4  # mallopt's numbers for M_TRIM_THRESHOLD, M_MMAP_MAX
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process holds; its peak where the system tells no more (macOS)."""
+    """Return the bytes that this process holds; its peak where the system tells no more (macOS)."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -42,19 +37,12 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held at a time."""
+    """Return the most bytes that this process has held at a time."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's own account: getrusage's starts from the parent's
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
-    import resource
+    import resource  # which Windows lacks
 
-    return peak_usage(resource.RUSAGE_SELF)
-
-
-def peak_usage(who: int) -> int:
-    """The same as the system accounts for it, such as of the ended children (RUSAGE_CHILDREN)."""
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024  # Linux counts it in KiB
-    return resource.getrusage(who).ru_maxrss * scale
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -364,16 +364,6 @@ def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
     assert_equal_runs(folder, straight)
 
 
-def test_a_mark_that_finds_no_room_does_not_hide_that_the_run_was_saved(
-    tmp_path, data, monkeypatch, capfd
-):
-    config = recipe(tmp_path, data)
-    monkeypatch.setattr(resume, "PREEMPTED", "no such folder/PREEMPTED")
-    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 1, config)
-    assert code == 75
-    assert "PREEMPTED: No such file or directory; the checkpoint is there" in capfd.readouterr().err
-
-
 def test_a_file_system_without_locks_is_told(tmp_path, data, monkeypatch):
     config = recipe(tmp_path, data)
     fault = OSError(errno.ENOSYS, "Function not implemented")
@@ -459,22 +449,6 @@ def test_a_checkpoint_is_the_folders_own_by_whatever_path_it_is_named(straight, 
     for path in ("link/last_model.pth", "link/../tiny/last_model.pth", "link.pth"):
         assert build_run(config, "TRAIN.resume", tmp_path / path).epoch == EPOCHS
     assert build_run(config, "TRAIN.resume", folder / "of_other.pth").epoch == EPOCHS
-
-
-def test_the_same_command_goes_on_with_what_it_has_saved_itself(
-    straight, tmp_path, data, monkeypatch, capfd
-):
-    # As torchrun starts it again after a rank was killed, or a person after an interruption.
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    opts = ("TRAIN.resume", straight / "step_00000001.pth")
-    code = stopped_by(signal.SIGTERM, monkeypatch, "forward_backward", 4, config, *opts)
-    assert (code, load(folder / "last_model.pth")["step"]) == (75, 3)
-    line = error_of("train.py", config, *opts, "TRAIN.epochs", 3)
-    assert "would write over it" in line  # another command
-    capfd.readouterr()
-    run_program("train.py", config, *opts)
-    assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
-    assert_equal_runs(folder, straight)
 
 
 def test_a_forced_run_from_anothers_checkpoint_removes_what_was_there(

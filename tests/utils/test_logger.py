@@ -1,6 +1,5 @@
 """Lines for people, records for programs, and Weights & Biases only where it is asked for."""
 
-import errno
 import io
 import json
 import struct
@@ -44,17 +43,13 @@ def test_the_file_of_an_earlier_run_is_continued(tmp_path):
     assert [line.split()[-1] for line in lines] == ["first", "second"]
 
 
-def test_a_full_disk_costs_lines_of_the_file_and_is_told_once(tmp_path, capsys):
+def test_a_line_or_a_record_that_cannot_be_written_is_an_error(tmp_path):
     setup_logging(tmp_path, is_main=True)
-    with largest_file(100):
-        for number in range(5):
-            logger.info(f"line {number} " + 60 * "x")
-    logger.info("room again")
-    err = capsys.readouterr().err
-    assert err.count("train.log: File too large; what finds no room is missing from it") == 1
-    assert "Traceback" not in err
-    assert all(f"line {number}" in err for number in range(5))
-    assert (tmp_path / "train.log").read_text().endswith("room again\n")
+    with largest_file(50), pytest.raises(OSError, match="File too large"):
+        logger.info(60 * "x")
+    tracker = Tracker(tmp_path)
+    with largest_file(50), pytest.raises(OSError, match="File too large"):
+        tracker.log("step", {"name": 60 * "x"})
 
 
 def test_nothing_is_made_before_there_is_something_to_say(tmp_path):
@@ -118,18 +113,6 @@ def test_a_new_run_in_the_same_folder_starts_its_records_anew(tmp_path):
         with Tracker(tmp_path / "run") as tracker:
             tracker.log("epoch", {"epoch": epoch})
     assert read_jsonl(tmp_path / "run/metrics.jsonl") == [{"kind": "epoch", "epoch": 2}]
-
-
-def test_records_wait_for_room_on_a_full_disk(tmp_path, capsys):
-    setup_logging(None, is_main=True)
-    with Tracker(tmp_path) as tracker:
-        with largest_file(50):
-            for step in range(5):
-                tracker.log("step", {"step": step})
-        err = capsys.readouterr().err
-        assert f"{tmp_path}/metrics.jsonl: File too large; its records wait for room" in err
-        tracker.log("step", {"step": 5})
-    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(6)]
 
 
 def test_a_number_that_json_does_not_know_is_null(tmp_path):
@@ -276,27 +259,6 @@ def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path,
     assert not (tmp_path / "wandb_run").exists()
 
 
-def test_weights_and_biases_that_fails_ends_no_training(tmp_path, capsys):
-    class Full:
-        def __getattr__(self, _: str):
-            raise OSError(errno.ENOSPC, "No space left on device", "files/media")
-
-    for call in (
-        lambda tracker: tracker.log("step", {"step": 1}),
-        lambda tracker: tracker.show(1, [("a sentence", Image.new("RGB", (8, 8)))]),
-        lambda tracker: None,  # the end alone
-    ):
-        setup_logging(None, is_main=True)
-        with Tracker(tmp_path) as tracker:
-            tracker._wandb = Full()
-            call(tracker)
-            tracker.log("step", {"step": 2})
-        err = capsys.readouterr().err
-        assert err.count("Weights & Biases: [Errno 28] No space left on device") == 1
-        assert "the run goes on without it" in err
-        assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == 2
-
-
 def test_lines_that_are_no_records_do_not_stop_a_resumed_run(tmp_path):
     kept = '{"kind": "step", "step": 1}\n'
     strange = '0.5\n[1]\n{"step": 1}\n{"kind": "other"}\n{"kind": "step", "step": "x"}\n{"kind'
@@ -315,7 +277,7 @@ def test_weights_and_biases_is_not_imported_when_disabled(tmp_path, monkeypatch)
 
 
 def test_importing_the_module_changes_nothing():
-    code = "import sys, utils.logger; print(sorted({'wandb', 'torch'} & set(sys.modules)))"
+    code = "import sys, utils.logger; print(sorted({'wandb'} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     ending = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ending.stdout == "[]\n"
