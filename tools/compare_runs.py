@@ -1,19 +1,28 @@
 """Compare two models sentence by sentence: who won, where, and is it more than luck?"""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.report.pages import (
+    PHOTOS,
+    Scored,
+    choose_shown,
+    mask_data,
+    report_data,
+    write_page,
+    write_pictures,
+)
+from engine.report.statistics import counts, outcomes, paired_bootstrap
+from engine.tester import print_aligned
 from utils.errors import UserError, run_entry_point
-
-if TYPE_CHECKING:
-    from engine.report.pages import Scored
+from utils.metrics import METRIC_NAMES, summarize
+from utils.records import RecordReader
+from utils.visualize import file_stem
 
 EPILOG = """example:
   python tools/compare_runs.py exp/refcoco/r50/test_refcoco_val.jsonl \\
@@ -69,8 +78,6 @@ def load_results(*paths: Path) -> list[Scored]:
     """
     contents = [(read_lines(path), read_result(path.with_suffix(".json"))) for path in paths]
     # After reading, so that a mistake is told at once.
-    from engine.report.pages import Scored
-    from utils.metrics import summarize
 
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
@@ -152,7 +159,6 @@ def align(path_a: Path, a: Scored, path_b: Path, b: Scored) -> Scored:
     Raises:
         UserError: they have different sentences, or the same sentences of other objects.
     """
-    from dataclasses import replace
 
     lines_a, lines_b = by_sentence(path_a, a.lines), by_sentence(path_b, b.lines)
     for here, there, mine, other in (
@@ -192,7 +198,6 @@ def _describe(line: Mapping) -> str:
 
 def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0) -> dict:
     """Who won, and the differences of all metrics with their intervals, as the page takes them."""
-    from engine.report.statistics import counts, outcomes, paired_bootstrap
 
     a, b = counts(first.lines), counts(second.lines)
     photos = [line["image"] for line in first.lines]
@@ -212,8 +217,6 @@ def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0
 
 def print_comparison(first: Scored, second: Scored, numbers: Mapping) -> None:
     """Print both models' scores, the differences with their intervals, and who won."""
-    from engine.tester import print_aligned
-    from utils.metrics import METRIC_NAMES
 
     what = first.result
     print(
@@ -262,15 +265,6 @@ def write(
     Raises:
         UserError: the LMDB is of other data than the results, or cannot be read.
     """
-    from engine.report.pages import (
-        PHOTOS,
-        choose_shown,
-        mask_data,
-        report_data,
-        write_page,
-        write_pictures,
-    )
-    from utils.records import RecordReader
 
     reader, wanted = RecordReader(lmdb), [first.result[name] for name in SAME]
     held = [reader.meta[name] for name in SAME]
@@ -286,7 +280,6 @@ def write(
 
 
 def _file_stem(name: str) -> str:
-    from utils.visualize import file_stem
 
     return file_stem(name)
 
