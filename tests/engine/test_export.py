@@ -142,7 +142,7 @@ def test_graphs_compute_what_the_model_does_and_the_check_sees_when_not(
         found = list(compare(model, cfg, paths, random_cases(cfg, seed=7)))
         assert len(found) == 3 * 5
         worst = max(d.relative for d in found)
-        record_property("difference", ("tiny", "ONNX from PyTorch, relative", worst, 1e-5))
+        record_property("difference", ("tiny", "ONNX from PyTorch, relative", float(worst), 1e-5))
         assert 0 < worst < 1e-5
         with torch.no_grad():
             model.proj.txt.bias[-1] += 0.1  # the kernel's bias

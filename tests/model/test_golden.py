@@ -173,7 +173,7 @@ def measure(request: pytest.FixtureRequest, record_property: Callable) -> Measur
     case = node.callspec.id if hasattr(node, "callspec") else node.name.split("_")[1]
 
     def note(what: str, found: float, limit: float) -> None:
-        record_property("difference", (case, what, found, limit))
+        record_property("difference", (case, what, float(found), limit))
         assert found <= limit, f"{what} differs by {found:.3g}, more than {limit:.3g}"
 
     return note
