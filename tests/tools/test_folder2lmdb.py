@@ -157,6 +157,7 @@ def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, mes
     [
         (remove("anns/toys/val.json"), "does not exist: make it with .*data_process"),
         (cut("anns/toys/val.json"), "is not readable JSON"),
+        (write("anns/toys/val.json", b"[" * 100_000), "is not readable JSON"),
         (edit_json(lambda e: {"refs": e}), "is not a list of refs"),
         (edit_json(lambda e: []), r"val\.json has no refs: the split is empty"),
         (edit_json(lambda e: e[1].pop("img_name") and None), "entry 1 has no field img_name"),
@@ -182,6 +183,7 @@ def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, mes
             edit_json(lambda e: e[1]["sentences"][1].update(sent=" &nbsp; ")),
             "entry 1, sentence 1: ' &nbsp; ' has no words",
         ),
+        (edit_json(lambda e: e[1].update(segment_id=10**30)), "entry 1: segment_id 1000.* is out"),
         (
             edit_json(lambda e: e[1].update(segment_id=0)),
             "entry 1 has segment_id 0, as .*entry 0 has",
