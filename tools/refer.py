@@ -4,6 +4,7 @@ The pickle comes from the web, so it is read by an unpickler that knows plain co
 and numbers, and refuses everything else before any of it runs.
 """
 
+import codecs
 import json
 import pickle
 import reprlib
@@ -30,7 +31,6 @@ _INSTANCES_FIELDS = {
     "annotations": {"id": int, "bbox": list},
     "categories": {"id": int},
 }
-_DEEPEST = 20  # containers within containers; REFER's have five
 _SHORT = reprlib.Repr()  # shared lists can be endless
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
@@ -168,15 +168,13 @@ class Refer:
 def load_refs(path: str | Path) -> list[dict]:
     """Read the list of refs in a pickle, running nothing that the file brings along.
 
-    Byte strings (Python 2 wrote those) become str: UTF-8 where that is valid, else Latin-1.
-
     Raises:
-        UserError: the file is no pickle, is cut off, asks for any class or function, is not a
-            list of dicts, or contains itself or nests deeper than any refs.
+        UserError: the file is no pickle, is cut off, asks for any class or function, or is not a
+            list of dicts.
     """
     path = Path(path)
     with path.open("rb") as file:
-        refs = _to_text(load_plain(file, str(path)), str(path), {})
+        refs = load_plain(file, str(path))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} does not hold a list of refs")
     if not refs:
@@ -186,6 +184,8 @@ def load_refs(path: str | Path) -> list[dict]:
 
 def load_plain(file: BinaryIO, where: str) -> Any:
     """Read a pickle of plain containers, strings and numbers, and nothing else.
+
+    The byte strings that Python 2 wrote become str: UTF-8 where that is valid, else Latin-1.
 
     Raises:
         UserError: it is no pickle, is cut off, or asks for any class or function; the text names
@@ -215,11 +215,20 @@ def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> N
             raise UserError(f"{where}: {field} cannot be {_SHORT.repr(item[field]):.80}: {remedy}")
 
 
+def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Decode what is no UTF-8, up to the end of the string, as Latin-1."""
+    return error.object[error.start :].decode("latin-1"), len(error.object)
+
+
+_LATIN_1 = "latin-1 where it is no UTF-8"
+codecs.register_error(_LATIN_1, _decode_rest)
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        super().__init__(file, encoding="bytes")
+        super().__init__(file, encoding="utf-8", errors=_LATIN_1)
         self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -227,30 +236,6 @@ class _PlainUnpickler(pickle.Unpickler):
             f"{self._where} asks for {module}.{name}: refs are plain lists, dicts, strings and "
             "numbers, so this file is damaged or hostile and was not loaded"
         )
-
-
-def _to_text(value: Any, where: str, done: dict[int, Any], depth: int = 0) -> Any:
-    """Turn byte strings into text; `done` holds the containers so far by id, each made once."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value.decode("latin-1")
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if depth > _DEEPEST:
-        raise UserError(
-            f"{where} contains itself or nests deeper than {_DEEPEST} levels: it is damaged or "
-            "hostile and was not loaded"
-        )
-    if id(value) not in done:
-        more = (where, done, depth + 1)
-        if isinstance(value, dict):
-            text = {_to_text(key, *more): _to_text(item, *more) for key, item in value.items()}
-        else:
-            text = type(value)(_to_text(item, *more) for item in value)
-        done[id(value)] = text
-    return done[id(value)]
 
 
 def _dataset_folder(data_root: Path, dataset: str) -> Path:

@@ -180,16 +180,12 @@ def test_photos_in_two_splits_are_counted(data, capsys):
     assert "note: 1 images are in more than one split, such as photos/1.jpg" in said
 
 
-def test_check_writes_nothing(data, capsys):
-    pack(data, line(), options=("--check",))
-    assert not (data / "lmdb").exists()
-    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
-
-
-def test_only_packing_needs_a_folder(data, capsys):
+def test_a_check_needs_no_folder_and_writes_nothing(data, capsys):
     path = write(data, line())
     own_data.main([str(path), "--check"])
     assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+    own_data.main([str(path), "--check", "-o", str(data / "lmdb")])
+    assert not (data / "lmdb").exists()
     with pytest.raises(SystemExit, match="2"):
         own_data.main([str(path)])
     assert "-o names the folder" in capsys.readouterr().err

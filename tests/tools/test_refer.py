@@ -135,34 +135,12 @@ def test_a_broken_pickle_is_refused_with_its_name(tmp_path: Path, data, message:
         load_refs(tmp_path / "x.p")
 
 
-def endless() -> list:
-    refs = [{"a": 1}]
-    refs[0]["refs"] = refs
-    return refs
-
-
-def test_a_pickle_that_contains_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.p").write_bytes(pickle.dumps(endless()))
-    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
-        load_refs(tmp_path / "x.p")
-
-
-@pytest.mark.parametrize("levels", [21, 200_000])
-def test_a_pickle_that_nests_too_deep_is_refused(tmp_path: Path, levels: int) -> None:
-    (tmp_path / "x.p").write_bytes(b"]}(V" + b"a\n" + b"]" * levels + b"a" * (levels - 1) + b"ua.")
-    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
-        load_refs(tmp_path / "x.p")
-
-
-def test_lists_that_are_shared_are_read_once_and_told_briefly(tmp_path: Path) -> None:
-    shared = [b"x"]
+def test_shared_lists_are_told_briefly(tmp_path: Path) -> None:
+    shared = ["x"]
     for _ in range(10):
         shared = [shared] * 10
-    refs = [ref(i, more=shared, sentences=[shared]) for i in range(10)]
-    root = write(tmp_path, refs, instances(refs))
-    read = load_refs(root / "toys/refs(me).p")
-    assert read[0]["more"] is read[9]["more"]
-    assert read[9]["more"][0][1][2][3][4][5][6][7][8][9] == ["x"]
+    shared.append(shared)
+    root = write(tmp_path, [ref(1, more=shared, sentences=[shared])])
     with pytest.raises(UserError, match=r"a sentence is \[\[\[\.\.\.\].*, not a mapping") as caught:
         Refer(root, "toys", "me")
     assert len(str(caught.value)) < 400

@@ -119,10 +119,6 @@ def test_values_are_arrow_or_json_or_the_original_bytes(path: Path) -> None:
     assert table.to_pylist()[0]["sentences"] == ["the red one", "número dos"]
 
 
-def test_no_other_file_is_left_beside_it(path: Path) -> None:
-    assert os.listdir(path.parent) == ["val.lmdb"]
-
-
 def test_the_map_grows_from_almost_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(records, "_BATCH_BYTES", 50_000)
     refs = [make_ref(i, mask=os.urandom(9_000)) for i in range(100)]
