@@ -182,7 +182,7 @@ def no_lmdb(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (official, "official release's pickled format, which is not read: re-pack with"),
+        (official, "the release's pickled format, which is not read: re-pack with"),
         (empty, "holds no refs: re-pack with"),
         (no_lmdb, "no LMDB can be read from"),
     ],

@@ -1,4 +1,4 @@
-"""REFER files -> one JSON a split and one mask PNG a ref, as the official release lays them out."""
+"""Convert REFER files into a JSON a split and a mask PNG a ref, as the release lays them out."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ SPLITS_OF = {
     ("refclef", "unc"): (*_UNC_SPLITS, "testC"),
     ("refclef", "berkeley"): _PLAIN_SPLITS,
 }
-# Images whose files do not fit their annotations; the official release leaves them out as well.
+# Images whose files do not fit their annotations; the release leaves them out as well.
 IMAGES_SKIPPED = {"refclef": frozenset({19579, 17975, 19575})}
 
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{refer.refs_path} has no refs of {', '.join(splits)}; its splits: "
             f"{', '.join(refer.split_names())}"
         )
-    # Describing comes first and is quick: bad annotations show before anything is written.
-    entries = {split: [describe(refer, ref) for ref in by_split[split]] for split in splits}
+    # Entries come first and are quick to make: bad annotations show before anything is written.
+    entries = {split: [make_entry(refer, ref) for ref in by_split[split]] for split in splits}
     if args.generate_mask:
         refs = {ref["ref_id"]: ref for split in splits for ref in by_split[split]}
         _write_masks(refer, refs, args.output_dir / "masks" / name)
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def describe(refer: Refer, ref: dict) -> dict:
-    """One ref as an entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels.
+def make_entry(refer: Refer, ref: dict) -> dict:
+    """Make a ref's entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels.
 
     Raises:
         UserError: instances.json lacks its annotation, image or category, or the bbox is broken.
@@ -118,7 +118,7 @@ def describe(refer: Refer, ref: dict) -> dict:
 
 
 def summary(entries: Mapping[str, Sequence[dict]]) -> str:
-    """A table of counts, a row a split, and the lengths of all sentences in tokens."""
+    """Return a table of counts, a row a split, and the lengths of all sentences in tokens."""
     lines = [f"{'split':<8}{'refs':>8}{'sentences':>11}{'images':>8}"]
     histogram: Counter[int] = Counter()
     for split, items in entries.items():
@@ -131,7 +131,7 @@ def summary(entries: Mapping[str, Sequence[dict]]) -> str:
 
 
 def token_length_summary(histogram: Mapping[int, int]) -> str:
-    """How long the sentences are, and how many of them each published `word_len` cuts."""
+    """Return how long the sentences are, and how many each published `word_len` cuts."""
     counts = "  ".join(f"{length}:{histogram[length]}" for length in sorted(histogram))
     cut = {k: sum(n for length, n in histogram.items() if length > k) for k in (17, 22)}
     return (
@@ -141,7 +141,7 @@ def token_length_summary(histogram: Mapping[int, int]) -> str:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """A mask of (height, width) uint8 as a PNG."""
+    """Encode a mask of (height, width) uint8 as a PNG."""
     return cv2.imencode(".png", mask, _PNG_OPTIONS)[1].tobytes()
 
 

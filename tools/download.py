@@ -1,4 +1,4 @@
-"""Gets published files over HTTP and unpacks archives; knows nothing of data sets.
+"""Get published files over HTTP and unpack archives, whatever the data set.
 
 A download lies in `<name>.part` until it is whole and checked. What the server said about it (its
 address, ETag, date and length) lies in `<name>.part.json`, so that it goes on where it stopped,
@@ -46,11 +46,11 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeErro
 
 
 class UnfitError(UserError):
-    """A file, or a mirror's answer, that is not what was asked for; the text is the reason."""
+    """Tells that a file, or a mirror's answer, is not what was asked for; the text says why."""
 
 
 class _InterruptedError(Exception):
-    """Something that may go better next time; `wait` seconds are what the server asked for."""
+    """Tells of a failure that may go better next time; the server asked to `wait` seconds."""
 
     def __init__(self, reason: object, wait: float = 0.0) -> None:
         super().__init__(str(reason) or type(reason).__name__)
@@ -59,7 +59,7 @@ class _InterruptedError(Exception):
 
 @dataclass(frozen=True)
 class _Identity:
-    """What tells one version of a file on a server from another; None where it is not said."""
+    """Holds what tells a server's versions of a file apart; None where it is not said."""
 
     url: str
     etag: str | None
@@ -77,7 +77,7 @@ class _Identity:
         return cls(url, headers.get("ETag"), headers.get("Last-Modified"), length)
 
     def difference(self, other: "_Identity") -> str | None:
-        """How `other` shows that the file has changed, or None."""
+        """Return how `other` shows that the file has changed, or None."""
         for name in ("etag", "modified", "length"):
             before, now = getattr(self, name), getattr(other, name)
             if None not in (before, now) and before != now:
@@ -146,7 +146,7 @@ def check_file(path: Path, size: int | None = None, sha256: str | None = None) -
 
 
 def members(path: Path) -> list[zipfile.ZipInfo]:
-    """The files in an archive, all of whose names have been found safe.
+    """List the files in an archive, all of whose names have been found safe.
 
     Raises:
         UnfitError: it is no whole zip archive, or a name would lead out of the folder that it is
@@ -218,7 +218,7 @@ def check_space(folder: Path, need: int, what: str) -> None:
 
 
 def show_bytes(number: int) -> str:
-    """`13.5 GB`, or `45 MB`."""
+    """Return a text such as `13.5 GB` or `45 MB`."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
@@ -257,7 +257,7 @@ def _checked(path: Path, check: Callable[[Path], str]) -> str:
 
 
 def _go_on(url: str, path: Path, size: int | None) -> None:
-    """One request: the rest of what is there, or all of it.
+    """Make one request: for the rest of what is there, or for all of it.
 
     Nothing that is there is given up before the answer has been found to be the file.
     """
@@ -301,7 +301,7 @@ def _go_on(url: str, path: Path, size: int | None) -> None:
 def _write(
     response: http.client.HTTPResponse, block: bytes, part: Path, offset: int, total: int | None
 ) -> int:
-    """Write the answer's body into the part from `offset` on; gives the part's length."""
+    """Write the answer's body into the part from `offset` on, and return the part's length."""
     name = part.name.removesuffix(".part")
     with _naming(part), part.open("r+b") as file, _bytes_bar(total, name, offset) as bar:
         file.truncate(offset)
@@ -422,7 +422,7 @@ def _is_there(path: Path, entry: zipfile.ZipInfo) -> bool:
 
 
 def _parts(path: Path) -> tuple[Path, Path]:
-    """Where a download lies until it is whole, and what is known of its source."""
+    """Return where a download lies until it is whole, and what is known of its source."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
 
 
@@ -454,7 +454,7 @@ def _sha256(path: Path) -> str:
 
 
 def _bytes_bar(total: int | None, what: str, done: int = 0) -> tqdm:
-    """Speed and remaining time on a terminal, nothing elsewhere."""
+    """Show speed and remaining time on a terminal, and nothing elsewhere."""
     return tqdm(
         total=total, initial=done, desc=what, unit="B", unit_scale=True, disable=None, leave=False
     )

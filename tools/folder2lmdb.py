@@ -1,4 +1,4 @@
-"""One split's JSON, its images and its masks -> one LMDB file that train.py and test.py read."""
+"""Pack a split's JSON, images and masks into one LMDB file, which train.py and test.py read."""
 
 import argparse
 import hashlib
@@ -6,13 +6,10 @@ import io
 import json
 import re
 import sys
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +21,7 @@ from utils.records import (
     LARGEST,
     LONGEST_KEY,
     META_KEY,
-    OFFICIAL_KEY,
+    RELEASE_KEY,
     RecordReader,
     RecordWriter,
     RefRecord,
@@ -49,7 +46,7 @@ _REDO_MASKS = f"{_REDO} --generate_mask"
 _IMAGE_REMEDY = "check -i, or get the image again (tools/prepare_datasets.md)"
 _ENTRY_FIELDS = {"segment_id": int, "img_name": str, "sentences": list, "cat": int | None}
 _SENTENCE_FIELDS = {"sent": str, "sent_id": int}
-_OFFICIAL_FIELDS = {
+_RELEASE_FIELDS = {
     "img": bytes,
     "mask": bytes,
     "cat": int | None,
@@ -58,7 +55,6 @@ _OFFICIAL_FIELDS = {
     "num_sents": int,
     "sents": list,
 }
-_CHUNK = 1 << 20  # characters of JSON in memory at a time, at least
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def packed_summary(path: Path) -> str:
-    """What lies in a file: counts, size, lengths of the sentences."""
+    """Return a text of what lies in a file: counts, size, lengths of the sentences."""
     meta = RecordReader(path).meta
     return (
         f"{path}: {meta['refs']} refs, {meta['sentences']} sentences, {meta['images']} images, "
@@ -81,8 +77,8 @@ def packed_summary(path: Path) -> str:
 
 
 def pack(args: argparse.Namespace) -> Path:
-    """Pack what the JSON files name, a ref at a time, and give the LMDB's path."""
-    count = check_entries(*args.json)
+    """Pack what the JSON files name, and return the LMDB's path."""
+    entries = read_entries(args.json)
     for folder, what in ((args.img_dir, "images (-i)"), (args.mask_dir, "masks (-m)")):
         if not folder.is_dir():
             raise UserError(f"the folder of {what} does not exist: {folder}")
@@ -92,159 +88,64 @@ def pack(args: argparse.Namespace) -> Path:
 
     sizes: dict[str, tuple[int, int]] = {}
     with RecordWriter(path, dataset, split) as writer:
-        entries = read_entries(*args.json)
-        for entry, _ in _progress(entries, count, f"{dataset} {split}"):
+        for entry in _progress(entries, len(entries), f"{dataset} {split}"):
             key = entry["img_name"]
             if key not in sizes:
                 data = read_file(args.img_dir / key, _IMAGE_REMEDY)
                 sizes[key] = _size_of(data, str(args.img_dir / key), _IMAGE_REMEDY)
                 writer.add_image(key, data)
-            record = make_record(entry, sizes[key], args.mask_dir)
+            mask_path = args.mask_dir / f"{entry['segment_id']}.png"
+            mask = read_file(mask_path, _REDO_MASKS)
+            record = _make_record(entry, sizes[key], mask, str(mask_path), _REDO_MASKS)
             writer.add_ref(record, token_lengths(record.sentences))
     return path
 
 
-def check_entries(*paths: Path) -> int:
-    """Read the JSON of one split, or of several that are packed as one, and count the refs.
+def read_entries(paths: Sequence[Path]) -> list[dict]:
+    """Read and check the JSON of one split, or of several that are packed as one.
 
     Raises:
-        UserError: a file is missing, broken or empty, or an entry lacks a field, or two share a
+        UserError: a file is missing, broken or empty, an entry cannot be packed, or two share a
             ref id or sentence id.
     """
-    starts: list[int] = []  # how many entries came before each file
-    ref_ids, sent_ids, count = _Ids("segment_id"), _Ids("sent_id"), 0
+    entries: list[dict] = []
+    ref_ids: dict[int, str] = {}
+    sent_ids: dict[int, str] = {}
     for path in paths:
-        starts.append(count)
-        for entry, where in read_entries(path):
-            ref_ids.add(entry["segment_id"], count, where)
+        for number, entry in enumerate(_load_list(path)):
+            where = f"{path}: entry {number}"
+            _check_entry(entry, where)
+            _claim_id(ref_ids, "segment_id", entry["segment_id"], where)
             for sentence in entry["sentences"]:
-                sent_ids.add(sentence["sent_id"], count, where)
-            count += 1
-        if count == starts[-1]:
-            raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
-
-    def where(number: int) -> str:
-        file = int(np.searchsorted(starts, number, side="right")) - 1
-        return f"{paths[file]}: entry {number - starts[file]}"
-
-    for ids in (ref_ids, sent_ids):
-        if pair := ids.repeated():
-            first, second, key = pair
-            raise UserError(
-                f"{where(second)} has {ids.field} {key}, as {where(first)} has: {_REDO}"
-            )
-    return count
+                _claim_id(sent_ids, "sent_id", sentence["sent_id"], where)
+            entries.append(entry)
+    return entries
 
 
-class _Ids:
-    """Ids with the numbers of their entries, 12 bytes each whatever their number."""
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        self._ids, self._entries = array("q"), array("i")
-
-    def add(self, key: int, entry: int, where: str) -> None:
-        try:
-            self._ids.append(key)
-        except OverflowError:
-            raise UserError(f"{where}: {self.field} {key!r:.40} is out of range") from None
-        self._entries.append(entry)
-
-    def repeated(self) -> tuple[int, int, int] | None:
-        """The first repetition: the entries of the one and the other, and the id."""
-        ids, entries = np.asarray(self._ids), np.asarray(self._entries)
-        order = np.argsort(ids, kind="stable")
-        same = np.flatnonzero(np.diff(ids[order]) == 0)
-        if not len(same):
-            return None
-        place = same[np.argmin(order[same + 1])]
-        first, second = order[place], order[place + 1]
-        return int(entries[first]), int(entries[second]), int(ids[second])
-
-
-def read_entries(*paths: Path) -> Iterator[tuple[dict, str]]:
-    """The entries of some splits' JSON, one at a time, each checked and with its place in words.
-
-    Raises:
-        UserError: a file is missing or broken, or an entry lacks a field.
-    """
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
-        with path.open(encoding="utf-8-sig") as file:
-            try:
-                for number, entry in enumerate(_items(file, path)):
-                    where = f"{path}: entry {number}"
-                    _check_entry(entry, where)
-                    yield entry, where
-            except UserError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} is not readable JSON ({error}): {_REDO}") from None
-
-
-def _items(file: TextIO, path: Path) -> Iterator[object]:
-    """The items of a JSON file that holds one list, one at a time.
-
-    Raises:
-        ValueError: it is no JSON.
-        UserError: it is JSON, of something else.
-    """
-    json_text = _JsonText(file)
-    if json_text.peek() != "[":
-        json_text.value()
+def _load_list(path: Path) -> list:
+    """Read a JSON file that holds one list, which is not empty."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): {_REDO}") from None
+    if not isinstance(entries, list):
         raise UserError(f"{path} is not a list of refs: {_REDO}")
-    json_text.at += 1
-    mark = json_text.peek()
-    while mark != "]":
-        yield json_text.value()
-        mark = json_text.peek()
-        if mark not in (",", "]"):
-            raise ValueError(f"a comma or ] is missing before {mark!r}")
-        json_text.at += mark == ","
-    json_text.at += 1
-    if json_text.peek():
-        raise ValueError("something follows the list")
+    if not entries:
+        raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
+    return entries
 
 
-class _JsonText:
-    """JSON that is read as it is needed, with about `_CHUNK` of it in memory; `at` is the place."""
-
-    _blank = re.compile(r"[ \t\n\r]*")
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._decoder = json.JSONDecoder()
-        self._text = ""
-        self.at = 0
-
-    def peek(self) -> str:
-        """The next character that is no blank, or nothing at the end."""
-        while True:
-            self.at = self._blank.match(self._text, self.at).end()
-            if self.at < len(self._text):
-                return self._text[self.at]
-            self._text, self.at = self._file.read(_CHUNK), 0
-            if not self._text:
-                return ""
-
-    def value(self) -> object:
-        """The value that begins here; moves behind it."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self.at)
-            except ValueError:
-                end = len(self._text)
-            if self._text[end : end + 1] in tuple(", ]\t\n\r"):  # a number may go on elsewhere
-                break
-            more = self._file.read(max(_CHUNK, len(self._text) - self.at))
-            self._text, self.at = self._text[self.at :] + more, 0
-            if not more:
-                value, end = self._decoder.raw_decode(self._text)  # or says what is wrong
-                break
-        self.at = end
-        return value
+def _claim_id(
+    owners: dict[int, str], field: str, number: int, where: str, remedy: str = _REDO
+) -> None:
+    """Note who has an id, and refuse one that is out of range or that another entry has."""
+    if not -LARGEST <= number <= LARGEST:
+        raise UserError(f"{where}: {field} {number!r:.40} is out of range: {remedy}")
+    if number in owners:
+        raise UserError(f"{where} has {field} {number}, as {owners[number]} has: {remedy}")
+    owners[number] = where
 
 
 def _check_entry(entry: object, where: str, remedy: str = _REDO) -> None:
@@ -273,7 +174,7 @@ def _check_entry(entry: object, where: str, remedy: str = _REDO) -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written down: half a surrogate pair cannot."""
+    """Return whether a text can be written down: half a surrogate pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -281,24 +182,14 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def make_record(entry: dict, size: tuple[int, int], mask_dir: Path) -> RefRecord:
-    """Make the record of one entry, reading and checking its mask.
-
-    Args:
-        entry: an entry of the split's JSON.
-        size: (height, width) of its image as decoded.
-        mask_dir: folder with <ref_id>.png.
-
-    Raises:
-        UserError: the mask is missing, cannot be decoded, is empty or not of that size.
-    """
-    path = mask_dir / f"{entry['segment_id']}.png"
-    return _record(entry, size, read_file(path, _REDO_MASKS), str(path), _REDO_MASKS)
-
-
-def _record(
+def _make_record(
     entry: dict, size: tuple[int, int], mask: bytes, mask_name: str, remedy: str
 ) -> RefRecord:
+    """Make the record of an entry whose image has `size` (height, width).
+
+    Raises:
+        UserError: the mask cannot be decoded, is empty or not of that size.
+    """
     ref_id, image_key = entry["segment_id"], entry["img_name"]
     pixels = decode(mask, cv2.IMREAD_GRAYSCALE, mask_name, remedy)
     if pixels.shape != size:
@@ -322,13 +213,13 @@ def _record(
 
 
 def image_id_of(image_key: str) -> int | None:
-    """The number at the end of an image's name, as COCO names its files; None without one."""
+    """Return the number that an image's name ends in, as COCO's do; None without one."""
     digits = re.search(r"(?<!\d)\d{1,18}$", Path(image_key).stem)
     return int(digits[0]) if digits else None
 
 
 def read_file(path: Path, remedy: str) -> bytes:
-    """The bytes of a file.
+    """Read a file.
 
     Raises:
         UserError: it is missing.
@@ -339,7 +230,7 @@ def read_file(path: Path, remedy: str) -> bytes:
 
 
 def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
-    """(height, width) of an image file, all of which is decoded, to be sure that it can be."""
+    """Return an image file's (height, width); all of it is decoded, to be sure that it can be."""
     return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
 
 
@@ -347,14 +238,14 @@ def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
 
 
 def convert(args: argparse.Namespace) -> Path:
-    """Convert an LMDB of the official release, and give the new one's path.
+    """Convert an LMDB of the release, and return the new one's path.
 
     Each image is stored once, by its name. The release keeps no ids of sentences: they are
     counted from 0 in the order of the file.
 
     Raises:
-        UserError: it is no official LMDB, or holds anything but plain data, or what it holds is
-            inconsistent.
+        UserError: it is no LMDB of the release, holds anything but plain data, or contradicts
+            itself.
     """
     source = args.from_lmdb
     dataset = args.dataset or source.resolve().parent.name
@@ -363,13 +254,14 @@ def convert(args: argparse.Namespace) -> Path:
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     remedy = f"{source} is damaged, {repack_command(source)}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
-    ref_ids, count = _Ids("seg_id"), 0
+    ref_ids: dict[int, str] = {}
+    count = 0  # of sentences
     with RecordWriter(path, dataset, source.stem) as writer:
-        total, items = official_items(source)
+        total, items = release_items(source)
         items = _progress(items, total, f"{dataset} {source.stem}")
         for number, item in enumerate(items):
             where = f"{source}: entry {number}"
-            ref_ids.add(item["seg_id"], number, where)
+            _claim_id(ref_ids, "seg_id", item["seg_id"], where, remedy)
             key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
             texts = item["sents"]
             entry = {
@@ -386,23 +278,18 @@ def convert(args: argparse.Namespace) -> Path:
             elif images[key][1] != digest:
                 raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
             count += len(texts)
-            record = _record(entry, images[key][0], item["mask"], f"{where}, mask", remedy)
+            record = _make_record(entry, images[key][0], item["mask"], f"{where}, mask", remedy)
             writer.add_ref(record, token_lengths(record.sentences))
-        if pair := ref_ids.repeated():
-            first, second, key = pair
-            raise UserError(
-                f"{source}: entry {second} has seg_id {key}, as entry {first} has: {remedy}"
-            )
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 
 
-def official_items(path: Path) -> tuple[int, Iterator[dict]]:
-    """The number of an official LMDB's items, and they in their order, checked.
+def release_items(path: Path) -> tuple[int, Iterator[dict]]:
+    """Return the number of items in an LMDB of the release, and the checked items in order.
 
     Raises:
-        UserError: it is no official LMDB, was written with pyarrow, or holds anything but plain
-            containers, strings and numbers.
+        UserError: it is no LMDB of the release, was written with pyarrow, or holds anything but
+            plain containers, strings and numbers.
     """
     if not path.exists():
         raise UserError(f"--from-lmdb {path} does not exist")
@@ -415,8 +302,8 @@ def official_items(path: Path) -> tuple[int, Iterator[dict]]:
 
     if get(META_KEY) is not None:
         raise UserError(f"{path} is in this repository's format already: use it as it is")
-    if get(OFFICIAL_KEY) is None:
-        raise UserError(f"{path} is no LMDB of the official release: {repack_command(path)}")
+    if get(RELEASE_KEY) is None:
+        raise UserError(f"{path} is no LMDB of the release: {repack_command(path)}")
     count = _unpickle(get(b"__len__"), path, "__len__")
     if not isinstance(count, int):
         raise UserError(f"{path}: __len__ is {count!r:.40}, no number: {repack_command(path)}")
@@ -424,7 +311,7 @@ def official_items(path: Path) -> tuple[int, Iterator[dict]]:
     def items() -> Iterator[dict]:
         for number in range(count):
             item = _unpickle(get(b"%d" % number), path, f"entry {number}")
-            _check_official(item, f"{path}: entry {number}", repack_command(path))
+            _check_item(item, f"{path}: entry {number}", repack_command(path))
             yield item
 
     return count, items()
@@ -441,15 +328,15 @@ def _unpickle(data: bytes | None, path: Path, what: str) -> object:
     return load_plain(io.BytesIO(data), f"{path}: {what}")
 
 
-def _check_official(item: object, where: str, remedy: str) -> None:
-    check_fields(item, _OFFICIAL_FIELDS, where, remedy)
+def _check_item(item: object, where: str, remedy: str) -> None:
+    check_fields(item, _RELEASE_FIELDS, where, remedy)
     texts = item["sents"]
     if not texts or len(texts) != item["num_sents"]:
         raise UserError(f"{where} has {len(texts)} sents, num_sents {item['num_sents']}: {remedy}")
 
 
 def _progress(items: Iterable, total: int, name: str) -> Iterable:
-    """A bar with an ETA, on a terminal."""
+    """Show a bar with an ETA, on a terminal."""
     return tqdm(items, total=total, desc=name, unit="ref", disable=None)
 
 
@@ -470,7 +357,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from-lmdb",
         type=Path,
         metavar="OLD.lmdb",
-        help="convert an LMDB that the official release pickled, instead of -j, -i and -m",
+        help="convert an LMDB that the release pickled, instead of -j, -i and -m",
     )
     add("-o", "--output-dir", type=Path, required=True, help="folder for <split>.lmdb")
     add("--dataset", help="name stored in the file (that of the folder of the JSON or old LMDB)")

@@ -1,6 +1,4 @@
-"""Look into a packed split: what it holds, whether every record is sound, and some of it to see."""
-
-from __future__ import annotations
+"""Check a packed split: count what it holds, find unsound records, and draw some to look at."""
 
 import argparse
 import random
@@ -9,15 +7,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.data_process import token_length_summary
 from utils.errors import UserError, run_entry_point
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from utils.records import RecordReader, RefRecord
+from utils.records import RecordReader, RefRecord
+from utils.tokenizer import token_lengths
+from utils.transforms import decode_image, decode_mask
+from utils.visualize import TRUTH_COLOR, grid, overlay, save_picture
 
 EPILOG = """example:
   python tools/inspect_lmdb.py datasets/lmdb/refcoco/val.lmdb --samples 20 -o val.jpg
@@ -28,33 +31,33 @@ code is 1 if there are any."""
 
 
 class Published(NamedTuple):
-    """What a split of a data set holds as published; `sentences` is None where that is not said."""
+    """Holds a split's published counts; `sentences` is None where none is published."""
 
     refs: int
-    sentences: int | None
+    sentences: int | None = None
 
 
 # By the names that the configs use; the order of the splits is that of the papers' tables.
 PUBLISHED = {
     "refcoco": {
-        "train": Published(42404, None),
+        "train": Published(42404),
         "val": Published(3811, 10834),
         "testA": Published(1975, 5657),
         "testB": Published(1810, 5095),
     },
     "refcoco+": {
-        "train": Published(42278, None),
+        "train": Published(42278),
         "val": Published(3805, 10758),
         "testA": Published(1975, 5726),
         "testB": Published(1798, 4889),
     },
     "refcocog_u": {
-        "train": Published(42226, None),
+        "train": Published(42226),
         "val": Published(2573, 4896),
         "test": Published(5023, 9602),
     },
     "refcocog_g": {
-        "train": Published(44822, None),
+        "train": Published(44822),
         "val": Published(5000, 9536),
     },
 }
@@ -66,7 +69,7 @@ MAX_LINES = 3  # of sentences in a cell
 
 
 class Check(NamedTuple):
-    """What going through every record brought to light."""
+    """Holds the faults and the counts of all records."""
 
     faults: list[str]
     sizes: list[tuple[int, int]]  # (height, width), one an image
@@ -107,8 +110,6 @@ def inspect(
     Raises:
         UserError: the file cannot be read at all.
     """
-    from utils.records import RecordReader
-
     reader = RecordReader(path)
     meta = reader.meta
     print(f"{path}: {meta['dataset']} {meta['split']}, {path.stat().st_size / 1e6:,.1f} MB")
@@ -117,12 +118,12 @@ def inspect(
         f"{meta['images']:,} images; format {meta['format_version']}, packed by {meta['tool']}"
     )
     check = check_records(reader)
-    if not is_subset:
-        check.faults.extend(differences(meta))
-    for line in describe(check, word_len):
+    for line in statistics(check, word_len):
         print(f"  {line}")
     if not is_subset and meta["dataset"] in PUBLISHED:
-        print(f"  published {'differs' if differences(meta) else 'the same numbers'}")
+        differing = differences(meta)
+        check.faults.extend(differing)
+        print(f"  published {'differs' if differing else 'the same numbers'}")
     if samples:
         save_sheet(reader, sheet, samples, seed)
         print(f"  to look at: {sheet}")
@@ -134,7 +135,7 @@ def inspect(
 
 
 def differences(meta: Mapping) -> list[str]:
-    """How the numbers of a file differ from the published ones, if its data set is known.
+    """Return how a file's counts differ from the published ones, if its data set is known.
 
     Args:
         meta: of a `RecordReader`. Splits that were packed as one (val+testA) are added up.
@@ -152,9 +153,7 @@ def differences(meta: Mapping) -> list[str]:
 
 
 def check_records(reader: RecordReader) -> Check:
-    """Read every record: decode its photo and mask, compare them, count."""
-    from tqdm import tqdm
-
+    """Read every record, decode its photo and mask, and compare and count them."""
     check = Check([], [], [], [], [], Counter(), Counter())
     sizes: dict[str, tuple[int, int] | None] = {}
     image_ids: dict[str, int | None] = {}
@@ -207,8 +206,6 @@ def _id_problems(ref: RefRecord, seen: dict[str, set[int]]) -> Iterator[str]:
 def _image_problems(
     reader: RecordReader, ref: RefRecord, sizes: dict, check: Check
 ) -> Iterator[str]:
-    from utils.transforms import decode_image
-
     try:
         data = reader.image(ref.image_key)
         size = decode_image(data, f"image {ref.image_key}").shape[:2]
@@ -221,8 +218,6 @@ def _image_problems(
 
 
 def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
-    from utils.transforms import decode_mask
-
     try:
         mask = decode_mask(ref.mask, "mask")
     except UserError as error:
@@ -238,8 +233,6 @@ def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
 
 
 def _sentence_problems(ref: RefRecord, check: Check) -> Iterator[str]:
-    from utils.tokenizer import token_lengths
-
     if not ref.sentences or len(ref.sentences) != len(ref.sent_ids):
         yield f"it has {len(ref.sentences)} sentences and {len(ref.sent_ids)} sentence ids"
     for sentence, length in zip(ref.sentences, token_lengths(ref.sentences), strict=True):
@@ -257,10 +250,8 @@ def _count_problems(meta: Mapping, sizes: Mapping, check: Check) -> Iterator[str
         yield "the file's histogram of sentence lengths is not that of its sentences"
 
 
-def describe(check: Check, word_len: int) -> list[str]:
-    """The statistics of a file, a line each."""
-    from tools.data_process import token_length_summary
-
+def statistics(check: Check, word_len: int) -> list[str]:
+    """Return the statistics of a file, a line each."""
     lines = []
     if check.sizes:
         common = Counter(check.sizes).most_common(1)[0][0]
@@ -271,7 +262,8 @@ def describe(check: Check, word_len: int) -> list[str]:
             f"{sum(check.image_bytes) / len(check.image_bytes) / 1e3:,.1f} kB each"
         )
     if check.shares:
-        values = "  ".join(f"{100 * _quantile(check.shares, q):.1f}" for q in QUANTILES)
+        shares = np.quantile(check.shares, QUANTILES, method="nearest")
+        values = "  ".join(f"{100 * share:.1f}" for share in shares)
         names = " ".join(f"{100 * q:g}" for q in QUANTILES)
         lines.append(f"masks    {sum(check.mask_bytes) / len(check.mask_bytes) / 1e3:,.1f} kB each")
         lines.append(f"         % of the photo they cover, at quantiles {names} %: {values}")
@@ -280,23 +272,13 @@ def describe(check: Check, word_len: int) -> list[str]:
     cut = sum(n for length, n in check.token_lengths.items() if length > word_len)
     total = check.token_lengths.total()
     histogram = token_length_summary(check.token_lengths).splitlines()[0]
-    lines += [
-        f"tokens   {line}" if i == 0 else f"         {line}"
-        for i, line in enumerate(textwrap.wrap(histogram, 88))
-    ]
+    lines.append(textwrap.fill(f"tokens   {histogram}", 97, subsequent_indent=" " * 11))
     lines.append(f"         {cut:,} of {total:,} sentences are cut at word_len {word_len}")
     return lines
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[round(share * (len(ordered) - 1))]
-
-
 def save_sheet(reader: RecordReader, path: Path, samples: int, seed: int) -> None:
-    """Write a picture of random refs: mask on photo, sentences above. Unreadable ones say so."""
-    from utils.visualize import grid, save_picture
-
+    """Write a picture of random refs: mask on photo, sentences above; unreadable ones say so."""
     count = min(samples, len(reader))
     chosen = sorted(random.Random(seed).sample(range(len(reader)), count))
     cells = [_cell(reader, position) for position in chosen]
@@ -304,14 +286,7 @@ def save_sheet(reader: RecordReader, path: Path, samples: int, seed: int) -> Non
 
 
 def _cell(reader: RecordReader, position: int) -> Image.Image:
-    """One ref as a picture of size `CELL`."""
-    import cv2
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    from utils.transforms import decode_image, decode_mask
-    from utils.visualize import TRUTH_COLOR, overlay
-
+    """Draw one ref as a picture of size `CELL`."""
     cell = Image.new("RGB", CELL, "white")
     draw = ImageDraw.Draw(cell)
     small, normal = ImageFont.load_default(13), ImageFont.load_default(17)

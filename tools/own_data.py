@@ -1,27 +1,35 @@
-"""Data of your own: a JSON Lines file of images, masks and sentences -> one LMDB file a split.
+"""Pack data of your own: a JSON Lines file of images, masks and sentences -> an LMDB file a split.
 
 Everything is checked before anything is written, and all problems are listed with their lines.
 """
 
 import argparse
-import json
 import posixpath
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
-from tools.download import check_space
 from tools.folder2lmdb import packed_summary, read_file
 from tools.refer import draw_segmentation
 from utils.errors import UserError, run_entry_point
@@ -45,29 +53,98 @@ and, if you like, on all lines or on none: ref_id (unique); on any line: image_i
 
 docs/own_data.md has a worked example."""
 
-FIELDS = ("image", "mask", "sentences", "split", "ref_id", "image_id", "category")
-REQUIRED = FIELDS[:4]
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
-Report = Callable[[str], None]
+
+def _must(holds: Callable[[Any], bool], what: str = "") -> AfterValidator:
+    """Make a validator that refuses all values but those for which `holds`."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(what)
+        return value
+
+    return AfterValidator(check)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line that can be packed: an object, the sentences that denote it, and its split."""
+def _form_of(mask: object) -> str | None:
+    """Name the form of a mask, by which its type is chosen."""
+    if isinstance(mask, list) and any(not isinstance(polygon, list) for polygon in mask):
+        return "flat"
+    return {str: "path", dict: "runs", list: "polygons"}.get(type(mask))
 
-    ref_id: int
-    image_key: str
-    image_id: int | None
-    category: int | None
-    mask: str | dict | list
-    sentences: tuple[str, ...]
-    split: str
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+AnyPath = Annotated[str, _must(lambda path: path.strip() and "\0" not in path)]
+ImageKey = Annotated[
+    AnyPath,
+    _must(lambda path: len(path.encode()) <= LONGEST_KEY),
+    AfterValidator(posixpath.normpath),
+]
+Polygon = Annotated[list[Coordinate], Field(min_length=6), _must(lambda p: len(p) % 2 == 0)]
+Polygons = Annotated[
+    list[Polygon],
+    Field(min_length=1),
+    _must(
+        lambda polygons: not all(0 <= number <= 1 for polygon in polygons for number in polygon),
+        "in pixels (these polygons lie in [0, 1])",
+    ),
+]
+
+
+class RunLengths(BaseModel):
+    """Holds a run-length mask as COCO writes it."""
+
+    model_config = ConfigDict(strict=True)
+    size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    counts: str | list[Count]
+
+
+Mask = Annotated[
+    Annotated[AnyPath, Tag("path")]
+    | Annotated[RunLengths, Tag("runs")]
+    | Annotated[Polygons, Tag("polygons")]
+    | Annotated[
+        list,
+        _must(lambda _: False, "a list of polygons: [[x, y, ...], ...] even for one"),
+        Tag("flat"),
+    ],
+    Discriminator(_form_of),
+]
+
+
+class Entry(BaseModel):
+    """Holds one line: an object, the sentences that denote it, and its split.
+
+    A field's description completes "must be", where no validator says more.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    image: ImageKey = Field(description=f"a path of at most {LONGEST_KEY} bytes")
+    mask: Mask = Field(
+        description="a path, {size: [height, width], counts: text or whole numbers from 0}, or "
+        "polygons [[x, y, ...], ...] of three or more pairs x, y"
+    )
+    sentences: Annotated[
+        list[Text],
+        Field(min_length=1, description="a list of one or more texts"),
+        _must(lambda texts: all(map(has_words, texts)), "texts with words in each"),
+    ]
+    split: Annotated[str, _must(is_plain_name)] = Field(description="a name such as train")
+    ref_id: Count = Field(default=None, description="a whole number from 0")
+    image_id: Count | None = Field(default=None, description="a whole number from 0")
+    category: Count | None = Field(default=None, description="a whole number from 0")
 
 
 @dataclass
 class Contents:
-    """What has been read so far; `sizes` holds (height, width), None for an unusable image."""
+    """Holds what has been read so far.
+
+    `sizes` has (height, width), None for an unusable image; `image_ids` and `ref_ids` know the
+    lines that first gave them.
+    """
 
     images: Path
     masks: Path
@@ -108,29 +185,81 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    contents, problems = Contents(images, masks), []
-    lines = _lines(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error})") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: a line is one object (--help shows one)")
-    has_ref_id = None
-    for number, text in tqdm(lines.items(), desc="check", unit="ref", disable=None, leave=False):
-        before = len(problems)
-
-        def report(problem: str, number: int = number) -> None:
-            problems.append(f"{number}: {problem}")
-
-        line = _parse(text, report)
-        if line is None:
+    contents, problems = Contents(images, masks), []
+    has_ref_ids = None  # as the first sound line says
+    for number, line in tqdm(lines, desc="check", unit="ref", disable=None, leave=False):
+        try:
+            entry = Entry.model_validate_json(line)
+        except ValidationError as error:
+            problems += [f"{number}: {problem}" for problem in _field_problems(error, line)]
             continue
-        _check_fields(line, report)
-        has_ref_id = "ref_id" in line if has_ref_id is None else has_ref_id
-        if has_ref_id != ("ref_id" in line):
-            report("ref_id is on some lines only: put it on all of them or on none")
-        if len(problems) == before:
-            _check_contents(line, number, contents, report)
-        if len(problems) == before:
-            contents.entries.append(_entry(line, number))
+        has_ref_id = entry.ref_id is not None
+        has_ref_ids = has_ref_id if has_ref_ids is None else has_ref_ids
+        found = list(_content_problems(entry, number, contents))
+        if has_ref_id != has_ref_ids:
+            found.append("ref_id is on some lines only: put it on all of them or on none")
+        problems += [f"{number}: {problem}" for problem in found]
+        entry.ref_id = entry.ref_id if has_ref_id else number
+        contents.entries.append(entry)
     return contents, problems
+
+
+def _field_problems(error: ValidationError, line: str) -> Iterator[str]:
+    """Say what is wrong with the fields of a line, once a field."""
+    told = set()
+    for fault in error.errors():
+        kind, reason = fault["type"], fault.get("ctx", {}).get("error", "")
+        name = fault["loc"][0] if fault["loc"] else ""
+        is_field = len(fault["loc"]) == 1
+        if name in told:
+            continue
+        told.add(name)
+        if kind == "json_invalid":
+            yield f"is not JSON ({reason})"
+        elif not name:
+            yield f"is {line.strip():.60}, not an object {{...}}"
+        elif kind == "missing" and is_field:
+            yield f"has no {name}"
+        elif kind == "extra_forbidden" and is_field:
+            near = get_close_matches(name, Entry.model_fields, 1)
+            yield f"has an unknown field {name}" + (f"; did you mean {near[0]}?" if near else "")
+        else:
+            must = str(reason) or Entry.model_fields[name].description
+            yield f"{name} must be {must}, not {fault['input']!r:.80}"
+
+
+def _content_problems(entry: Entry, number: int, contents: Contents) -> Iterator[str]:
+    """Say what is wrong with the image, the mask and the ids of a line whose fields are sound."""
+    key = entry.image
+    if key not in contents.sizes:
+        contents.sizes[key] = None
+        try:
+            path, remedy = contents.images / key, "check image"
+            pixels = decode(read_file(path, remedy), cv2.IMREAD_COLOR, str(path), remedy)
+            contents.sizes[key] = pixels.shape[:2]
+        except (UserError, OSError) as error:
+            yield str(error)
+    elif contents.sizes[key] is None:
+        yield f"its image {key} cannot be used, see above"
+    if contents.sizes[key] is not None:
+        try:
+            load_mask(entry.mask, *contents.sizes[key], contents.masks)
+        except (UserError, OSError) as error:
+            yield str(error) if isinstance(entry.mask, str) else f"its mask is {error}"
+    known, first = contents.image_ids.setdefault(key, (entry.image_id, number))
+    if known != entry.image_id:
+        yield f"its image {key} has image_id {entry.image_id}, but {known} on line {first}"
+    if entry.ref_id is not None:
+        first = contents.ref_ids.setdefault(entry.ref_id, number)
+        if first != number:
+            yield f"ref_id {entry.ref_id} is that of line {first} as well"
 
 
 def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
@@ -140,9 +269,6 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
         UserError: an image or mask has changed since it was checked.
     """
     counts = Counter(entry.split for entry in contents.entries)
-    files = {(entry.split, entry.image_key) for entry in contents.entries}
-    need = sum((contents.images / key).stat().st_size for _, key in files)
-    check_space(output, need, "packing")
     sent_id = 0
     with ExitStack() as stack:
         writers = {
@@ -152,20 +278,20 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
         stored = set()
         for entry in tqdm(contents.entries, desc=f"pack {dataset}", unit="ref", disable=None):
             writer = writers[entry.split]
-            if (entry.split, entry.image_key) not in stored:
-                stored.add((entry.split, entry.image_key))
-                writer.add_image(entry.image_key, (contents.images / entry.image_key).read_bytes())
-            height, width = contents.sizes[entry.image_key]
+            if (entry.split, entry.image) not in stored:
+                stored.add((entry.split, entry.image))
+                writer.add_image(entry.image, (contents.images / entry.image).read_bytes())
+            height, width = contents.sizes[entry.image]
             mask = load_mask(entry.mask, height, width, contents.masks)
             record = RefRecord(
                 ref_id=entry.ref_id,
-                image_key=entry.image_key,
+                image_key=entry.image,
                 image_id=entry.image_id,
                 category=entry.category,
                 height=height,
                 width=width,
                 mask=encode_mask(mask),
-                sentences=entry.sentences,
+                sentences=tuple(entry.sentences),
                 sent_ids=tuple(range(sent_id, sent_id + len(entry.sentences))),
             )
             sent_id += len(entry.sentences)
@@ -173,7 +299,7 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
     return [output / f"{split}.lmdb" for split in counts]
 
 
-def load_mask(mask: str | dict | list, height: int, width: int, folder: Path) -> np.ndarray:
+def load_mask(mask: str | RunLengths | list, height: int, width: int, folder: Path) -> np.ndarray:
     """Read or draw a mask: (height, width) uint8, 0 or 255.
 
     Args:
@@ -183,6 +309,8 @@ def load_mask(mask: str | dict | list, height: int, width: int, folder: Path) ->
     Raises:
         UserError: it cannot be read, is no PNG, is of another size, or is empty.
     """
+    if isinstance(mask, RunLengths):
+        mask = mask.model_dump()
     if not isinstance(mask, str):
         return np.where(draw_segmentation(mask, height, width) > 0, np.uint8(255), np.uint8(0))
     path = folder / mask
@@ -206,171 +334,11 @@ def load_mask(mask: str | dict | list, height: int, width: int, folder: Path) ->
     return np.where(pixels > 0, np.uint8(255), np.uint8(0))
 
 
-def _lines(path: Path) -> dict[int, str]:
-    """The lines that are not empty, by number from 1."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from None
-    return {i: line for i, line in enumerate(text.split("\n"), 1) if line.strip()}
-
-
-def _parse(text: str, report: Report) -> dict | None:
-    try:
-        line = json.loads(text)
-        json.dumps(line, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        report(f"is not JSON ({error})")
-        return None
-    if not isinstance(line, dict):
-        report(f"is {line!r:.60}, not an object {{...}}")
-        return None
-    return line
-
-
-def _check_fields(line: Mapping[str, Any], report: Report) -> None:
-    """Report every field that is missing, unknown or of the wrong kind."""
-    for name in REQUIRED:
-        if name not in line:
-            report(f"has no {name}")
-    for name, value in line.items():
-        if name not in FIELDS:
-            near = get_close_matches(name, FIELDS, 1)
-            report(f"has an unknown field {name}" + (f"; did you mean {near[0]}?" if near else ""))
-            continue
-        problem = _PROBLEMS_OF[name](value)
-        if problem:
-            report(f"{name} {problem}, not {value!r:.80}")
-
-
-def _path_problem(value: object) -> str | None:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return "must be a path"
-    return None
-
-
-def _image_problem(value: object) -> str | None:
-    problem = _path_problem(value)
-    if problem is None and len(value.encode()) > LONGEST_KEY:
-        problem = f"must be at most {LONGEST_KEY} bytes long"
-    return problem
-
-
-def _mask_problem(value: object) -> str | None:
-    if isinstance(value, str):
-        return _path_problem(value)
-    if isinstance(value, dict):
-        return _rle_problem(value)
-    if not isinstance(value, list) or not value:
-        return "must be a path, {size, counts}, or polygons [[x, y, ...], ...]"
-    for polygon in value:
-        if not isinstance(polygon, list):
-            return "must be a list of polygons: [[x, y, ...], ...] even for one"
-        if len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
-            return "must be polygons of three or more pairs x, y"
-    if all(0 <= number <= 1 for polygon in value for number in polygon):
-        return "must be in pixels (these polygons lie in [0, 1])"
-    return None
-
-
-def _rle_problem(value: Mapping[str, Any]) -> str | None:
-    size, counts = value.get("size"), value.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(map(_is_count, size))):
-        return "must have its size [height, width]"
-    is_list = isinstance(counts, list) and all(map(_is_count, counts))
-    if not is_list and not isinstance(counts, str):
-        return "must have counts, a string or a list of numbers from 0"
-    return None
-
-
-def _sentences_problem(value: object) -> str | None:
-    if isinstance(value, list) and value and all(isinstance(s, str) for s in value):
-        return None if all(map(has_words, value)) else "must have words in each"
-    return "must be a list of one or more texts"
-
-
-def _split_problem(value: object) -> str | None:
-    if isinstance(value, str) and is_plain_name(value):
-        return None
-    return "must be a name such as train"
-
-
-def _number_problem(value: object) -> str | None:
-    return None if _is_count(value) else "must be a whole number from 0"
-
-
-_PROBLEMS_OF: dict[str, Callable[[object], str | None]] = {
-    "image": _image_problem,
-    "mask": _mask_problem,
-    "sentences": _sentences_problem,
-    "split": _split_problem,
-    "ref_id": _number_problem,
-    "image_id": lambda value: value if value is None else _number_problem(value),
-    "category": lambda value: value if value is None else _number_problem(value),
-}
-
-
-def _is_number(value: object) -> bool:
-    # Infinity and NaN, which Python's JSON knows, fail the comparison.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
-
-
-def _check_contents(
-    line: Mapping[str, Any], number: int, contents: Contents, report: Report
-) -> None:
-    """Report what is wrong with the image, the mask and the ids of a line whose fields are fine."""
-    key = _image_key(line)
-    if key not in contents.sizes:
-        contents.sizes[key] = None
-        try:
-            path, remedy = contents.images / key, "check image"
-            pixels = decode(read_file(path, remedy), cv2.IMREAD_COLOR, str(path), remedy)
-            contents.sizes[key] = pixels.shape[:2]
-        except (UserError, OSError) as error:
-            report(str(error))
-    elif contents.sizes[key] is None:
-        report(f"its image {key} cannot be used, see above")
-    if contents.sizes[key] is not None:
-        try:
-            load_mask(line["mask"], *contents.sizes[key], contents.masks)
-        except (UserError, OSError) as error:
-            is_drawn = not isinstance(line["mask"], str)
-            report(f"its mask is {error}" if is_drawn else str(error))
-    image_id = line.get("image_id")
-    known, where = contents.image_ids.setdefault(key, (image_id, number))
-    if known != image_id:
-        report(f"its image {key} has image_id {image_id}, but {known} on line {where}")
-    if "ref_id" in line:
-        first = contents.ref_ids.setdefault(line["ref_id"], number)
-        if first != number:
-            report(f"ref_id {line['ref_id']} is that of line {first} as well")
-
-
-def _entry(line: Mapping[str, Any], number: int) -> Entry:
-    return Entry(
-        ref_id=line.get("ref_id", number),
-        image_key=_image_key(line),
-        image_id=line.get("image_id"),
-        category=line.get("category"),
-        mask=line["mask"],
-        sentences=tuple(sentence.strip() for sentence in line["sentences"]),
-        split=line["split"],
-    )
-
-
-def _image_key(line: Mapping[str, Any]) -> str:
-    return posixpath.normpath(line["image"])
-
-
 def _note_shared_images(entries: Sequence[Entry]) -> None:
     """Say how many images are in several splits, where scores would be too good to be true."""
     splits: dict[str, set[str]] = {}
     for entry in entries:
-        splits.setdefault(entry.image_key, set()).add(entry.split)
+        splits.setdefault(entry.image, set()).add(entry.split)
     shared = sorted(key for key, names in splits.items() if len(names) > 1)
     if shared:
         print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")

@@ -1,4 +1,4 @@
-"""One command a data set: download, unpack, convert, pack, verify; CLIP's weights too.
+"""Prepare a data set by one command: download, unpack, convert, pack, verify; CLIP's weights too.
 
 Each finished step is recorded in ROOT/.prepare and not repeated while what it made is there, so
 an interrupted run is continued by the same command. To make something again, delete it.
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model.clip_archive import PUBLISHED_DIGESTS
+from tools import data_process, folder2lmdb
 from tools.download import UnfitError, check_file, check_space, fetch, members, show_bytes, unzip
-from tools.inspect_lmdb import PUBLISHED
+from tools.inspect_lmdb import PUBLISHED, inspect
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 
@@ -30,7 +32,7 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that others publish, as far as it is known.
+    """Holds what is known of a file that others publish.
 
     Sizes are bytes; `about` stands in for `size` where nobody published one.
     `folder` is what is unpacked of it, where `files` and so many `photos` must be.
@@ -48,7 +50,7 @@ class Archive:
 
 
 class Dataset(NamedTuple):
-    """One way of splitting one REFER folder; `lmdb` is about how large its records get."""
+    """Holds a way of splitting a REFER folder; `lmdb` is about how large its records get."""
 
     annotations: str
     split_by: str
@@ -57,7 +59,7 @@ class Dataset(NamedTuple):
 
 
 def _annotations(folder: str, saved: str, about: int, *split_by: str) -> Archive:
-    """The archive of a REFER folder; its own host is gone, the Internet Archive keeps it."""
+    """Make a REFER folder's archive; its own host is gone, the Internet Archive keeps it."""
     host = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
     return Archive(
         name=f"{folder}.zip",
@@ -96,7 +98,7 @@ MASKS = 100 * MB  # and JSON of a data set, about
 
 
 class Done(NamedTuple):
-    """What a step made, and the SHA-256 that was seen, for a download."""
+    """Holds what a step made, and the SHA-256 that was seen, for a download."""
 
     outputs: Sequence[Path]
     sha256: str | None = None
@@ -104,7 +106,7 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """Something that is done once.
+    """Holds one thing to do, which is done once.
 
     Attributes:
         owner: the target or archive whose state file it is recorded in.
@@ -129,7 +131,7 @@ class Step:
 
 
 class State:
-    """Which steps are done: one JSON file an owner in ROOT/.prepare, written whole.
+    """Keeps which steps are done: one JSON file an owner in ROOT/.prepare, written whole.
 
     A step counts as done while everything that it made is there, of the size recorded, and what
     it was made from has not been made anew with another result since.
@@ -140,7 +142,7 @@ class State:
         self._is_subset = is_subset
 
     def is_done(self, step: Step) -> bool:
-        """Whether a step need not be run."""
+        """Return whether a step need not be run."""
         record = self._read(step)
         if record is None or record["subset"] != self._is_subset:
             return False
@@ -150,7 +152,7 @@ class State:
         return all(made_from.get(key, now) == now for key, now in self._ids(step.needs).items())
 
     def outputs(self, step: Step) -> list[Path]:
-        """What a step made when it was run."""
+        """Return what a step made when it was run."""
         return [self._root / path for path in self._read(step)["outputs"]]
 
     def record(self, step: Step, done: Done) -> None:
@@ -171,7 +173,7 @@ class State:
             partial.write_text(json.dumps(records, indent=2) + "\n")
 
     def _ids(self, steps: Sequence[Step]) -> dict[str, str]:
-        """What tells the results of those steps that are recorded from other results."""
+        """Return what tells the recorded steps' results from other results."""
         records = {step.key: self._read(step) for step in steps}
         return {key: record["id"] for key, record in records.items() if record is not None}
 
@@ -196,7 +198,7 @@ class State:
 
 
 def _is_state(records: object) -> bool:
-    """Whether it has what `State` wrote."""
+    """Return whether it has what `State` wrote."""
     kinds = {"subset": bool, "outputs": dict, "needs": dict, "id": str}
     return isinstance(records, dict) and all(
         isinstance(record, dict)
@@ -207,7 +209,7 @@ def _is_state(records: object) -> bool:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where things come from and go to, and the steps that lead there.
+    """Knows where things come from and go to, and the steps that lead there.
 
     Args:
         root: the data root.
@@ -225,7 +227,7 @@ class Workplace:
     state: State
 
     def target(self, name: str) -> Step:
-        """The last step of a target."""
+        """Return the last step of a target."""
         if name in CLIP:
             return self._get(self._clip(name), self.pretrain)
         return self._photos() if name == COCO else self._dataset(name)
@@ -261,7 +263,7 @@ class Workplace:
         return self._unpack(PHOTOS, self._get(PHOTOS), self.root / "images")
 
     def _get(self, archive: Archive, home: Path | None = None) -> Step:
-        """Have an archive: in the folder given, in its place, or downloaded to it."""
+        """Add the step that provides an archive: given, in its place, or downloaded to it."""
         path = (home or self.root / "downloads") / archive.name
         part = path.with_name(f"{path.name}.part")
         here = part.stat().st_size if part.is_file() else 0
@@ -282,16 +284,13 @@ class Workplace:
         )
 
     def _clip(self, name: str) -> Archive:
-        # Loads torch, which only this needs; the digests are kept where weights are read.
-        from model.clip_archive import PUBLISHED_DIGESTS
-
         file, about = CLIP[name]
         digest = PUBLISHED_DIGESTS[file]
         host = "https://openaipublic.azureedge.net/clip/models"
         return Archive(file, (f"{host}/{digest}/{file}",), about, sha256=digest)
 
     def _given(self, archive: Archive) -> Path | None:
-        """The archive in the folder of --from, if it is there."""
+        """Return the archive in the folder of --from, if it is there."""
         path = self.source / archive.name if self.source else None
         return path if path is not None and path.is_file() else None
 
@@ -347,13 +346,13 @@ class Workplace:
         return self._unpacked(archive, folder)
 
     def _unpacked(self, archive: Archive, folder: Path) -> Done:
-        """What counts as the result of unpacking: the files that must be there, or the folder."""
+        """Return the result of unpacking: the files that must be there, or the folder."""
         place = folder / archive.folder
         files = [place / name for name in archive.files if (place / name).is_file()]
         return Done(files or [place])
 
     def _find_unpacked(self, archive: Archive, folder: Path) -> Done | None:
-        """What a person unpacked already, if it is all there; a part cannot be told to be whole."""
+        """Return what a person unpacked, if it is all there; a part cannot be told to be whole."""
         place = folder / archive.folder
         if self.is_subset or not place.is_dir():
             return None
@@ -368,8 +367,6 @@ class Workplace:
         return self._unpacked(archive, folder)
 
     def _run_convert(self, name: str) -> Done:
-        from tools import data_process
-
         dataset = DATASETS[name]
         where = ["--data_root", str(self.root / "refer"), "--output_dir", str(self.root)]
         which = ["--dataset", dataset.annotations, "--split", dataset.split_by, "--name", name]
@@ -379,8 +376,6 @@ class Workplace:
         return Done([*made, self.root / "masks" / name])
 
     def _run_pack(self, name: str, split: str) -> Done:
-        from tools import folder2lmdb
-
         path = self._json(name, split)
         if not path.is_file() and self.is_subset:
             print(f"no refs of {split}: nothing to pack")
@@ -395,8 +390,6 @@ class Workplace:
         return Done([lmdb])
 
     def _run_verify(self, name: str, packs: Sequence[Step]) -> Done:
-        from tools.inspect_lmdb import inspect
-
         outputs, bad = [], []
         for lmdb in (path for step in packs for path in self.state.outputs(step)):
             sheet = lmdb.with_suffix(".jpg")
@@ -469,7 +462,7 @@ def check_room(steps: Sequence[Step]) -> None:
 
 
 def sizes() -> str:
-    """What each target is, and about how much of it there is, a line each."""
+    """Return a line a target: what it is, and about how large."""
     lines = []
     for name, dataset in DATASETS.items():
         archive = ANNOTATIONS[dataset.annotations]
@@ -497,14 +490,14 @@ def _owner(archive: Archive) -> str:
 
 
 def _measure(path: Path) -> int | None:
-    """Bytes of a file, files in a folder (hidden ones do not count), None for neither."""
+    """Count a file's bytes, or a folder's files (hidden ones do not count); None for neither."""
     if path.is_dir():
         return sum(1 for entry in os.scandir(path) if not entry.name.startswith("."))
     return path.stat().st_size if path.is_file() else None
 
 
 def _bytes_to_pack(path: Path, images: Path, masks: Path) -> int:
-    """Bytes of all files that a split's JSON names; the packer says what is wrong with it."""
+    """Count the bytes of all files that a split's JSON names; the packer says what is wrong."""
     try:
         entries = json.loads(path.read_bytes())
         files = {images / entry["img_name"] for entry in entries}

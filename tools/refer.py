@@ -1,9 +1,10 @@
-"""Reads a REFER folder: refs(<split-by>).p with the sentences, instances.json with the objects.
+"""Read a REFER folder: refs(<split-by>).p with the sentences, instances.json with the objects.
 
 The pickle comes from the web, so it is read by an unpickler that knows plain containers, strings
 and numbers, and refuses everything else before any of it runs.
 """
 
+import codecs
 import json
 import pickle
 import reprlib
@@ -30,7 +31,6 @@ _INSTANCES_FIELDS = {
     "annotations": {"id": int, "bbox": list},
     "categories": {"id": int},
 }
-_DEEPEST = 20  # containers within containers; REFER's have five
 _SHORT = reprlib.Repr()  # shared lists can be endless
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
@@ -38,7 +38,7 @@ _COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 class Refer:
-    """One REFER folder with one way of splitting it.
+    """Holds a REFER folder with one way of splitting it.
 
     Args:
         data_root: the folder that holds the folder.
@@ -67,11 +67,11 @@ class Refer:
         self._categories = {category_id: i for i, category_id in enumerate(ordered)}
 
     def split_names(self) -> list[str]:
-        """The names that the refs give their splits, in the order of the file."""
+        """Return the names that the refs give their splits, in the order of the file."""
         return list(dict.fromkeys(ref["split"] for ref in self.refs))
 
     def split_refs(self, split: str) -> list[dict]:
-        """The refs of a split.
+        """Return the refs of a split.
 
         testA, testB and testC go by their letter (a ref of "testAB" is in two of them), test
         takes every name with "test" in it, any other name is matched exactly.
@@ -79,7 +79,7 @@ class Refer:
         return [ref for ref in self.refs if _is_in_split(ref["split"], split)]
 
     def annotation(self, ref: dict) -> dict:
-        """The object of a ref: {bbox [x, y, w, h], segmentation, ...}.
+        """Return the object of a ref: {bbox [x, y, w, h], segmentation, ...}.
 
         Raises:
             UserError: instances.json has no such object.
@@ -87,7 +87,7 @@ class Refer:
         return self._look_up(self._annotations, "annotation", ref["ann_id"], ref)
 
     def image(self, ref: dict) -> dict:
-        """The image of a ref: {file_name, height, width, ...}.
+        """Return the image of a ref: {file_name, height, width, ...}.
 
         Raises:
             UserError: instances.json has no such image.
@@ -95,7 +95,7 @@ class Refer:
         return self._look_up(self._images, "image", ref["image_id"], ref)
 
     def category(self, ref: dict) -> int:
-        """The ref's category counted from 0: 0-79 for COCO's, else its place among the ids.
+        """Return the ref's category from 0: 0-79 for COCO's, else its place among the ids.
 
         Raises:
             UserError: instances.json has no such category.
@@ -105,7 +105,7 @@ class Refer:
     def mask(self, ref: dict) -> np.ndarray:
         """Draw a ref's object: (height, width) uint8, 0 outside, non-zero inside.
 
-        Parts are summed in uint8 times 255 as in the official release, so a pixel under two
+        Parts are summed in uint8 times 255 as in the release, so a pixel under two
         overlapping polygons is 254.
 
         Raises:
@@ -168,15 +168,13 @@ class Refer:
 def load_refs(path: str | Path) -> list[dict]:
     """Read the list of refs in a pickle, running nothing that the file brings along.
 
-    Byte strings (Python 2 wrote those) become str: UTF-8 where that is valid, else Latin-1.
-
     Raises:
-        UserError: the file is no pickle, is cut off, asks for any class or function, is not a
-            list of dicts, or contains itself or nests deeper than any refs.
+        UserError: the file is no pickle, is cut off, asks for any class or function, or is not a
+            list of dicts.
     """
     path = Path(path)
     with path.open("rb") as file:
-        refs = _to_text(load_plain(file, str(path)), str(path), {})
+        refs = load_plain(file, str(path))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} does not hold a list of refs")
     if not refs:
@@ -186,6 +184,8 @@ def load_refs(path: str | Path) -> list[dict]:
 
 def load_plain(file: BinaryIO, where: str) -> Any:
     """Read a pickle of plain containers, strings and numbers, and nothing else.
+
+    The byte strings that Python 2 wrote become str: UTF-8 where that is valid, else Latin-1.
 
     Raises:
         UserError: it is no pickle, is cut off, or asks for any class or function; the text names
@@ -215,11 +215,20 @@ def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> N
             raise UserError(f"{where}: {field} cannot be {_SHORT.repr(item[field]):.80}: {remedy}")
 
 
+def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Decode what is no UTF-8, up to the end of the string, as Latin-1."""
+    return error.object[error.start :].decode("latin-1"), len(error.object)
+
+
+_LATIN_1 = "latin-1 where it is no UTF-8"
+codecs.register_error(_LATIN_1, _decode_rest)
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows the containers, strings and numbers that pickle has opcodes for, and no name."""
+    """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        super().__init__(file, encoding="bytes")
+        super().__init__(file, encoding="utf-8", errors=_LATIN_1)
         self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -227,30 +236,6 @@ class _PlainUnpickler(pickle.Unpickler):
             f"{self._where} asks for {module}.{name}: refs are plain lists, dicts, strings and "
             "numbers, so this file is damaged or hostile and was not loaded"
         )
-
-
-def _to_text(value: Any, where: str, done: dict[int, Any], depth: int = 0) -> Any:
-    """Byte strings become text; `done` holds the containers so far by id, each made once."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value.decode("latin-1")
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if depth > _DEEPEST:
-        raise UserError(
-            f"{where} contains itself or nests deeper than {_DEEPEST} levels: it is damaged or "
-            "hostile and was not loaded"
-        )
-    if id(value) not in done:
-        more = (where, done, depth + 1)
-        if isinstance(value, dict):
-            text = {_to_text(key, *more): _to_text(item, *more) for key, item in value.items()}
-        else:
-            text = type(value)(_to_text(item, *more) for item in value)
-        done[id(value)] = text
-    return done[id(value)]
 
 
 def _dataset_folder(data_root: Path, dataset: str) -> Path:
@@ -284,9 +269,7 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     try:
-        parts = [_checked_part(part, height, width) for part in parts]
-        rles = [coco_mask.frPyObjects([part], height, width)[0] for part in parts]
-        masks = coco_mask.decode(rles)
+        masks = coco_mask.decode([_run_lengths(part, height, width) for part in parts])
     except UserError:
         raise
     except Exception as error:
@@ -296,8 +279,8 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
     return masks.sum(axis=2).astype(np.uint8) * 255
 
 
-def _checked_part(part: list | dict, height: int, width: int) -> list | dict:
-    """A polygon, or a run-length mask with its runs as a list.
+def _run_lengths(part: list | dict, height: int, width: int) -> dict:
+    """Return a polygon or a run-length mask as compressed run lengths, {size, counts}.
 
     pycocotools fills what short runs leave open with whatever is in memory, and far-away corners
     with all the memory there is, so neither gets that far.
@@ -311,36 +294,27 @@ def _checked_part(part: list | dict, height: int, width: int) -> list | dict:
         points = np.reshape(part, (-1, 2)) / (width, height)
         if np.abs(points).max() > 10:
             raise UserError(f"a polygon far outside its image of {height} x {width}: {part!r:.60}")
-        return part
-    if list(part["size"]) != [height, width]:
-        rows, columns = part["size"]
+        return coco_mask.frPyObjects([part], height, width)[0]
+    rows, columns = part["size"]
+    if (rows, columns) != (height, width):
         raise UserError(
             f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}"
         )
     counts = part["counts"]
-    runs = counts if isinstance(counts, list) else _runs(counts)
-    if not all(isinstance(run, int) and run >= 0 for run in runs):
-        raise UserError("an unreadable segmentation (its runs are no whole numbers from 0)")
-    if sum(runs) != height * width:
-        raise UserError(f"a segmentation whose runs add up to {sum(runs)}, not {height * width}")
-    return {"size": [height, width], "counts": runs}
+    if isinstance(counts, list):
+        if not all(isinstance(run, int) and run >= 0 for run in counts):
+            raise UserError("an unreadable segmentation (its runs are no whole numbers from 0)")
+        counts = coco_mask.frPyObjects(part, height, width)["counts"]
+    # Runs that fill the image are too long for one of a pixel less.
+    if _fit(counts, height * width - 1) or not _fit(counts, height * width):
+        raise UserError(f"a segmentation whose runs do not fill its image of {height} x {width}")
+    return {"size": [height, width], "counts": counts}
 
 
-def _runs(counts: str | bytes) -> list[int]:
-    """COCO's compressed runs as numbers.
-
-    A number is written in characters from "0" on, 5 bits each, the lowest first; bit 5 says that
-    more follow, bit 4 of the last one that it is negative; from the fourth number on it is the
-    difference to the one before the last.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for char in counts.encode() if isinstance(counts, str) else counts:
-        bits = char - ord("0")
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            value -= (bits & 0x10) << (shift - 4)
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+def _fit(counts: str | bytes, pixels: int) -> bool:
+    """Return whether compressed run lengths are not too long for a number of pixels."""
+    try:
+        coco_mask.decode({"size": [pixels, 1], "counts": counts})
+    except ValueError:
+        return False
+    return True

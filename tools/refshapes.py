@@ -1,4 +1,4 @@
-"""RefShapes: a small data set for referring segmentation, drawn from a seed in REFER format.
+"""Draw RefShapes, a small data set for referring segmentation in REFER format, from a seed.
 
 Images of 3-7 coloured shapes with sentences of four kinds (`KINDS`). A sentence is kept only if
 it is true of exactly one object, by a clear margin, and if a distractor shares the referent's
@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from functools import cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -65,6 +65,7 @@ LIKE = {  # images, refs, and sentences where they are known, by split
         "testB": (750, 1810, 5095),
     }
 }
+IMAGES, REFER = Path("images/train2014"), Path("refshapes")  # folders within the output
 IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
 
 # How often a kind is drawn where an object offers several: rarer ones more, to even them out.
@@ -128,7 +129,7 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it looks like and where its centroid lies; area in square pixels."""
+    """Holds an object's look, the place of its centroid, and its area in square pixels."""
 
     shape: str
     colour: str
@@ -139,7 +140,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What can be said about an image; sides in pixels."""
+    """Holds what can be said about an image; sides in pixels."""
 
     width: int
     height: int
@@ -148,7 +149,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Phrase:
-    """The meaning of a sentence.
+    """Holds the meaning of a sentence.
 
     `word` is a direction, "big", "small" or, for attributes, empty. `colour` is the referent's
     own for attributes and the anchor's for relations.
@@ -162,17 +163,12 @@ class Phrase:
 
 
 def with_attributes(scene: Scene, colour: str, shape: str) -> list[int]:
-    """Indices of the things of this colour and shape."""
+    """Return the indices of the things of this colour and shape."""
     return [i for i, t in enumerate(scene.things) if (t.colour, t.shape) == (colour, shape)]
 
 
-def of_shape(scene: Scene, shape: str) -> list[int]:
-    """Indices of the things of this shape."""
-    return [i for i, t in enumerate(scene.things) if t.shape == shape]
-
-
 def clearly_outermost(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
-    """The candidate furthest in a direction, in the outer zone of the image and well ahead."""
+    """Return the candidate furthest in a direction, if in the outer zone and well ahead."""
     dx, dy = DIRECTIONS[word]
     side = scene.width if dx else scene.height
 
@@ -187,7 +183,7 @@ def clearly_outermost(scene: Scene, candidates: Sequence[int], word: str) -> int
 
 
 def clearly_extreme_in_size(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
-    """The biggest or smallest candidate, if the next one differs by `SIZE_MARGIN` in area."""
+    """Return the biggest or smallest candidate, if the next differs by `SIZE_MARGIN`."""
     sign = 1 if word == "big" else -1
     first, *others = sorted(candidates, key=lambda i: -sign * scene.things[i].area)
 
@@ -198,7 +194,7 @@ def clearly_extreme_in_size(scene: Scene, candidates: Sequence[int], word: str) 
 
 
 def clearly_beside(scene: Scene, candidates: Sequence[int], anchor: int, word: str) -> int | None:
-    """The only candidate in a narrow cone from the anchor, if none other is in the wide cone."""
+    """Return the only candidate in a narrow cone from the anchor, if the wide has no other."""
     dx, dy = DIRECTIONS[word]
     origin = scene.things[anchor]
 
@@ -214,7 +210,7 @@ def clearly_beside(scene: Scene, candidates: Sequence[int], anchor: int, word: s
 
 
 def referent(scene: Scene, phrase: Phrase) -> int | None:
-    """Index of the one thing that the phrase is clearly true of, in the face of a distractor.
+    """Return the index of the one thing that the phrase is clearly true of.
 
     None where it is true of nothing or several things, where it is arguable, and where the
     shape alone (for attributes: shape and colour alike) already gives the referent away.
@@ -223,7 +219,7 @@ def referent(scene: Scene, phrase: Phrase) -> int | None:
         named = with_attributes(scene, phrase.colour, phrase.shape)
         akin = [t for t in scene.things if t.shape == phrase.shape or t.colour == phrase.colour]
         return named[0] if len(named) == 1 and len(akin) > 1 else None
-    candidates = of_shape(scene, phrase.shape)
+    candidates = [i for i, t in enumerate(scene.things) if t.shape == phrase.shape]
     if phrase.kind == "relation":
         anchors = with_attributes(scene, phrase.colour, phrase.anchor)
         candidates = [i for i in candidates if i not in anchors]
@@ -238,7 +234,7 @@ def referent(scene: Scene, phrase: Phrase) -> int | None:
 
 
 def phrases_about(scene: Scene, kinds: Sequence[str]) -> Iterator[Phrase]:
-    """Every phrase of these kinds that names only shapes and colours present in the scene."""
+    """Yield each phrase of these kinds that names only shapes and colours of the scene."""
     looks = sorted({(t.colour, t.shape) for t in scene.things})
     shapes = sorted({t.shape for t in scene.things})
     for kind, word in WORDINGS:
@@ -282,7 +278,7 @@ def kind_of(sentence: str) -> str:
 
 @cache
 def _unit_outline(shape: str) -> np.ndarray:
-    """(N, 2) corners of a shape of area 1 with its centroid at the origin."""
+    """Return (N, 2) corners of a shape of area 1 with its centroid at the origin."""
     count, inner = {"circle": (40, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}[
         shape
     ]
@@ -294,7 +290,7 @@ def _unit_outline(shape: str) -> np.ndarray:
 
 
 def _outline(rng: np.random.Generator, shape: str, area: float) -> np.ndarray:
-    """(N, 2) corners around the origin, tilted a little; area in square pixels."""
+    """Draw (N, 2) corners around the origin, tilted a little; area in square pixels."""
     tilt = np.radians(rng.uniform(-MAX_TILT, MAX_TILT))
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     return _unit_outline(shape) @ turn.T * np.sqrt(area)
@@ -357,7 +353,7 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) float32 in about [60, 190]: a tint, gradient, clouds, stripes or a checker."""
+    """Draw (H, W, 3) float32 of about 60-190: a tint, gradient, clouds, stripes, checker."""
     tint = (rng.uniform(90, 160) + rng.uniform(-16, 16, 3)).astype(np.float32)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, np.pi)
@@ -393,7 +389,7 @@ def _paint(image: np.ndarray, outline: np.ndarray, rgb: np.ndarray) -> None:
 
 
 def _render(rng: np.random.Generator, scene: Scene, outlines: Sequence[np.ndarray]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB."""
+    """Paint a scene as (H, W, 3) uint8 RGB."""
     image = _background(rng, scene.width, scene.height)
     for thing, outline in zip(scene.things, outlines, strict=True):
         brightness = rng.uniform(0.85, 1.1)
@@ -403,10 +399,6 @@ def _render(rng: np.random.Generator, scene: Scene, outlines: Sequence[np.ndarra
 
 
 # -------------------------------------------------------------------------------------- sentences
-
-
-def _num_wordings(phrases: Sequence[Phrase]) -> int:
-    return sum(len(WORDINGS[phrase.kind, phrase.word]) for phrase in phrases)
 
 
 def _choose_sentences(
@@ -450,7 +442,11 @@ def _refer(
         chosen = sorted(order[:MAX_REFS].tolist())
         return {index: _choose_sentences(rng, phrases[index]) for index in chosen}
     needed = max((number or 1 for number in quota), default=0)
-    able = [int(index) for index in order if _num_wordings(phrases[index]) >= needed]
+    able = [
+        int(index)
+        for index in order
+        if sum(len(WORDINGS[phrase.kind, phrase.word]) for phrase in phrases[index]) >= needed
+    ]
     if len(able) < len(quota):
         return {}
     pairs = zip(sorted(able[: len(quota)]), quota, strict=True)
@@ -459,14 +455,14 @@ def _refer(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a split shall hold: images; refs and sentences in all, None: as they come."""
+    """Holds a split's images, and all its refs and sentences (None: as they come)."""
 
     images: int
     refs: int | None = None
     sentences: int | None = None
 
     def quota(self, number: int) -> list[int | None] | None:
-        """How many sentences each ref of image `number` (from 1) gets: spread evenly."""
+        """Return the number of sentences of each ref of image `number` (from 1)."""
         if self.refs is None:
             return None
         first, end = ((n * self.refs) // self.images for n in (number - 1, number))
@@ -513,7 +509,7 @@ def _make_image(
 
 
 def draw_example(seed: int) -> tuple[np.ndarray, list[str]]:
-    """A picture that is in no split, (H, W, 3) uint8 RGB, with sentences that are true of it."""
+    """Draw a picture that is in no split, (H, W, 3) uint8 RGB, and sentences true of it."""
     pixels, _, _, refs = _make_image(seed, "val", IDS_PER_SPLIT, Plan(IDS_PER_SPLIT))
     return pixels, [sentence["sent"] for ref in refs for sentence in ref["sentences"]]
 
@@ -552,14 +548,6 @@ def _ref(
     }
 
 
-def _images_dir(out: Path) -> Path:
-    return out / "images" / "train2014"
-
-
-def _refer_dir(out: Path) -> Path:
-    return out / "refshapes"
-
-
 def _parameters(counts: Mapping[str, int], seed: int, like: str | None) -> dict[str, Any]:
     images = {split: counts.get(split, 0) for split in SPLITS}
     made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
@@ -573,8 +561,8 @@ def _plans(counts: Mapping[str, int], like: str | None) -> dict[str, Plan]:
 
 
 def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> bool:
-    """Whether `out` holds everything that `generate` would write there."""
-    folder = _refer_dir(out)
+    """Return whether `out` holds everything that `generate` would write there."""
+    folder = out / REFER
     names = ("generator.json", "instances.json", "refs(unc).p")
     if not all((folder / name).is_file() for name in names):
         return False
@@ -582,27 +570,26 @@ def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | Non
         made = json.loads((folder / "generator.json").read_text())
     except ValueError:
         return False
-    num_images = sum(1 for _ in _images_dir(out).glob("REFSHAPES_*.jpg"))
+    num_images = sum(1 for _ in (out / IMAGES).glob("REFSHAPES_*.jpg"))
     return made == _parameters(counts, seed, like) and num_images == sum(counts.values())
 
 
 def _write_image(
     out: Path, plans: Mapping[str, Plan], seed: int, job: tuple[str, int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Make image `job` = (split, number) and write it; its entry, annotations and refs."""
+    """Draw and write image `job` = (split, number); return its entry, annotations and refs."""
     split, number = job
     pixels, image, annotations, refs = _make_image(seed, split, number, plans[split])
-    path = _images_dir(out) / image["file_name"]
-    if not cv2.imwrite(str(path), pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90]):
-        raise UserError(f"could not write {path}: is the disk full?")
+    jpeg = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    (out / IMAGES / image["file_name"]).write_bytes(jpeg.tobytes())
     return image, annotations, refs
 
 
 def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
     images, annotations, refs = [], [], []
-    _images_dir(out).mkdir(parents=True)
-    _refer_dir(out).mkdir()
+    (out / IMAGES).mkdir(parents=True)
+    (out / REFER).mkdir()
     jobs = [(s, n) for s in SPLITS if s in plans for n in range(1, plans[s].images + 1)]
     draw = partial(_write_image, out, plans, seed)
     with ExitStack() as stack:
@@ -626,11 +613,11 @@ def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
             {"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, 1)
         ],
     }
-    (_refer_dir(out) / "instances.json").write_text(json.dumps(instances))
+    (out / REFER / "instances.json").write_text(json.dumps(instances))
     # A pickle tells equal strings from the same one, and what came from another process has its
     # own: through JSON first, so that the bytes are the same either way.
     refs = json.loads(json.dumps(refs))
-    (_refer_dir(out) / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (out / REFER / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
 def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> None:
@@ -659,30 +646,23 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder")
     out = out.resolve()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        unfinished = Path(folder)
         _write_files(unfinished, _plans(counts, like), seed)
-        _images_dir(out).mkdir(parents=True, exist_ok=True)
-        _refer_dir(out).mkdir(exist_ok=True)
-        marker = _refer_dir(out) / "generator.json"
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        (out / REFER).mkdir(exist_ok=True)
+        marker = out / REFER / "generator.json"
         marker.unlink(missing_ok=True)
-        for old in _images_dir(out).glob("REFSHAPES_*.jpg"):
+        for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
             old.unlink()
         for new in sorted(unfinished.rglob("*.*")):
             os.replace(new, out / new.relative_to(unfinished))
         with atomic_path(marker) as path:
             path.write_text(json.dumps(_parameters(counts, seed, like), indent=2) + "\n")
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------- summary
-
-
-def _load(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read instances.json and refs(unc).p of a generated folder."""
-    instances = json.loads((_refer_dir(root) / "instances.json").read_text())
-    return instances, load_refs(_refer_dir(root) / "refs(unc).p")
 
 
 def blind_baselines(root: Path, split: str) -> dict[str, float]:
@@ -695,7 +675,8 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
         mIoU over sentences in [0, 1] of choosing the largest object, the one nearest the centre
         of the image, and any object at random (the exact expectation, not a draw).
     """
-    instances, refs = _load(root)
+    instances = json.loads((root / REFER / "instances.json").read_text())
+    refs = load_refs(root / REFER / "refs(unc).p")
     sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
     by_image = defaultdict(list)
     for annotation in instances["annotations"]:
@@ -719,7 +700,8 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
 
 def print_summary(root: Path) -> None:
     """Print what a generated folder holds, and the blind baselines on val."""
-    instances, refs = _load(root)
+    instances = json.loads((root / REFER / "instances.json").read_text())
+    refs = load_refs(root / REFER / "refs(unc).p")
     areas = {image["id"]: image["width"] * image["height"] for image in instances["images"]}
     shares = [a["area"] / areas[a["image_id"]] for a in instances["annotations"]]
     print(

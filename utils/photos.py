@@ -1,7 +1,4 @@
-"""Photos as people have them, as pixels: any usual file, array or Pillow image becomes RGB.
-
-Nothing here loads torch, so that tools which only read pictures start fast.
-"""
+"""Read photos as people have them: any usual file, array or Pillow image becomes RGB pixels."""
 
 import re
 import warnings
@@ -23,9 +20,9 @@ Photo = str | Path | np.ndarray | Image.Image
 
 
 def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
-    """The pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
+    """Return the pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
 
-    An EXIF orientation is followed unless the flags forbid it, as in the official release.
+    An EXIF orientation is followed unless the flags forbid it, as in the release.
 
     Args:
         name, remedy: for the error.
@@ -128,7 +125,7 @@ def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
-    """RGBA -> (H, W, 3) uint8, as it looks on a white page."""
+    """Turn RGBA into (H, W, 3) uint8, as it looks on a white page."""
     page = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(page, image).convert("RGB"))
 

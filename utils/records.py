@@ -1,6 +1,6 @@
-"""The one record codec: refs and images in an LMDB file, written once and read by every worker.
+"""Write and read records: refs and images in an LMDB file.
 
-What lies in the file, all of it readable without this module and none of it pickled:
+The file holds these entries. None is pickled, and all can be read without this module:
 
     __meta__         JSON: format_version, dataset, split, refs, sentences, images,
                      token_length {length: sentences}, tool
@@ -14,7 +14,6 @@ import json
 import os
 import threading
 import weakref
-from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +37,7 @@ TOOL = "cris 0.1.0"
 
 META_KEY = b"__meta__"
 _INDEX_KEY = b"__index__"
-OFFICIAL_KEY = b"__keys__"  # in every LMDB of the official release
+RELEASE_KEY = b"__keys__"  # in every LMDB of the release
 LARGEST = 2**63 - 1  # number that a record can hold
 LONGEST_KEY = 500  # bytes of an image's name; LMDB's keys end at 511
 
@@ -81,7 +80,7 @@ _META_FIELDS = {
 
 @dataclass(frozen=True)
 class RefRecord:
-    """One annotated object of one image, with the sentences that denote it.
+    """Holds one annotated object of one image, with the sentences that denote it.
 
     `mask` is a grey PNG of (height, width), the image's own size; non-zero is the object.
     `category` counts from 0. `image_id` and `category` are None where the source has none.
@@ -99,7 +98,7 @@ class RefRecord:
 
 
 class RefIndex(NamedTuple):
-    """What a sampler or evaluator asks of every ref, without reading a mask; one entry a ref."""
+    """Columns that are read without any mask, for samplers and evaluators; one entry a ref."""
 
     ref_ids: list[int]
     image_keys: list[str]
@@ -115,8 +114,7 @@ class RecordWriter:
             writer.add_ref(record, token_lengths)
 
     If the block raises, nothing is left and whatever stood at `path` before is untouched.
-    Memory holds one batch of records, 20 bytes a ref and the names of the images, whatever the
-    size of the split.
+    Memory holds one batch of records and the index.
 
     Args:
         path: the file to make; its folder is created.
@@ -131,8 +129,8 @@ class RecordWriter:
         self._dataset = dataset
         self._split = split
         self._map_size = map_size
-        self._image_rows: dict[str, int] = {}
-        self._index = _IndexColumns()
+        self._image_keys: set[str] = set()
+        self._index = RefIndex([], [], [], [])
         self._token_length: Counter[int] = Counter()
         self._pending: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
@@ -162,8 +160,8 @@ class RecordWriter:
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
-        if key not in self._image_rows:
-            self._image_rows[key] = len(self._image_rows)
+        if key not in self._image_keys:
+            self._image_keys.add(key)
             self._put(_image_key(key), data)
 
     def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
@@ -178,7 +176,7 @@ class RecordWriter:
             ValueError: its image is missing, or it has no sentence, or the numbers of sentences,
                 sentence ids and token lengths differ.
         """
-        if record.image_key not in self._image_rows:
+        if record.image_key not in self._image_keys:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
         count = len(record.sentences)
         if count == 0 or not count == len(record.sent_ids) == len(token_lengths):
@@ -188,8 +186,10 @@ class RecordWriter:
             )
         row = {field.name: getattr(record, field.name) for field in fields(record)}
         batch = pa.RecordBatch.from_pylist([row], schema=_REF_SCHEMA)
-        self._put(_ref_key(len(self._index)), _to_arrow(batch))
-        self._index.append(record, self._image_rows[record.image_key])
+        self._put(_ref_key(len(self._index.ref_ids)), _to_arrow(batch))
+        row = (record.ref_id, record.image_key, record.image_id, count)
+        for column, value in zip(self._index, row, strict=True):
+            column.append(value)
         self._token_length.update(token_lengths)
 
     def _put(self, key: bytes, value: bytes) -> None:
@@ -213,7 +213,7 @@ class RecordWriter:
                 self._pending_bytes = 0
 
     def _finish(self) -> None:
-        if not self._index:
+        if not self._index.ref_ids:
             raise UserError(
                 f"split {self._split} of {self._dataset} has no refs: {self.path} not written"
             )
@@ -221,51 +221,21 @@ class RecordWriter:
             "format_version": FORMAT_VERSION,
             "dataset": self._dataset,
             "split": self._split,
-            "refs": len(self._index),
+            "refs": len(self._index.ref_ids),
             "sentences": self._token_length.total(),
-            "images": len(self._image_rows),
+            "images": len(self._image_keys),
             "token_length": dict(sorted(self._token_length.items())),
             "tool": TOOL,
         }
-        self._put(_INDEX_KEY, _to_arrow(self._index.batch(list(self._image_rows))))
+        columns = [
+            pa.array(column, field.type)
+            for column, field in zip(self._index, _INDEX_SCHEMA, strict=True)
+        ]
+        index = pa.RecordBatch.from_arrays(columns, schema=_INDEX_SCHEMA)
+        self._put(_INDEX_KEY, _to_arrow(index))
         self._put(META_KEY, json.dumps(meta).encode())
         self._flush()
         self._env.sync(True)
-
-
-class _IndexColumns:
-    """The index while it grows: plain numbers, since a dict a ref would take 400 bytes of each."""
-
-    def __init__(self) -> None:
-        self._ref_ids = array("q")
-        self._rows = array("i")  # of the ref's image among all images
-        self._image_ids = array("q")
-        self._without_id: list[int] = []  # positions
-        self._num_sentences = array("i")
-
-    def __len__(self) -> int:
-        return len(self._ref_ids)
-
-    def append(self, record: RefRecord, image_row: int) -> None:
-        """Add a ref and where its image stands among those that were added."""
-        if record.image_id is None:
-            self._without_id.append(len(self))
-        self._ref_ids.append(record.ref_id)
-        self._rows.append(image_row)
-        self._image_ids.append(record.image_id or 0)
-        self._num_sentences.append(len(record.sentences))
-
-    def batch(self, image_keys: list[str]) -> pa.RecordBatch:
-        """All of it as an Arrow table; `image_keys` in the order of their rows."""
-        without_id = np.zeros(len(self), bool)
-        without_id[self._without_id] = True
-        columns = [
-            pa.array(np.asarray(self._ref_ids)),
-            pa.array(image_keys, pa.string()).take(pa.array(np.asarray(self._rows))),
-            pa.array(np.asarray(self._image_ids), mask=without_id),
-            pa.array(np.asarray(self._num_sentences)),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=_INDEX_SCHEMA)
 
 
 class RecordReader:
@@ -276,7 +246,7 @@ class RecordReader:
     What it returns are copies, valid for ever.
 
     Raises (at the first use):
-        UserError: the file is missing, no LMDB, cut off, in the official pickled format, in
+        UserError: the file is missing, no LMDB, cut off, in the release's pickled format, in
             another version of this format, or holds no refs.
     Raises (at any use):
         UserError: what is asked for is missing from the file, or damaged.
@@ -295,7 +265,7 @@ class RecordReader:
 
     @cached_property
     def meta(self) -> dict:
-        """The `__meta__` entry; the keys of `token_length` are integers."""
+        """Return the `__meta__` entry; the keys of `token_length` are integers."""
         if self._get(META_KEY) is None:
             self._refuse_without_meta()
         meta = self._read(META_KEY, _parse_meta)
@@ -311,22 +281,22 @@ class RecordReader:
 
     @cached_property
     def index(self) -> RefIndex:
-        """The `__index__` entry."""
+        """Return the `__index__` entry."""
         len(self)  # refuses a file that is not ours
         return self._read(_INDEX_KEY, self._parse_index)
 
     def digest(self) -> str:
-        """Of all that the meta entry and the index say."""
+        """Return a SHA-256 of the meta entry and the index."""
         len(self)  # refuses a file that is not ours
         entries = (self._read(key, bytes) for key in (META_KEY, _INDEX_KEY))
         return hashlib.sha256(b"".join(entries)).hexdigest()
 
     def image_names(self) -> list[tuple[Path, str]]:
-        """Of each ref, the file and key of its image: what tells it from the images of others."""
+        """Return the file and key of each ref's image, which no other image shares."""
         return [(self.path, key) for key in self.index.image_keys]
 
     def locate(self, i: int) -> "tuple[RecordReader, int]":
-        """The file that holds the ref at position `i`, and its position there: this one's own."""
+        """Return this reader and `i`, as a `JoinedReader` returns one of its files."""
         return self, i
 
     def ref(self, i: int) -> RefRecord:
@@ -344,7 +314,7 @@ class RecordReader:
         return self._read(_image_key(key), bytes)
 
     def _read(self, key: bytes, parse: Callable[[bytes], T]) -> T:
-        """Get what lies under a key, as `parse` makes it of the bytes.
+        """Return what `parse` makes of the bytes under a key.
 
         Raises:
             UserError: there is nothing, or it is damaged.
@@ -377,9 +347,9 @@ class RecordReader:
         return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
 
     def _refuse_without_meta(self) -> None:
-        if self._get(OFFICIAL_KEY) is not None:
+        if self._get(RELEASE_KEY) is not None:
             raise UserError(
-                f"{self.path} is in the official release's pickled format, which is not read: "
+                f"{self.path} is in the release's pickled format, which is not read: "
                 f"{repack_command(self.path)} (or, where only this file is left, python "
                 f"tools/folder2lmdb.py --from-lmdb {self.path} -o FOLDER)"
             )
@@ -387,7 +357,7 @@ class RecordReader:
 
 
 class JoinedReader:
-    """Some refs of several files as one sequence of positions, file by file.
+    """Joins some refs of several files into one sequence of positions, file by file.
 
     Two files may hold different images under one key, so an image belongs to its file: where
     files share photos, each has its own.
@@ -404,7 +374,7 @@ class JoinedReader:
         return self._ends[-1] if self._ends else 0
 
     def image_names(self) -> list[tuple[Path, str]]:
-        """Of each ref, the file and key of its image."""
+        """Return the file and key of each ref's image."""
         return [
             (reader.path, reader.index.image_keys[place])
             for reader, positions in self.parts
@@ -412,7 +382,7 @@ class JoinedReader:
         ]
 
     def locate(self, i: int) -> tuple[RecordReader, int]:
-        """The file that holds the ref at position `i`, and its position there.
+        """Return the file that holds the ref at position `i`, and its position there.
 
         Raises:
             IndexError: there is no such position.
@@ -433,7 +403,7 @@ Records = RecordReader | JoinedReader
 
 
 class ImageSet:
-    """The images of some files, to ask which refs of another file lie on one of them.
+    """Holds the images of some files, and tells which refs of another file lie on one of them.
 
     Images are told apart by their ids, as COCO numbers them; by their keys where either side has
     no id.
@@ -450,7 +420,7 @@ class ImageSet:
             self._keys_without_id.update(k for k, i in zip(keys, ids, strict=True) if i is None)
 
     def holds(self, reader: RecordReader) -> np.ndarray:
-        """(refs,) bool: whether each ref's image is one of these."""
+        """Return (refs,) bool: whether each ref's image is one of these."""
         keys, ids = reader.index.image_keys, reader.index.image_ids
         return np.array(
             [
@@ -468,7 +438,7 @@ _environments_lock = threading.Lock()
 
 
 def open_lmdb(path: Path) -> lmdb.Environment:
-    """This process's environment for an LMDB file of any content, opened for reading if need be.
+    """Return this process's environment for an LMDB file, opened for reading if need be.
 
     It closes when nobody holds it any more.
 
@@ -490,7 +460,7 @@ def open_lmdb(path: Path) -> lmdb.Environment:
 
 
 def _close_inherited() -> None:
-    """In a forked child, close its copies of the parent's environments.
+    """Close a forked child's copies of the parent's environments.
 
     py-lmdb would not open their files again. Without locks an environment is a read-only map and
     a descriptor, both the child's own: the parent does not notice.
@@ -517,7 +487,7 @@ def _open_file(path: Path) -> lmdb.Environment:
 
 
 def repack_command(path: Path, verb: str = "re-pack with") -> str:
-    """The command that makes the file, as far as its path tells."""
+    """Return the command that makes the file, as far as its path tells."""
     out, names = path.parent, path.stem.split("+")
     if out.parent.name == "lmdb" and path.suffix == ".lmdb":  # as the tools lay them out
         root = out.parent.parent
@@ -538,7 +508,7 @@ def _image_key(key: str) -> bytes:
 
 
 def _name(key: bytes) -> str:
-    """An entry in words: __index__, ref:000000004, image a.jpg."""
+    """Name an entry in words: __index__, ref:000000004, image a.jpg."""
     return key.decode().replace("image:", "image ", 1)
 
 

@@ -1,4 +1,4 @@
-"""tools/data_process.py: the official JSON and masks from REFER folders, or a clear refusal."""
+"""tools/data_process.py: the release's JSON and masks from REFER folders, or a clear refusal."""
 
 import json
 import pickle
@@ -62,7 +62,7 @@ def files(out: Path) -> set[str]:
     return {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
 
 
-def test_an_entry_has_the_official_fields_in_their_order(tmp_path: Path) -> None:
+def test_an_entry_has_the_releases_fields_in_their_order(tmp_path: Path) -> None:
     prepare(write(tmp_path / "in", ["val"]), tmp_path)
     assert json.loads((tmp_path / "anns/toys/val.json").read_text()) == [
         {
@@ -186,10 +186,10 @@ def test_a_bad_annotation_is_named_and_leaves_no_file(tmp_path: Path, changes, m
     assert files(tmp_path / "out") == set()
 
 
-def test_real_refcoco_equals_what_the_official_tool_wrote(mini_root: Path, tmp_path: Path) -> None:
+def test_real_refcoco_equals_what_the_releases_tool_wrote(mini_root: Path, tmp_path: Path) -> None:
     expected = mini_root.parent / "refcoco_mini_expected"
     if not expected.is_dir():
-        pytest.skip(f"the official tool's output is not part of the repository: no {expected}")
+        pytest.skip(f"the release's output is not part of the repository: no {expected}")
     prepare(mini_root, tmp_path, "--generate_mask", dataset="refcoco", split="unc")
     assert files(tmp_path) == files(expected)
     for name in files(expected):

@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ from helpers import ROOT, all_refs, encoded, run_command, smooth_photo
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tools import data_process, download, own_data
+from tools import data_process, own_data
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter
 from utils.transforms import decode_mask
@@ -181,16 +180,12 @@ def test_photos_in_two_splits_are_counted(data, capsys):
     assert "note: 1 images are in more than one split, such as photos/1.jpg" in said
 
 
-def test_check_writes_nothing(data, capsys):
-    pack(data, line(), options=("--check",))
-    assert not (data / "lmdb").exists()
-    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
-
-
-def test_only_packing_needs_a_folder(data, capsys):
+def test_a_check_needs_no_folder_and_writes_nothing(data, capsys):
     path = write(data, line())
     own_data.main([str(path), "--check"])
     assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+    own_data.main([str(path), "--check", "-o", str(data / "lmdb")])
+    assert not (data / "lmdb").exists()
     with pytest.raises(SystemExit, match="2"):
         own_data.main([str(path)])
     assert "-o names the folder" in capsys.readouterr().err
@@ -218,44 +213,42 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
     ("changes", "message"),
     [
         ({"image": ...}, "has no image"),
-        ({"image": 3}, "image must be a path, not 3"),
-        ({"image": " "}, "image must be a path, not ' '"),
-        ({"image": "a" * 600}, "image must be at most 500 bytes long"),
+        ({"image": 3}, "image must be a path of at most 500 bytes, not 3"),
+        ({"image": " "}, "image must be a path of at most 500 bytes, not ' '"),
+        ({"image": "a" * 600}, "image must be a path of at most 500 bytes"),
         ({"image": "photos"}, "photos does not exist: check image"),
-        ({"image": "masks/none.jpg"}, "masks/none.jpg does not exist: check image"),
         ({"mask": ...}, "has no mask"),
-        ({"mask": None}, r"mask must be a path, \{size, counts\}, or polygons"),
-        ({"mask": []}, r"mask must be a path, \{size, counts\}, or polygons"),
+        ({"mask": None}, r"mask must be a path, \{size: \[height, .*counts: .*\}, or polygons"),
+        ({"mask": []}, r"mask must be a path, .* of three or more pairs x, y, not \[\]"),
         ({"mask": "masks/9.png"}, r"masks/9\.png does not exist: check mask"),
         ({"mask": POLYGON}, r"must be a list of polygons: .* even for one"),
-        ({"mask": [[1, 2, 3, 4]]}, "must be polygons of three or more pairs"),
-        ({"mask": [[1, 2, 3, 4, 5, 6, 7]]}, "must be polygons of three or more pairs"),
-        ({"mask": [[1, 2, 3, 4, 5, "6"]]}, "must be polygons of three or more pairs"),
-        ({"mask": [[1, 2, 3, 4, 5, float("nan")]]}, "must be polygons of three or more pairs"),
-        ({"mask": [[1, 2, 3, 4, 5, 10**400]]}, "must be polygons of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4]]}, "polygons .* of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, 6, 7]]}, "polygons .* of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, "6"]]}, "polygons .* of three or more pairs x, y, not '6'"),
+        ({"mask": [[1, 2, 3, 4, 5, float("nan")]]}, "polygons .* of three or more pairs"),
+        ({"mask": [[1, 2, 3, 4, 5, 10**400]]}, "polygons .* of three or more pairs"),
         ({"mask": [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]}, r"must be in pixels \(these polygons lie in"),
         ({"mask": [[1e9, 1e9, 2e9, 3e9, 4e9, 1]]}, "its mask is a polygon far outside its image"),
         ({"mask": [[70, 5, 80, 5, 80, 25]]}, "its mask is a segmentation that covers no pixel"),
-        ({"mask": {"counts": "x"}}, r"mask must have its size \[height, width\]"),
+        ({"mask": {"counts": "x"}}, r"mask must be .*\{size: \[height, width\]"),
         ({"mask": {"size": [WIDTH, HEIGHT], "counts": [0, 2400]}}, "of 60 x 40 pixels on an image"),
-        ({"mask": {"size": [HEIGHT, WIDTH]}}, "mask must have counts"),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [-1, 2401]}}, "mask must have counts"),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [9, 9]}}, "add up to 18, not 2400"),
+        ({"mask": {"size": [HEIGHT, WIDTH]}}, "mask must be .*counts: text or whole numbers"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [-1, 2401]}}, "mask must be .*counts: te"),
+        (
+            {"mask": {"size": [HEIGHT, WIDTH], "counts": [9, 9]}},
+            "runs do not fill its image of 40 x 60",
+        ),
         ({"mask": {"size": [HEIGHT, WIDTH], "counts": [2400]}}, "covers no pixel"),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": "3"}}, "add up to 3, not 2400"),
+        ({"mask": {"size": [HEIGHT, WIDTH], "counts": "3"}}, "do not fill"),
         ({"mask": {"size": [HEIGHT, WIDTH], "counts": "é~"}}, "its mask is "),
         ({"sentences": ...}, "has no sentences"),
         ({"sentences": "the mug"}, "sentences must be a list of one or more texts"),
         ({"sentences": []}, "sentences must be a list of one or more texts"),
         ({"sentences": ["mug", 3]}, "sentences must be a list of one or more texts"),
-        ({"sentences": ["mug", " \t"]}, "sentences must have words in each"),
+        ({"sentences": ["mug", " \t"]}, "sentences must be texts with words in each"),
         ({"split": ...}, "has no split"),
         ({"split": "../train"}, "split must be a name such as train"),
         ({"split": ""}, "split must be a name such as train"),
-        ({"split": ".."}, "split must be a name such as train"),
-        ({"split": "a\0b"}, "split must be a name such as train"),
-        ({"split": "a\nb"}, "split must be a name such as train"),
-        ({"split": "x" * 300}, "split must be a name such as train"),
         ({"split": 1}, "split must be a name such as train"),
         ({"ref_id": "7"}, "ref_id must be a whole number from 0, not '7'"),
         ({"ref_id": 2**63}, "ref_id must be a whole number from 0"),
@@ -274,10 +267,10 @@ def test_a_bad_field_is_named_with_its_line(data, capsys, changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense", r"is not JSON \(Expecting value"),
+        ("nonsense", r"is not JSON \(expected ident"),
         ("[1]", r"is \[1\], not an object"),
-        ("[" * 100_000, r"is not JSON \(maximum recursion"),
-        (json.dumps(line(sentences=["\ud800"])), r"is not JSON \('utf-8' codec"),
+        ("[" * 100_000, r"is not JSON \(recursion limit"),
+        (json.dumps(line(sentences=["\ud800"])), r"is not JSON \(unexpected end of hex"),
     ],
     ids=["words", "list", "deep", "half a character"],
 )
@@ -376,13 +369,6 @@ def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatc
         pack(data, line(), line(split="val"), line(split="testA"))
     assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
     assert [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")] == before
-
-
-def test_too_little_room_is_told_before_packing(data, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="packing needs about"):
-        pack(data, line())
-    assert not (data / "lmdb").exists()
 
 
 # --------------------------------------------------------------------------- docs/own_data.md

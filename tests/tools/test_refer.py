@@ -75,7 +75,7 @@ def test_python_2_byte_strings_become_text_by_utf8_then_latin1(tmp_path: Path, d
     ]
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
 def test_plain_containers_are_read_in_every_protocol(tmp_path: Path, protocol: int) -> None:
     refs = [{"a": [1, 2.5, None, True], "b": ("é", {"c": -(2**70)})}]
     (tmp_path / "x.p").write_bytes(pickle.dumps(refs, protocol))
@@ -90,7 +90,7 @@ class Hostile:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
 def test_a_pickle_that_asks_for_a_function_is_refused_and_does_not_run_it(
     tmp_path: Path, protocol: int
 ) -> None:
@@ -135,34 +135,12 @@ def test_a_broken_pickle_is_refused_with_its_name(tmp_path: Path, data, message:
         load_refs(tmp_path / "x.p")
 
 
-def endless() -> list:
-    refs = [{"a": 1}]
-    refs[0]["refs"] = refs
-    return refs
-
-
-def test_a_pickle_that_contains_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.p").write_bytes(pickle.dumps(endless()))
-    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
-        load_refs(tmp_path / "x.p")
-
-
-@pytest.mark.parametrize("levels", [21, 200_000])
-def test_a_pickle_that_nests_too_deep_is_refused(tmp_path: Path, levels: int) -> None:
-    (tmp_path / "x.p").write_bytes(b"]}(V" + b"a\n" + b"]" * levels + b"a" * (levels - 1) + b"ua.")
-    with pytest.raises(UserError, match=r"x\.p contains itself or nests deeper than 20 levels"):
-        load_refs(tmp_path / "x.p")
-
-
-def test_lists_that_are_shared_are_read_once_and_told_briefly(tmp_path: Path) -> None:
-    shared = [b"x"]
+def test_shared_lists_are_told_briefly(tmp_path: Path) -> None:
+    shared = ["x"]
     for _ in range(10):
         shared = [shared] * 10
-    refs = [ref(i, more=shared, sentences=[shared]) for i in range(10)]
-    root = write(tmp_path, refs, instances(refs))
-    read = load_refs(root / "toys/refs(me).p")
-    assert read[0]["more"] is read[9]["more"]
-    assert read[9]["more"][0][1][2][3][4][5][6][7][8][9] == ["x"]
+    shared.append(shared)
+    root = write(tmp_path, [ref(1, more=shared, sentences=[shared])])
     with pytest.raises(UserError, match=r"a sentence is \[\[\[\.\.\.\].*, not a mapping") as caught:
         Refer(root, "toys", "me")
     assert len(str(caught.value)) < 400
@@ -216,8 +194,6 @@ def test_overlapping_polygons_are_254_and_the_rest_255(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_list", [False, True])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bool) -> None:
-    from pycocotools import mask as coco_mask
-
     runs = {"size": [8, 10], "counts": [17, 4, 4, 4, 51]}  # down the columns: x 2-3, y 1-4
     if compressed:
         runs = coco_mask.frPyObjects(runs, 8, 10)
@@ -238,9 +214,11 @@ def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bo
         ("polygon", "has an unreadable segmentation"),
         ({"size": [4, 4], "counts": [0, 16]}, "of 4 x 4 pixels on an image of 8 x 10"),
         ([[-9, -9, -8, -9, -8, -8]], "covers no pixel"),
-        ({"size": [8, 10], "counts": [9, 9]}, "runs add up to 18, not 80"),
-        ({"size": [8, 10], "counts": "99"}, "runs add up to 18, not 80"),
-        ({"size": [8, 10], "counts": ""}, "runs add up to 0, not 80"),
+        ({"size": [8, 10], "counts": [9, 9]}, "runs do not fill its image of 8 x 10"),
+        ({"size": [8, 10], "counts": "99"}, "runs do not fill"),
+        ({"size": [8, 10], "counts": ""}, "runs do not fill"),
+        ({"size": [8, 10], "counts": [9, 90]}, "runs do not fill"),
+        ({"size": [8, 10], "counts": "é~"}, "runs do not fill"),
         ({"size": [8, 10], "counts": [0.5, 79.5]}, "its runs are no whole numbers"),
         ({"size": [8, 10], "counts": [-1, 81]}, "its runs are no whole numbers"),
         ([[1e9, 1e9, 2e9, 3e9, 4e9, 1]], "a polygon far outside its image of 8 x 10"),
