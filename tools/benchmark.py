@@ -7,9 +7,11 @@ faster in one minute than in another: medians and the ratios within a round hold
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -40,13 +42,12 @@ from utils.seed import draw
 from utils.tokenizer import tokenize
 
 EPILOG = """examples:
-  python tools/benchmark.py eval DATA_ROOT
+  python tools/benchmark.py eval
   python tools/benchmark.py train datasets/lmdb/refcoco/val.lmdb --batch 16 --device cuda
   python tools/benchmark.py memory
   python tools/benchmark.py data datasets/lmdb/refcoco/val.lmdb --rounds 9"""
 
 PUBLISHED, OURS, CACHED = "published", "this", "this, DATA.cache"
-SETS = ("refcoco", "refshapes")  # folders in REFER's layout
 
 Ways = Mapping[str, Callable[[], object]]
 
@@ -57,17 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
+    commands = {
+        "eval": compare_evaluation,
+        "train": compare_training,
+        "memory": compare_memory,
+        "data": compare_reading,
+    }
     with TemporaryDirectory() as folder:
-        setting = Setting(args, find_records(args.records, Path(folder)))
-        if args.command == "memory" and args.way:
-            print(peak_of_two_steps(setting, args.way, args.batch))
-            return
-        commands = {
-            "eval": compare_evaluation,
-            "train": compare_training,
-            "memory": compare_memory,
-            "data": compare_reading,
-        }
+        args.records = args.records or pack_shapes(Path(folder))
+        setting = Setting(args)
         result = commands[args.command](setting, args)
     result = {"command": args.command, "machine": machine(setting.device), **result}
     print_table(result)
@@ -79,33 +78,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------- inputs
 
 
-def find_records(given: Path | None, folder: Path) -> Path:
-    """Return the LMDB to measure on, packed into `folder` if there is none.
-
-    Args:
-        given: an LMDB, or a folder in REFER's layout, whose val, testA and testB are taken; None
-            draws RefShapes.
-    Raises:
-        UserError: `given` is neither.
-    """
-    if given is not None and not given.exists():
-        raise UserError(f"{given} does not exist: give an LMDB or a folder in REFER's layout")
-    if given is None:
-        given = folder / "refshapes"
-        counts = {"train": 4, "val": 24, "testA": 4, "testB": 4}
-        words = [word for split, count in counts.items() for word in (f"--{split}", str(count))]
-        refshapes.main(["--output", str(given), *words])
-    if not (given / "images").is_dir():
-        return given
-    dataset = next((name for name in SETS if (given / name).is_dir()), None)
-    if dataset is None:
-        raise UserError(f"{given} has neither of the folders {', '.join(SETS)}")
-    where = ["--data_root", given, "--output_dir", folder, "--dataset", dataset, "--split", "unc"]
+def pack_shapes(folder: Path) -> Path:
+    """Draw a small RefShapes and pack its val split into `folder`."""
+    root, name = folder / "refshapes", "refshapes"
+    counts = {"train": 4, "val": 24, "testA": 4, "testB": 4}
+    words = [word for split, count in counts.items() for word in (f"--{split}", str(count))]
+    refshapes.main(["--output", str(root), *words])
+    where = ["--data_root", root, "--output_dir", folder, "--dataset", name, "--split", "unc"]
     data_process.main([str(word) for word in [*where, "--generate_mask"]])
-    splits = [folder / f"anns/{dataset}/{split}.json" for split in ("val", "testA", "testB")]
-    words = ["-j", *splits, "-i", given / "images/train2014", "-m", folder / f"masks/{dataset}"]
-    folder2lmdb.main([str(word) for word in [*words, "-o", folder / "lmdb"]])
-    return folder / "lmdb/val+testA+testB.lmdb"
+    words = ["-j", folder / f"anns/{name}/val.json", "-i", root / "images/train2014"]
+    words += ["-m", folder / f"masks/{name}", "-o", folder / "lmdb"]
+    folder2lmdb.main([str(word) for word in words])
+    return folder / "lmdb/val.lmdb"
 
 
 def find_config(path: str, opts: Sequence[str]) -> Config:
@@ -120,11 +104,11 @@ def find_config(path: str, opts: Sequence[str]) -> Config:
 class Setting:
     """Config, records and a model's weights, which both formulations are given."""
 
-    def __init__(self, args: argparse.Namespace, lmdb: Path) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.device = find_device(args.device, "--device")
         self.cfg = find_config(args.config, args.opts)
         self.ranks = Ranks(0, 1, 0, 1, self.device)
-        self.lmdb, self.reader = lmdb, RecordReader(lmdb)
+        self.lmdb, self.reader = args.records, RecordReader(args.records)
         self.side, self.word_len = self.cfg.TRAIN.input_size, self.cfg.TRAIN.word_len
 
     def ours(self) -> nn.Module:
@@ -271,15 +255,14 @@ def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
 def compare_memory(setting: Setting, args: argparse.Namespace) -> dict:
     """Compare the peak memory of two training steps, each way in a process of its own."""
     rows: dict[str, list[float]] = {PUBLISHED: [], OURS: []}
-    command = [sys.executable, __file__, "memory", setting.lmdb, "--config", args.config]
-    command += ["--batch", args.batch, "--device", args.device, "--threads", args.threads]
     for _ in range(args.rounds):
         for name in rows:
-            words = [str(word) for word in [*command, "--way", name, "--opts", *args.opts]]
-            ending = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
-            if ending.returncode:
-                raise UserError(f"the process that measured {name!r} ended: memory may be short")
-            rows[name].append(int(ending.stdout.split()[-1]) / 1e6)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                try:
+                    peak = pool.submit(peak_of_two_steps, args, name).result()
+                except BrokenProcessPool:
+                    raise UserError(f"the process that measured {name!r} was killed") from None
+            rows[name].append(peak / 1e6)
     return {
         "what": f"peak memory in two training steps of {args.batch} refs at {setting.side} px",
         "unit": "MB",
@@ -288,11 +271,12 @@ def compare_memory(setting: Setting, args: argparse.Namespace) -> dict:
     }
 
 
-def peak_of_two_steps(setting: Setting, name: str, batch: int) -> int:
+def peak_of_two_steps(args: argparse.Namespace, name: str) -> int:
     """Make two training steps and return the bytes that the device or process held at most."""
+    setting = Setting(args)
     if name == OURS:
         settle_memory(setting.cfg, setting.device)
-    steps = training_steps(setting, name, batch)
+    steps = training_steps(setting, name, args.batch)
     next(steps), next(steps)
     is_on_gpu = setting.device.type == "cuda"
     return torch.cuda.max_memory_allocated(setting.device) if is_on_gpu else peak_memory()
@@ -393,7 +377,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     }
     for name, (text, rounds) in kinds.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("records", type=Path, nargs="?", help="LMDB or REFER folder, or none")
+        command.add_argument("records", type=Path, nargs="?", help="LMDB; without it RefShapes")
         command.add_argument("--config", default="config/refcoco/cris_r50.yaml", metavar="FILE")
         command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         command.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
@@ -401,7 +385,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
         command.add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
         command.add_argument("--sentences", type=int, default=24, help="to evaluate (default 24)")
-        command.add_argument("--way", help=argparse.SUPPRESS)
         command.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
     args = parser.parse_args(argv)
     for name, low in {"rounds": 1, "sentences": 1, "batch": 2, "threads": 0}.items():
