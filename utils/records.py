@@ -187,8 +187,8 @@ class RecordWriter:
         row = {field.name: getattr(record, field.name) for field in fields(record)}
         batch = pa.RecordBatch.from_pylist([row], schema=_REF_SCHEMA)
         self._put(_ref_key(len(self._index.ref_ids)), _to_arrow(batch))
-        row = (record.ref_id, record.image_key, record.image_id, count)
-        for column, value in zip(self._index, row, strict=True):
+        indexed = (record.ref_id, record.image_key, record.image_id, count)
+        for column, value in zip(self._index, indexed, strict=True):
             column.append(value)
         self._token_length.update(token_lengths)
 
