@@ -172,7 +172,7 @@ def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float]:
 
 
 def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float]:
-    """The same of a perfect model; needs scores made with `ceiling=True`."""
+    """Summarise what a perfect model would score; needs scores made with `ceiling=True`."""
     scores = list(scores)
     return summarize([s.ceiling_intersection for s in scores], [s.ceiling_union for s in scores])
 
@@ -180,7 +180,7 @@ def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float]:
 def describe_scores(
     scores: Mapping[str, float], dataset: EvaluationDataset, protocols: Mapping[str, Protocol]
 ) -> str:
-    """What validation found, in per cent, with all that such a number depends on."""
+    """Say what validation found, in per cent, with all that such a number depends on."""
     meta, name = dataset.reader.meta, next(iter(protocols))
     first = "first " if dataset.sentences == "first" else ""
     threshold = protocols[name].threshold

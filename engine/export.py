@@ -36,7 +36,7 @@ NAMES = {  # inputs, outputs
 
 
 class ImageEncoder(nn.Module):
-    """What depends on the image alone."""
+    """Compute what depends on the image alone."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextHead(nn.Module):
-    """What depends on the sentence: from an image's features to its probabilities."""
+    """Compute what depends on the sentence: from an image's features to its probabilities."""
 
     def __init__(self, model: Segmenter, side: int, protocol: Protocol) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Case:
 
 
 class Difference(NamedTuple):
-    """How far an output of a graph is from PyTorch's in one case."""
+    """State how far an output of a graph is from PyTorch's in one case."""
 
     case: str
     output: str
@@ -85,7 +85,7 @@ class Difference(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """What is held against the tolerance.
+        """Return the difference that is held against the tolerance.
 
         Of the largest value, but for a probability: one that is small everywhere must not be more
         exact than its threshold needs.

@@ -31,7 +31,7 @@ MAX_CHARACTERS = 10_000  # of a sentence; a few dozen are what the network reads
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model makes of one sentence, at the photo's size (H, W).
+    """Hold what the model makes of one sentence, at the photo's size (H, W).
 
     probability: (H, W) float32 in [0, 1].
     mask: (H, W) bool, where the probability is above the threshold.
@@ -51,13 +51,13 @@ class Prediction:
     is_cut: bool
 
     def at(self, threshold: float) -> "Prediction":
-        """The same probabilities with another threshold, in (0, 1); the model is not run."""
+        """Apply another threshold, in (0, 1), to the same probabilities; the model is not run."""
         return _prediction(self.sentence, self.probability, threshold, self.is_cut)
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """All that a photo gives before a sentence is known, to be kept for more sentences.
+    """Keep all that a photo gives before a sentence is known, to be kept for more sentences.
 
     features: of this one image, on the predictor's device.
     size: (height, width) of the photo, its orientation followed.

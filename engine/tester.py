@@ -120,7 +120,7 @@ def result_stem(dataset: str, split: str, protocol: str, threshold: float, swapp
 
 
 def stem_of(result: Mapping) -> str:
-    """The same, of the content of a result's `.json`."""
+    """Return the name of a result's files from the content of its `.json`."""
     names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
     return result_stem(*(result[name] for name in names))
 

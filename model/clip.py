@@ -78,7 +78,7 @@ class DenseAttentionPool(nn.Module):
         return table.flatten(2).transpose(1, 2)
 
     def _resizing(self, height: int, width: int) -> Tensor:
-        """What resizing the table multiplies it with: (H·W, grid²)."""
+        """Return the matrix that resizes the table: (H·W, grid²)."""
         cells = self.grid**2
         identity = torch.eye(cells, device=self.positional_embedding.device)
         identity = identity.reshape(1, cells, self.grid, self.grid)

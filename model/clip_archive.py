@@ -268,7 +268,7 @@ def _refusal(asked: str) -> ArchiveError:
 
 
 class _Module:
-    """What stands for any module of the program: its attributes and no behaviour."""
+    """Stand for any module of the program: its attributes and no behaviour."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.attributes = state

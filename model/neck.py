@@ -14,7 +14,7 @@ from model.layers import conv_bn_relu, linear_bn_relu
 
 
 class ImageFeatures(NamedTuple):
-    """What the neck needs of an image, before any sentence: C3, C4, C5 after their projections.
+    """Hold what the neck needs of an image without a sentence: C3, C4, C5 after their projections.
 
     v3 (B, fpn_out[0], S/16, S/16), v4 (B, fpn_out[1], S/16, S/16), v5 (B, fpn_out[2], S/32, S/32).
     """

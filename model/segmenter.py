@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
         self.proj = proj
 
     def encode_image(self, image: Tensor) -> ImageFeatures:
-        """All that can be computed before a sentence is known.
+        """Compute all that needs no sentence.
 
         Args:
             image: (B, 3, S, S) float, normalised; S a multiple of 32.

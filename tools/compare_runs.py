@@ -197,7 +197,7 @@ def _describe(line: Mapping) -> str:
 
 
 def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0) -> dict:
-    """Who won, and the differences of all metrics with their intervals, as the page takes them."""
+    """Count who won, and give all metrics' differences with intervals, as the page takes them."""
 
     a, b = counts(first.lines), counts(second.lines)
     photos = [line["image"] for line in first.lines]

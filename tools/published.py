@@ -46,7 +46,7 @@ class Published(nn.Module):
         return self.stages(image, tokens)["logits"]
 
     def stages(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """What the golden files describe: the maps, the text, neck, decoder, logits."""
+        """Return what the golden files describe: the maps, the text, neck, decoder, logits."""
         c3, c4, c5 = encode_image(self.backbone.visual, image)
         words, state = encode_text(self.backbone, tokens)
         fused = fuse(self.neck, c3, c4, c5, state)

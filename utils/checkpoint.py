@@ -59,7 +59,7 @@ def find_newest(folder: str | Path) -> tuple[Path | None, list[Path]]:
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Those that a run has written there, whole or not."""
+    """List the checkpoints that a run has written there, whole or not."""
     folder = Path(folder)
     return [path for path in (folder / LAST, folder / BEST, *folder.glob(STEPS)) if path.is_file()]
 

@@ -246,7 +246,7 @@ class TrainConfig(_Group):
 
 
 class TestConfig(_Group):
-    """What test.py scores, and how."""
+    """Say what test.py scores, and how."""
 
     __test__ = False  # pytest: no test class
 

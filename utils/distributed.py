@@ -80,7 +80,7 @@ def _join(backend: str, device_id: torch.device | None) -> None:
 
 
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
-    """What this start of the ranks is called: the same on all of them, and new.
+    """Return a name of this start of the ranks: the same on all of them, and new.
 
     What dead ranks wrote is still in the store. So rank 0's name is believed only by who got it
     in answer to a word of its own. Rank 0 writes its name before it looks who called, the others

@@ -41,7 +41,7 @@ def listen(request: StopRequest) -> Iterator[None]:
 
 
 def leave_stopping_to_the_parent() -> None:
-    """In a helper process: outlive a signal to the whole group; end by the parent's alone."""
+    """Let a helper process outlive a signal to the whole group; only the parent's ends it."""
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -22,7 +22,7 @@ BORDER = tuple(255 * value for value in CLIP_MEAN)
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a probability map at S/4 becomes a mask at the photo's size.
+    """Describe how a probability map at S/4 becomes a mask at the photo's size.
 
     target: how a training mask is brought to S/4 for this geometry (`model.loss.resize_target`).
     align_corners: of the upsampling to S×S.

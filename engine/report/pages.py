@@ -50,7 +50,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is to be seen of some sentences: photos by key, ground truth (RLE counts) by ref."""
+    """Hold what is shown of some sentences: photos by key, ground truth (RLE counts) by ref."""
 
     photos: dict[str, Photo]
     masks: dict[int, str]
@@ -142,7 +142,7 @@ def report_data(
     pictures: Pictures,
     photos_folder: str = f"../{PHOTOS}/",
 ) -> dict:
-    """What `page.js` draws, but for the masks: numbers of all sentences, rows of those shown.
+    """Return what `page.js` draws, without masks: all in numbers, and rows of those shown.
 
     Args:
         models: one, or two with the same sentences in the same order.

@@ -51,7 +51,7 @@ class Counts(NamedTuple):
         return iou(self.intersections, self.unions)
 
     def of(self, chosen: np.ndarray) -> "Counts":
-        """Of some of the sentences."""
+        """Return the counts of some of the sentences."""
         return Counts(self.intersections[chosen], self.unions[chosen])
 
 
@@ -93,7 +93,7 @@ def precision_curve(ious: np.ndarray) -> list[float]:
 
 
 def sentence_kinds(sentence: str) -> list[str]:
-    """Those of `KIND_PATTERNS` whose words it has, else `OTHER_KIND`."""
+    """Return the kinds of `KIND_PATTERNS` whose words the sentence has, else `OTHER_KIND`."""
     text = " ".join(sentence.lower().split())
     return [kind for kind, pattern in _KINDS.items() if pattern.search(text)] or [OTHER_KIND]
 
@@ -153,7 +153,7 @@ def _grouping(
 
 
 def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:
-    """Of each label: {"sentences": its number, "models": its `GROUP_METRICS` by each model}."""
+    """Score each label: {"sentences": its number, "models": `GROUP_METRICS` by each model}."""
     rows = []
     for place in range(len(grouping.labels)):
         chosen = np.array([place in places for places in grouping.members])
@@ -177,7 +177,7 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """How the second model's scores differ from the first's, with percentile intervals.
+    """Return how the second model's scores differ from the first's, with percentile intervals.
 
     Sentences of one photo are not independent of each other: they share their objects, and both
     models see the same picture. So whole photos are drawn, with replacement, and both models are
@@ -212,7 +212,7 @@ def paired_bootstrap(
 
 
 def _addends(model: Counts) -> list[np.ndarray]:
-    """What has to be summed over sentences to give every metric."""
+    """Return what has to be summed over sentences to give every metric."""
     ious = model.ious
     above = [ious > x for x in PRECISION_AT]
     return [np.ones(len(ious)), ious, model.intersections, model.unions, *above]
