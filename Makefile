@@ -28,7 +28,7 @@ test: install ## Run the tests, without the slow ones
 	@$(PYTEST) -m "not slow"
 
 test-full: install ## Run all the tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests
