@@ -221,13 +221,13 @@ def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
 
 
 _LATIN_1 = "latin-1 where it is no UTF-8"
-codecs.register_error(_LATIN_1, _decode_rest)
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
+        codecs.register_error(_LATIN_1, _decode_rest)
         super().__init__(file, encoding="utf-8", errors=_LATIN_1)
         self._where = where
 
