@@ -10,7 +10,6 @@ first form starts one rank on each. Everything is written to <output_folder>/<ex
 """
 
 import sys
-from contextlib import nullcontext
 
 from engine import resume
 from engine.banner import announce
@@ -63,52 +62,49 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
     setup_logging(None, ranks.is_main)
     seed_everything(options.manual_seed)
     settle_memory(cfg, device)
-    source = resume.choose_checkpoint(cfg, ranks, is_dry)
-    goes_on = resume.goes_on(cfg, source)
-    # A checkpoint that was moved away takes up the records and pictures of its run again.
-    keeps = goes_on or (source is not None and not options.force)
-    model, state = resume.load_start(cfg, device, source)
-    train_loader, val_loader = build_loaders(cfg, micro_batch, ranks)
-    optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
-    if options.compile:
-        compile_model(model, device)
-    if state is not None:
-        resume.restore_optimizer(optimizer, state, source)
-    dtype = resolve_precision(options.precision, device)
-    # From here on ranks draw different dropout.
-    seed_everything(options.manual_seed + ranks.rank)
-
-    steps = len(train_loader) // options.accumulation_steps
-    kept_records = resume.records_until(state) if keeps else None
-    tracked = (folder if writes else None, options.wandb, options.exp_name, to_dict(cfg))
-    # Nothing is written before everything that can be missing has been found.
-    with (
-        nullcontext() if is_dry else resume.hold_run_folder(cfg, ranks, is_new=not goes_on),
-        Tracker(*tracked, kept_records) as tracker,
-        deterministic(options.deterministic),
-    ):
-        setup_logging(None if is_dry else folder, ranks.is_main)
-        if writes:
-            resume.prepare_folder(cfg, keeps)
-        run = Run(
-            cfg=cfg,
-            ranks=ranks,
-            folder=folder,
-            model=distributed.wrap(model, ranks, options.sync_bn, options.accumulation_steps == 1),
-            optimizer=optimizer,
-            schedule=build_schedule(optimizer, cfg, steps),
-            scaler=build_scaler(dtype, device),
-            dtype=dtype,
-            train_loader=train_loader,
-            val_loader=val_loader,
-            protocols=validation_protocol(cfg),
-            tracker=tracker,
-            epoch=options.start_epoch,
-        )
+    with resume.hold_run_folder(cfg, ranks, is_dry) as source:
+        model, state = resume.load_start(cfg, device, source)
+        train_loader, val_loader = build_loaders(cfg, micro_batch, ranks)
+        optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+        if options.compile:
+            compile_model(model, device)
         if state is not None:
-            resume.resume(run, state, source)
-        announce(run, source)
-        (dry_run if is_dry else fit)(run)
+            resume.restore_optimizer(optimizer, state, source)
+        dtype = resolve_precision(options.precision, device)
+        # From here on ranks draw different dropout.
+        seed_everything(options.manual_seed + ranks.rank)
+
+        accumulation = options.accumulation_steps
+        steps = len(train_loader) // accumulation
+        # A checkpoint that was moved away takes up the records and pictures of its run again.
+        is_own = resume.is_own_checkpoint(cfg, source)
+        keeps = is_own or (source is not None and not options.force)
+        kept = resume.records_until(state) if keeps else None
+        tracked = (folder if writes else None, options.wandb, options.exp_name, to_dict(cfg))
+        # Nothing is written before everything that can be missing has been found.
+        with Tracker(*tracked, kept) as tracker, deterministic(options.deterministic):
+            setup_logging(None if is_dry else folder, ranks.is_main)
+            if writes:
+                resume.prepare_folder(cfg, keeps)
+            run = Run(
+                cfg=cfg,
+                ranks=ranks,
+                folder=folder,
+                model=distributed.wrap(model, ranks, options.sync_bn, accumulation == 1),
+                optimizer=optimizer,
+                schedule=build_schedule(optimizer, cfg, steps),
+                scaler=build_scaler(dtype, device),
+                dtype=dtype,
+                train_loader=train_loader,
+                val_loader=val_loader,
+                protocols=validation_protocol(cfg),
+                tracker=tracker,
+                epoch=options.start_epoch,
+            )
+            if state is not None:
+                resume.resume(run, state, source)
+            announce(run, source)
+            (dry_run if is_dry else fit)(run)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 A run that was interrupted anywhere and resumed computes what it would have computed otherwise.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from loguru import logger
@@ -28,15 +29,6 @@ from utils.signals import EXIT_CODE
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
 
-# What a checkpoint has to hold besides weights to be resumed.
-NEEDED = {"epoch", "step", "best_iou", "optimizer", "scaler", "rng"}
-
-# Which of a config's values decide what the steps of an epoch consist of.
-ORDER_KEYS = (
-    *(("TRAIN", name) for name in ("batch_size", "batch_by", "manual_seed")),
-    *(("DATA", name) for name in ("train_lmdb", "exclude_lmdb")),
-)
-
 
 def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
     """Write everything that `resume` needs, in plain containers.
@@ -51,18 +43,19 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
     run.saved_at = time.monotonic()
     if not run.ranks.is_main:
         return True
+    rngs, sums = zip(*by_rank, strict=True)
     state = {
         "epoch": run.epoch,
         "step": run.step,
         "position": run.position,
-        "sums": [sums for _, sums in by_rank],
+        "sums": list(sums),
         "faults": run.faults.cpu(),
         "best_iou": run.best,
         "scores": scores,
         "state_dict": unwrap(run.model).state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "rng": [rng for rng, _ in by_rank],
+        "rng": list(rngs),
         "config": to_dict(run.cfg),
         "version": run.version,
         "threads": torch.get_num_threads(),
@@ -72,8 +65,8 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         save_checkpoint(state, run.folder, is_best, train.keep_checkpoints * bool(train.save_every))
     except OSError as error:
         logger.error(
-            f"step {run.step}: no checkpoint could be written to {error.filename}: "
-            f"{error.strerror}; the one before is still there"
+            f"step {run.step}: {error.filename} could not be written: {error.strerror}; the "
+            "checkpoint before is still there"
         )
         return False
     return True
@@ -122,40 +115,83 @@ def save_and_stop(run: Run) -> NoReturn:
 
 
 @contextmanager
-def hold_run_folder(cfg: Config, ranks: Ranks, is_new: bool = False) -> Iterator[None]:
-    """Hold the run's folder, so that no second run writes there (`TRAIN.force` lets it).
-
-    The mark of an earlier start that was asked to stop is removed; torchrun restarting ranks that
-    were asked to stop ends here.
+def hold_run_folder(cfg: Config, ranks: Ranks, is_dry: bool = False) -> Iterator[str | None]:
+    """Hold the run's folder against other runs; give the checkpoint to go on from, None to begin.
 
     Args:
-        is_new: the run begins there, since no checkpoint was there when that was chosen.
+        is_dry: nothing will be written, so neither other runs nor their checkpoints matter.
     Raises:
-        UserError: another process holds it, or one that has ended since has saved there.
-        SystemExit: as `save_and_stop`.
+        UserError: another process holds it, or a run that begins would write over checkpoints
+            (`TRAIN.force` lets both pass); or all checkpoints are torn.
+        SystemExit: torchrun restarts ranks that were asked to stop.
     """
-    folder = cfg.run_folder
-    if any_rank(is_restart())[0] and (folder / PREEMPTED).exists():
-        raise SystemExit(EXIT_CODE)
+    (is_restarted,) = any_rank(is_restart())  # launchers of several nodes may count differently
+    source = ending = None
     with ExitStack() as stack:
         if ranks.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not cfg.TRAIN.force:
-                stack.enter_context(_hold(folder))
-                if is_new:
-                    _refuse_to_overwrite(cfg)
-            (folder / PREEMPTED).unlink(missing_ok=True)
-        yield
+            try:
+                if not (cfg.TRAIN.force or is_dry):
+                    stack.enter_context(_hold(cfg.run_folder))
+                source = _choose(cfg, is_restarted, is_dry)
+            except (UserError, OSError, SystemExit) as error:
+                ending = error
+        # On all ranks: who waits for a rank that has ended ends with a traceback.
+        source, ending = gather_objects((source, ending))[0]
+        if ending is not None:
+            stop()  # gloo aborts a process that ends after a talk without having left
+            raise ending
+        yield source
 
 
-def _hold(folder: Path) -> AbstractContextManager[None]:
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Hold the folder, made if it is missing; a run that fails before its first line leaves none.
+
+    Who was asked to stop may still be saving: what it leaves counts, so it is waited for.
+    """
+
     def refuse() -> None:
         raise UserError(
             f"another process is training in {folder}; wait for it, give TRAIN.exp_name another "
             "name, or add TRAIN.force True"
         )
 
-    return hold(folder / LOG, refuse, PATIENCE)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / LOG
+    with hold(log, refuse, PATIENCE):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # other files are there
+                if log.stat().st_size == 0:
+                    log.unlink()
+                    os.removedirs(folder)
+
+
+def _choose(cfg: Config, is_restarted: bool, is_dry: bool) -> str | None:
+    """Return the checkpoint that `TRAIN.resume` names, and None to begin."""
+    folder, named = cfg.run_folder, cfg.TRAIN.resume
+    if is_restarted and (folder / PREEMPTED).exists():
+        raise SystemExit(EXIT_CODE)
+    there = list_checkpoints(folder)
+    if named == AUTO or (is_restarted and there):
+        newest = find_newest(folder)
+        # What was refused is restarted, too: so only what this very config has saved.
+        if named == AUTO or read_checkpoint(newest, AUTO).get("config") == to_dict(cfg):
+            return None if newest is None else str(newest)
+    if there and not (is_own_checkpoint(cfg, named) or cfg.TRAIN.force or is_dry):
+        raise UserError(
+            f"{there[0]} is there, and a {f'training from {named}' if named else 'new training'} "
+            "would write over it: set TRAIN.resume auto to go on with that run, give "
+            "TRAIN.exp_name another name, or remove its checkpoints by TRAIN.force True"
+        )
+    return named
+
+
+def is_own_checkpoint(cfg: Config, source: str | None) -> bool:
+    """Tell whether a checkpoint, if one is given, lies in the run's own folder."""
+    path = Path(source or "/")
+    return cfg.run_folder.resolve() in (path.parent.resolve(), path.resolve().parent)
 
 
 def prepare_folder(cfg: Config, keeps: bool) -> None:
@@ -166,95 +202,12 @@ def prepare_folder(cfg: Config, keeps: bool) -> None:
     """
     folder = cfg.run_folder
     if not keeps:
-        old = list_checkpoints(folder)
-        if old:
+        if old := list_checkpoints(folder):
             logger.warning(f"TRAIN.force: {len(old)} checkpoint(s) in {folder} are removed")
         for path in (*old, *(folder / PICTURES).glob("epoch_*.jpg")):
             path.unlink()
+    (folder / PREEMPTED).unlink(missing_ok=True)
     save_config(cfg, folder / "config.yaml")
-
-
-def choose_checkpoint(cfg: Config, ranks: Ranks, is_dry: bool = False) -> str | None:
-    """Return the checkpoint that `TRAIN.resume` asks to continue, or None to begin.
-
-    null begins; auto continues the newest whole checkpoint of the folder, or begins; a path
-    continues that checkpoint. Ranks that torchrun restarts continue what their run has saved.
-
-    Args:
-        is_dry: who trains in the folder, and what a training would write over, does not matter.
-    Raises:
-        UserError: all checkpoints are torn; or a run that begins in the folder would write over
-            some; or another process holds it.
-    """
-    source = refusal = None
-    # Launchers of several nodes may count restarts differently.
-    (is_restarted,) = any_rank(is_restart())
-    if ranks.is_main:
-        try:
-            source = _choose(cfg, not (cfg.TRAIN.force or is_dry), is_restarted)
-        except (UserError, OSError) as error:
-            refusal = error
-    # On all ranks: who waits for a rank that has ended ends with a traceback.
-    source, refusal = gather_objects((source, refusal))[0]
-    if refusal is not None:
-        stop()  # gloo aborts a process that ends after a talk without having left
-        raise refusal
-    return source
-
-
-def _choose(cfg: Config, is_careful: bool, is_restarted: bool) -> str | None:
-    """Choose on rank 0, careful of other processes and of checkpoints that are there."""
-    folder, named = cfg.run_folder, cfg.TRAIN.resume
-    if is_careful and (folder / LOG).is_file():
-        # Who was asked to stop may be saving; what it leaves counts.
-        with _hold(folder):
-            pass
-    if named == AUTO:
-        return _newest(cfg)
-    if goes_on(cfg, named) or not list_checkpoints(folder):
-        return named
-    # torchrun restarts what was refused, too: so only what this very config has saved.
-    if is_restarted and (named is not None or cfg.TRAIN.force):
-        newest = _newest(cfg)
-        if newest and read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
-            return newest
-    # Who reads it tells that it is not there.
-    if is_careful and (named is None or Path(named).is_file()):
-        _refuse_to_overwrite(cfg)
-    return named
-
-
-def _newest(cfg: Config) -> str | None:
-    """Return the newest whole checkpoint of the run's folder, if there is any."""
-    path, torn = find_newest(cfg.run_folder)
-    for each in torn:
-        logger.warning(f"TRAIN.resume {cfg.TRAIN.resume}: {each} is cut off or damaged, skipped")
-    if path is None and torn:
-        raise UserError(
-            f"TRAIN.resume {cfg.TRAIN.resume}: every checkpoint in {cfg.run_folder} is cut off or "
-            "damaged; move them away to train anew"
-        )
-    return None if path is None else str(path)
-
-
-def goes_on(cfg: Config, source: str | None) -> bool:
-    """Tell whether a run from this checkpoint goes on with the one in its folder."""
-    if source is None:
-        return False
-    path = Path(source)
-    return cfg.run_folder.resolve() in (path.parent.resolve(), path.resolve().parent)
-
-
-def _refuse_to_overwrite(cfg: Config) -> None:
-    """Refuse if there are checkpoints that a run which begins there would write over."""
-    source = cfg.TRAIN.resume
-    kind = "new training" if source in (None, AUTO) else f"training from {source}"
-    if old := list_checkpoints(cfg.run_folder):
-        raise UserError(
-            f"{old[0]} is there, and a {kind} would write over it: set TRAIN.resume auto to "
-            "go on with that run, give TRAIN.exp_name another name, or remove its checkpoints by "
-            "TRAIN.force True"
-        )
 
 
 def load_start(
@@ -263,7 +216,7 @@ def load_start(
     """Return the model that a run starts with, and the rest of the checkpoint that it resumes.
 
     Args:
-        source: from `choose_checkpoint`; None: `TRAIN.weight`, or else CLIP's weights.
+        source: from `hold_run_folder`; None: `TRAIN.weight`, or else CLIP's weights.
     Raises:
         UserError: what is named cannot be read, or does not belong to the config.
     """
@@ -272,10 +225,10 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if missing := NEEDED - state.keys():
+    if "rng" not in state:
         raise UserError(
-            f"TRAIN.resume: {source} lacks {', '.join(sorted(missing))}; to start a new training "
-            "from its weights give it as TRAIN.weight"
+            f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
+            "from them give it as TRAIN.weight"
         )
     check_checkpoint(cfg, state, source)
     return model, state
@@ -285,67 +238,43 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
     """Give the optimiser its moments back; before a run writes anything, since it may not fit.
 
     Raises:
-        UserError: the checkpoint's optimiser had other parameters, or is none.
+        UserError: the checkpoint's optimiser had other parameters.
     """
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    except ValueError as error:
         raise UserError(
-            f"TRAIN.resume: the optimiser in {source} does not fit ({reason}); resume with the "
+            f"TRAIN.resume: the optimiser in {source} does not fit ({error}); resume with the "
             "config of its run, or start from its weights with TRAIN.weight"
         ) from None
 
 
 def records_until(state: dict) -> Callable[[dict], bool]:
-    """Which records of `metrics.jsonl` were written before the checkpoint."""
+    """Return a function that tells which of `metrics.jsonl` were written before the checkpoint."""
     return lambda record: record.get(record["kind"], 0) <= state[record["kind"]]
 
 
 def resume(run: Run, state: dict, source: str) -> None:
-    """Continue where the checkpoint stopped; model and optimiser have been restored before."""
+    """Continue where the checkpoint stopped; model and optimiser have been restored before.
+
+    What has changed since is logged: the run may differ from an uninterrupted one.
+    """
+    run.epoch, run.step, run.position = state["epoch"], state["step"], state["position"]
+    run.best = state["best_iou"]
+    run.faults.copy_(state["faults"])
     if state["scaler"]:  # empty if the precision needed no scaling then
         run.scaler.load_state_dict(state["scaler"])
-    run.epoch, run.step, run.best = state["epoch"], state["step"], state["best_iou"]
-    run.position = state.get("position", 0)
-    if "sums" in state:
-        sums, ranks = state["sums"], run.ranks
-        # With another number of ranks their mean, which gives the same means over all.
-        is_own = len(sums) == ranks.world_size
-        run.sums.copy_(sums[ranks.rank] if is_own else torch.stack(sums).mean(0))
-    if "faults" in state:
-        run.faults.copy_(state["faults"])
     if len(state["rng"]) == run.ranks.world_size:
+        run.sums.copy_(state["sums"][run.ranks.rank])
         set_rng_state(state["rng"][run.ranks.rank])
     else:
-        logger.warning(
-            f"{source} was saved by {len(state['rng'])} ranks, this is {run.ranks.world_size}: "
-            "dropout will differ from an uninterrupted run"
-        )
-    _tell_differences(run, state, source)
-    within = f" and {run.position} steps" if run.position else ""
-    meta = run.val_loader.dataset.reader.meta
-    best = f"best mIoU on {meta['dataset']} {meta['split']} {100 * run.best:.2f}"
-    scored = best if run.best >= 0 else "not validated yet"
-    logger.info(f"resumed {source}: epoch {run.epoch}{within}, {scored}")
-
-
-def _tell_differences(run: Run, state: dict, source: str) -> None:
-    """Warn of what makes a resumed run another one than it would have been."""
-    threads, version = state.get("threads"), state.get("version")
-    if threads not in (None, torch.get_num_threads()):
-        logger.warning(
-            f"{source} was saved by a run with {threads} threads, this has "
-            f"{torch.get_num_threads()}: last bits will differ (OMP_NUM_THREADS sets them)"
-        )
-    if version != run.version:
-        logger.info(f"{source} was saved by version {version} of the code, this is {run.version}")
-
-    def order(config: dict[str, Any]) -> list:
-        return [config.get(section, {}).get(name) for section, name in ORDER_KEYS]
-
-    if run.position and order(state["config"]) != order(to_dict(run.cfg)):
-        logger.warning(
-            f"{source} was saved within an epoch of other batches: in this epoch some refs come "
-            "twice or not at all"
-        )
+        run.sums.copy_(torch.stack(state["sums"]).mean(0))  # gives the same means over all ranks
+    was = {"ranks": len(state["rng"]), "threads": state["threads"], "code": state["version"]}
+    now = {"ranks": run.ranks.world_size, "threads": torch.get_num_threads(), "code": run.version}
+    for section, values in to_dict(run.cfg).items():
+        for key, value in values.items():
+            was[f"{section}.{key}"] = state["config"].get(section, {}).get(key)
+            now[f"{section}.{key}"] = value
+    for name in now:
+        if was[name] != now[name] and name not in ("TRAIN.resume", "TRAIN.force"):
+            logger.warning(f"{name} was {was[name]} when {source} was saved, now {now[name]}")

@@ -440,6 +440,26 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+def load_state(path: Path) -> dict:
+    """A checkpoint's content but for its config, which names the run's folder."""
+    return {key: value for key, value in load(path).items() if key != "config"}
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run but for what differs from run to run."""
+    records = read_jsonl(folder / "metrics.jsonl")
+    for record in records:
+        drop_measured(record)
+    return records
+
+
+def assert_equal_runs(got: Path, expected: Path) -> None:
+    """Compare last and best checkpoint and the records of two run folders to the bit."""
+    for name in ("last_model.pth", "best_model.pth"):
+        assert_same(load_state(got / name), load_state(expected / name), name)
+    assert read_metrics(got) == read_metrics(expected)
+
+
 def assert_same(got: object, expected: object, where: str = "") -> None:
     """Compare nested containers of tensors and plain values to the bit."""
     assert type(got) is type(expected), where

@@ -278,7 +278,7 @@ def test_an_unknown_split(config, checkpoint):
 def test_a_checkpoint_of_another_clip(config, checkpoint):
     opts = ("TRAIN.clip_arch.vision_width", 16, "TEST.weights", checkpoint)
     line = error_of("test.py", config, *opts)
-    assert "backbone.visual.conv1.weight is 4×3×3×3, the model has 8×3×3×3" in line
+    assert "backbone.visual.conv1.weight is (4, 3, 3, 3), the model has (8, 3, 3, 3)" in line
 
 
 def test_a_checkpoint_whose_clip_lacks_something(config, checkpoint, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -35,7 +36,7 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
     last = folder / LAST
     remove_leftovers(last)
     with atomic_path(last) as partial:
-        write_state(state, partial)
+        _write(state, partial)
     if is_best:
         _link(last, folder / BEST)
     if keep:
@@ -44,18 +45,26 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
             old.unlink(missing_ok=True)
 
 
-def find_newest(folder: str | Path) -> tuple[Path | None, list[Path]]:
-    """The newest whole checkpoint of a run, and the torn ones that are newer than it.
+def find_newest(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, if there is any; name newer ones that are torn.
 
     Every byte is compared with its checksum.
+
+    Raises:
+        UserError: all are torn.
     """
-    folder, torn = Path(folder), []
+    folder = Path(folder)
     older = _newest_first([*folder.glob(STEPS), folder / BEST])
-    for path in filter(Path.is_file, [folder / LAST, *older]):
+    paths = [path for path in (folder / LAST, *older) if path.is_file()]
+    for path in paths:
         if _is_whole(path):
-            return path, torn
-        torn.append(path)
-    return None, torn
+            return path
+        logger.warning(f"{path} is cut off or damaged, skipped")
+    if paths:
+        raise UserError(
+            f"every checkpoint in {folder} is cut off or damaged; move them away to train anew"
+        )
+    return None
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -65,7 +74,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    there = [path for path in paths if path.is_file()]
+    there = filter(Path.is_file, paths)
     return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
@@ -77,22 +86,17 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def write_state(state: dict, path: Path) -> None:
-    """To the disk itself, so that a machine that stops leaves the file whole or the one before.
-
-    Raises:
-        OSError: there is no room; names the folder.
-    """
+def _write(state: dict, path: Path) -> None:
+    """Write to the disk itself: a machine that stops leaves the file whole or the one before."""
     try:
         with path.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's own, raised while it handles the system's
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path.parent)) from None
+    except RuntimeError as error:  # torch's own, raised while it handles the system's
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _link(source: Path, target: Path) -> None:
@@ -165,11 +169,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     own = model.state_dict()
     faults = [f"missing {key}" for key in own if key not in weights]
     faults += [f"unknown {key}" for key in weights if key not in own]
-    faults += [
-        f"{key} is {_shape(weights[key])}, the model has {_shape(own[key])}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
+    for key, wanted in own.items():
+        if key in weights and weights[key].shape != wanted.shape:
+            shape = tuple(weights[key].shape)
+            faults.append(f"{key} is {shape}, the model has {tuple(wanted.shape)}")
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise UserError(
@@ -192,7 +195,3 @@ def _fault(error: Exception, path: Path) -> str:
         f"is cut off, damaged or no checkpoint ({type(error).__name__} in its "
         f"{path.stat().st_size} bytes); copy it again, or name another"
     )
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "scalar"

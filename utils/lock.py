@@ -1,5 +1,6 @@
 """Files that one process holds at a time."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> It
 
     Args:
         path: a file in a folder that exists; made if it is not there, and not written to.
-        on_busy: called if another process still has it; raises to give up, returns to wait on.
+        on_busy: called if another process still has it, or has removed it; raises to give up,
+            returns to wait on.
         patience: seconds before that.
     """
     import fcntl
@@ -35,4 +37,6 @@ def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> It
                     error.errno, f"cannot be locked: {error.strerror}", str(path)
                 ) from None
             time.sleep(0.1)
+        if os.fstat(file.fileno()).st_nlink == 0:  # others may hold a file in its place
+            on_busy()
         yield

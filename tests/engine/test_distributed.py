@@ -417,7 +417,7 @@ def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(data, tm
     last = tmp_path / "exp/tiny/last_model.pth"
     run = build_run(config, "TRAIN.epochs", 2, "TRAIN.resume", last)
     assert run.epoch == 1
-    assert "was saved by 2 ranks, this is 1" in capfd.readouterr().err
+    assert f"ranks was 2 when {last} was saved, now 1" in capfd.readouterr().err
     state = load(last)["state_dict"]
     assert_same(dict(run.model.state_dict()), dict(state))
 

@@ -1,7 +1,6 @@
 """Stopping and going on: checkpoints within epochs, signals, kills, torn files, full disks."""
 
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -10,21 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from helpers import (
+    ALONE,
     ROOT,
+    assert_equal_runs,
     assert_same,
     build_run,
-    drop_measured,
     error_of,
     largest_file,
     load,
     on_cpu,
-    read_jsonl,
+    read_metrics,
     run_command,
     run_program,
     write_config,
@@ -34,8 +36,10 @@ from engine import resume, trainer
 from utils import lock
 from utils.checkpoint import find_newest
 from utils.config import load_config
+from utils.errors import UserError
 
 EPOCHS = 2
+REMEDIES = ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True")
 
 
 def recipe(folder: Path, data: Path, **train_keys) -> Path:
@@ -52,53 +56,58 @@ def straight(tmp_path_factory, data) -> Path:
     return folder / "exp/tiny"
 
 
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    """The config of the same run in a folder of its own, where nothing is yet."""
+    return recipe(tmp_path, data)
+
+
+@pytest.fixture
+def folder(config) -> Path:
+    """The run folder of `config`."""
+    return config.parent / "exp/tiny"
+
+
+@pytest.fixture
+def ended(straight, folder) -> Path:
+    """The run folder of `config`, in which the uninterrupted run has trained."""
+    return shutil.copytree(straight, folder)
+
+
 def steps_of(folder: Path) -> list[int]:
     """The steps whose checkpoints are kept."""
     return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.pth"))
 
 
-def assert_equal_runs(got: Path, expected: Path) -> None:
-    """Last and best checkpoint, and the records but for the speed, to the bit."""
-    for name in ("last_model.pth", "best_model.pth"):
-        states = load(got / name), load(expected / name)
-        for state in states:
-            del state["config"]
-        assert_same(*states, name)
-    records = [read_jsonl(folder / "metrics.jsonl") for folder in (got, expected)]
-    for record in itertools.chain(*records):
-        drop_measured(record)
-    assert records[0] == records[1]
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # ------------------------------------------------------------------------------ exact resuming
 
 
-def test_saving_within_epochs_changes_nothing(straight, tmp_path, data):
-    run_program("train.py", recipe(tmp_path, data))
-    assert_equal_runs(tmp_path / "exp/tiny", straight)
-    assert steps_of(tmp_path / "exp/tiny") == []
+def test_saving_within_epochs_changes_nothing(straight, config, folder):
+    run_program("train.py", config)
+    assert_equal_runs(folder, straight)
+    assert steps_of(folder) == []
 
 
 @pytest.mark.parametrize("step", ["first", "middle of a window", "last of an epoch"])
-def test_a_run_resumed_at_any_step_equals_one_that_was_never_stopped(
-    straight, tmp_path, data, step
-):
+def test_a_run_resumed_at_any_step_equals_one_that_was_never_stopped(straight, config, ended, step):
     per_epoch = steps_of(straight)[-1] // EPOCHS
     number = {"first": 1, "middle of a window": per_epoch + 1, "last of an epoch": per_epoch}[step]
-    folder = tmp_path / "exp/tiny"
-    shutil.copytree(straight, folder)
     # What the run had written since is there, and a line that was being written.
-    with (folder / "metrics.jsonl").open("a") as file:
+    with (ended / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "epo')
-    source = folder / f"step_{number:08d}.pth"
+    source = ended / f"step_{number:08d}.pth"
     if step == "last of an epoch":  # its validation was interrupted: the step is saved, not more
         state = load(source) | {"position": per_epoch, "epoch": 0, "best_iou": -1.0}
-        assert load(source)["step"] == number
-        source = folder / "before_validation.pth"
+        assert state["step"] == number
+        source = ended / "before_validation.pth"
         torch.save(state, source)
-        (folder / "best_model.pth").unlink()
-    run_program("train.py", recipe(tmp_path, data), "TRAIN.resume", source)
-    assert_equal_runs(folder, straight)
+        (ended / "best_model.pth").unlink()
+    run_program("train.py", config, "TRAIN.resume", source)
+    assert_equal_runs(ended, straight)
 
 
 @pytest.mark.slow
@@ -122,36 +131,34 @@ def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_pat
     assert not list((killed.parent / "exp/tiny").rglob(".*.partial"))
 
 
-def test_other_batches_within_an_epoch_are_warned_of(straight, tmp_path, data, capfd):
-    source = straight / "step_00000001.pth"
-    build_run(recipe(tmp_path, data), "TRAIN.resume", source, "TRAIN.batch_size", 4)
-    assert "of other batches: in this epoch some refs come twice" in capfd.readouterr().err
-
-
-def test_another_number_of_threads_is_warned_of(straight, tmp_path, data, capfd):
+def test_what_has_changed_since_the_checkpoint_is_listed(straight, config, tmp_path, capfd):
     source = tmp_path / "x.pth"
     torch.save(load(straight / "last_model.pth") | {"threads": 7, "version": "older"}, source)
-    build_run(recipe(tmp_path, data), "TRAIN.resume", source)
-    err = capfd.readouterr().err
-    assert "was saved by a run with 7 threads, this has 1: last bits will differ" in err
-    assert "version older of the code" in err
+    run = build_run(config, "TRAIN.resume", source, "TRAIN.batch_size", 4)
+    lines = [line for line in capfd.readouterr().err.splitlines() if f"when {source} was" in line]
+    assert [line.split(maxsplit=1)[1] for line in lines] == [
+        f"threads was 7 when {source} was saved, now 1",
+        f"code was older when {source} was saved, now {run.version}",
+        f"TRAIN.batch_size was 8 when {source} was saved, now 4",
+        *(line.split(maxsplit=1)[1] for line in lines[3:]),
+    ]
+    keys = {line.split()[1] for line in lines[3:]}
+    assert keys == {"TRAIN.output_folder", "TRAIN.save_every", "TRAIN.keep_checkpoints"}
 
 
 # -------------------------------------------------------------------- which checkpoints there are
 
 
-def test_the_newest_few_checkpoints_are_kept(tmp_path, data):
-    config = recipe(tmp_path, data, save_every="1", keep_checkpoints=2)
-    run_program("train.py", config)
-    folder = tmp_path / "exp/tiny"
+def test_the_newest_few_checkpoints_are_kept(config, folder):
+    run_program("train.py", config, "TRAIN.save_every", 1, "TRAIN.keep_checkpoints", 2)
     last = load(folder / "last_model.pth")["step"]
     assert steps_of(folder) == [last - 1, last]
     assert (folder / f"step_{last:08d}.pth").samefile(folder / "last_model.pth")
 
 
 @pytest.mark.parametrize(("minutes_ago", "is_due"), [(9.9, False), (10.1, True)])
-def test_checkpoints_may_come_by_the_clock(tmp_path, data, minutes_ago, is_due):
-    run = build_run(recipe(tmp_path, data), "TRAIN.save_every", "10 minutes")
+def test_checkpoints_may_come_by_the_clock(config, minutes_ago, is_due):
+    run = build_run(config, "TRAIN.save_every", "10 minutes")
     run.step, run.saved_at = 3, time.monotonic() - 60 * minutes_ago
     resume.save_if_due(run)
     assert steps_of(run.folder) == ([3] if is_due else [])
@@ -159,19 +166,18 @@ def test_checkpoints_may_come_by_the_clock(tmp_path, data, minutes_ago, is_due):
 
 
 @pytest.mark.parametrize("text", ["0", "ten", "10 days", "-3", "1.5"])
-def test_an_interval_that_is_none_is_refused(tmp_path, data, text):
-    line = error_of("train.py", recipe(tmp_path, data), "TRAIN.save_every", text)
+def test_an_interval_that_is_none_is_refused(config, text):
+    line = error_of("train.py", config, "TRAIN.save_every", text)
     assert "TRAIN.save_every must be a number of steps, or of minutes" in line
 
 
 def test_auto_resumes_from_the_newest_whole_checkpoint_and_names_torn_ones(
-    straight, tmp_path, data, capfd
+    straight, config, folder, capfd
 ):
-    folder = tmp_path / "exp/tiny"
     shutil.copytree(straight, folder, copy_function=shutil.copy2)
-    config, steps = recipe(tmp_path, data), steps_of(folder)
-    assert find_newest(folder) == (folder / "last_model.pth", [])
+    steps = steps_of(folder)
     last, newest = folder / "last_model.pth", folder / f"step_{steps[-1]:08d}.pth"
+    assert find_newest(folder) == last
     last.write_bytes(last.read_bytes()[:-5000])
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1  # a single bit, in the middle of the weights
@@ -183,11 +189,10 @@ def test_auto_resumes_from_the_newest_whole_checkpoint_and_names_torn_ones(
     err = capfd.readouterr().err
     assert run.step == steps[-2]
     for path in (last, newest):
-        assert f"TRAIN.resume auto: {path} is cut off or damaged, skipped" in err
+        assert f"{path} is cut off or damaged, skipped" in err
 
 
-def test_auto_starts_a_new_training_where_there_is_no_checkpoint(straight, tmp_path, data):
-    config = recipe(tmp_path, data)
+def test_auto_starts_a_new_training_where_there_is_no_checkpoint(straight, config):
     assert build_run(config, "TRAIN.resume", "auto").step == 0
     # The same command starts from weights the first time and goes on from then on.
     weights = straight / "best_model.pth"
@@ -195,23 +200,20 @@ def test_auto_starts_a_new_training_where_there_is_no_checkpoint(straight, tmp_p
     assert_same(dict(run.model.state_dict()), dict(load(weights)["state_dict"]))
 
 
-def test_auto_does_not_start_anew_over_damaged_checkpoints(tmp_path, data):
-    folder = tmp_path / "exp/tiny"
+def test_auto_does_not_start_anew_over_damaged_checkpoints(config, folder):
     folder.mkdir(parents=True)
     (folder / "last_model.pth").write_bytes(b"PK half")
-    line = error_of("train.py", recipe(tmp_path, data), "TRAIN.resume", "auto")
-    assert "every checkpoint in" in line
-    assert (folder / "last_model.pth").read_bytes() == b"PK half"
+    line = error_of("train.py", config, "TRAIN.resume", "auto")
+    assert line.startswith(f"every checkpoint in {folder} is cut off or damaged; ")
+    assert contents(folder) == {"last_model.pth": b"PK half"}
 
 
 # ------------------------------------------------------------------------------------- signals
 
 
-def stopped_by(
-    number: int, monkeypatch, module_function: str, at_call: int, config: Path, *opts: object
-) -> int:
-    """Train, sending this process a signal in the given call: the exit code."""
-    function, calls = getattr(trainer, module_function), []
+def stopped_by(number: int, monkeypatch, name: str, at_call: int, config: Path) -> int:
+    """Train, sending this process a signal in a call of the trainer's function: the exit code."""
+    function, calls = getattr(trainer, name), []
 
     def wrapper(*args, **kwargs):
         calls.append(None)
@@ -220,34 +222,29 @@ def stopped_by(
         return function(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, module_function, wrapper)
+        patch.setattr(trainer, name, wrapper)
         with pytest.raises(SystemExit) as ending:
-            run_program("train.py", config, *opts)
+            run_program("train.py", config)
     return ending.value.code
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_finishes_the_step_saves_and_stops(straight, tmp_path, data, monkeypatch, name):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+def test_a_signal_finishes_the_step_saves_and_stops(straight, config, folder, monkeypatch, name):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
     # In the first of the two passes of the third step.
-    code = stopped_by(getattr(signal, name), monkeypatch, "forward_backward", 5, config)
-    assert code == 75
+    assert stopped_by(number, monkeypatch, "forward_backward", 5, config) == 75
     assert load(folder / "last_model.pth")["step"] == 3
     assert name in (folder / "PREEMPTED").read_text()
-    assert handlers == [
-        signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    ]
+    assert signal.getsignal(number) == handler
     if name == "SIGUSR1":
         run_program("train.py", config, "TRAIN.resume", "auto")
         assert_equal_runs(folder, straight)
         assert not (folder / "PREEMPTED").exists()
 
 
-def test_a_signal_while_validating_stops_there(straight, tmp_path, data, monkeypatch):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    code = stopped_by(signal.SIGTERM, monkeypatch, "evaluate", 2, config)
-    assert code == 75
+def test_a_signal_while_validating_stops_there(straight, config, folder, monkeypatch):
+    assert stopped_by(signal.SIGTERM, monkeypatch, "evaluate", 2, config) == 75
     state = load(folder / "last_model.pth")
     assert (state["epoch"], state["scores"]) == (1, {})
     run_program("train.py", config, "TRAIN.resume", "auto")
@@ -279,8 +276,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_working(tmp_path, data):
 # ----------------------------------------------------------------------------- space, and company
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(tmp_path, data, capfd):
-    config = recipe(tmp_path, data)
+def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(config):
     run = build_run(config)
     last = run.folder / "last_model.pth"
     with on_cpu():
@@ -296,53 +292,48 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(tmp_path, 
     assert load(last)["step"] == 1
 
 
-def test_a_run_whose_last_checkpoint_could_not_be_written_fails(tmp_path, data, capfd):
-    config = recipe(tmp_path, data)
+def test_a_run_whose_last_checkpoint_could_not_be_written_fails(config, folder, capfd):
     with largest_file(1_000_000):
         line = error_of("train.py", config)
-    folder = tmp_path / "exp/tiny"
     assert line == f"the last checkpoint is missing: make room in {folder}, then resume"
-    err = capfd.readouterr().err
-    assert err.count(f"no checkpoint could be written to {folder}: File too large") == EPOCHS
-    assert len(read_jsonl(folder / "metrics.jsonl")) > EPOCHS
+    fault = f"{folder / 'last_model.pth'} could not be written: File too large"
+    assert capfd.readouterr().err.count(fault) == EPOCHS
+    assert len(read_metrics(folder)) > EPOCHS
 
 
-def test_a_second_run_in_one_folder_is_refused_unless_forced(tmp_path, data, monkeypatch):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+def test_a_second_run_in_one_folder_is_refused_unless_forced(config, folder, monkeypatch):
     monkeypatch.setattr(resume, "PATIENCE", 0.2)
-    with resume.hold_run_folder(load_config(config), build_run(config).ranks):
-        before = sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir())
+    with resume.hold_run_folder(load_config(config), ALONE) as source:
+        assert source is None
         line = error_of("train.py", config)
         assert line.startswith(f"another process is training in {folder}; wait for it")
-        assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
+        assert contents(folder) == {"train.log": b""}
         run_program("train.py", config, "TRAIN.force", True)
     assert (folder / "last_model.pth").is_file()
 
 
-@pytest.mark.parametrize("kind", ["a new training", "from another run"])
-def test_a_checkpoint_that_came_after_the_choice_to_start_there_is_kept(
-    straight, tmp_path, data, monkeypatch, kind
-):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    opts = ("TRAIN.resume", straight / "last_model.pth") if kind == "from another run" else ()
-    choose, content = resume.choose_checkpoint, b"of a run that was quicker"
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(config, folder):
+    with suppress(KeyError), resume.hold_run_folder(load_config(config), ALONE):
+        assert folder.is_dir()
+        raise KeyError
+    assert not folder.parent.exists()
 
-    def choose_slowly(*args) -> str | None:
-        source = choose(*args)
-        folder.mkdir(parents=True)
-        (folder / "last_model.pth").write_bytes(content)
-        return source
 
-    monkeypatch.setattr(resume, "choose_checkpoint", choose_slowly)
-    assert "would write over it" in error_of("train.py", config, *opts)
-    assert (folder / "last_model.pth").read_bytes() == content
+def test_who_waited_for_a_lock_that_was_removed_does_not_hold_it(tmp_path):
+    path, busy = tmp_path / "lock", mock.Mock(side_effect=UserError)
+    with ThreadPoolExecutor(1) as pool:
+        with lock.hold(path, pytest.fail):
+            waiting = pool.submit(lock.hold(path, busy, 5.0).__enter__)
+            time.sleep(0.3)
+            path.unlink()
+        with pytest.raises(UserError):
+            waiting.result()
 
 
 @pytest.mark.parametrize("opts", [(), ("TRAIN.resume", "auto")])
 def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
-    straight, tmp_path, data, opts, capfd
+    straight, config, folder, opts, capfd
 ):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
     folder.mkdir(parents=True)
     released = threading.Event()
 
@@ -357,127 +348,105 @@ def test_what_another_process_saves_while_its_end_is_waited_for_is_kept(
     released.wait()
     if opts:
         run_program("train.py", config, *opts)
-        assert f"resumed {folder / 'last_model.pth'}" in capfd.readouterr().err
+        assert f"resumed from {folder / 'last_model.pth'}" in capfd.readouterr().err
     else:
         assert "a new training would write over it" in error_of("train.py", config)
     other.join()
     assert_equal_runs(folder, straight)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, data, monkeypatch):
-    config = recipe(tmp_path, data)
+def test_a_file_system_without_locks_is_told(config, folder, monkeypatch):
     fault = OSError(errno.ENOSYS, "Function not implemented")
     monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=fault))
     line = error_of("train.py", config)
-    assert line == f"{tmp_path}/exp/tiny/train.log: cannot be locked: Function not implemented"
+    assert line == f"{folder}/train.log: cannot be locked: Function not implemented"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize("left", ["all", "last_model.pth", "best_model.pth", "step_00000001.pth"])
-def test_a_new_training_does_not_write_over_an_earlier_one(straight, tmp_path, data, left):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    shutil.copytree(straight, folder)
-    for path in folder.glob("*.pth") if left != "all" else ():
+@pytest.mark.parametrize("left", ["last_model.pth", "best_model.pth", "step_00000001.pth"])
+def test_a_new_training_does_not_write_over_an_earlier_one(config, ended, left):
+    for path in ended.glob("*.pth") if left != "last_model.pth" else ():
         if path.name != left:
             path.unlink()
-    before = contents(folder)
+    before = contents(ended)
     line = error_of("train.py", config)
-    named = folder / ("last_model.pth" if left == "all" else left)
-    assert line.startswith(f"{named} is there, and a new training would write over it: ")
-    for remedy in ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True"):
-        assert remedy in line
-    assert contents(folder) == before
+    assert line.startswith(f"{ended / left} is there, and a new training would write over it: ")
+    assert all(remedy in line for remedy in REMEDIES)
+    assert contents(ended) == before
 
 
-def test_the_remedies_of_an_earlier_training_work(straight, tmp_path, data, capfd):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    shutil.copytree(straight, folder)
+def test_the_remedies_of_an_earlier_training_work(straight, config, ended, capfd):
     run_program("train.py", config, "TRAIN.resume", "auto")
-    assert_equal_runs(folder, straight)
+    assert_equal_runs(ended, straight)
     run_program("train.py", config, "TRAIN.exp_name", "other")
-    assert_equal_runs(tmp_path / "exp/other", straight)
-    count = len(list(folder.glob("*.pth")))
+    assert_equal_runs(ended.parent / "other", straight)
+    count = len(list(ended.glob("*.pth")))
     capfd.readouterr()
     run_program("train.py", config, "TRAIN.force", True, "TRAIN.epochs", 1)
-    assert f"TRAIN.force: {count} checkpoint(s) in {folder} are removed" in capfd.readouterr().err
-    assert load(folder / "last_model.pth")["epoch"] == 1
-    assert sorted(p.name for p in folder.glob("*.pth")) == ["best_model.pth", "last_model.pth"]
-    assert [p.name for p in (folder / "pictures").iterdir()] == ["epoch_0001.jpg"]
+    assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in capfd.readouterr().err
+    assert load(ended / "last_model.pth")["epoch"] == 1
+    assert sorted(p.name for p in ended.glob("*.pth")) == ["best_model.pth", "last_model.pth"]
+    assert [p.name for p in (ended / "pictures").iterdir()] == ["epoch_0001.jpg"]
 
 
 # ------------------------------------------------------------- from a checkpoint of another run
 
 
-def test_a_checkpoint_that_was_moved_away_takes_up_the_records_of_its_run(straight, tmp_path, data):
-    folder, number = tmp_path / "exp/tiny", steps_of(straight)[-1] // EPOCHS + 1
+def test_a_checkpoint_that_was_moved_away_takes_up_the_records_of_its_run(
+    straight, config, folder, tmp_path
+):
+    number = steps_of(straight)[-1] // EPOCHS + 1
     folder.mkdir(parents=True)
     shutil.copy(straight / "metrics.jsonl", folder)
     shutil.copy(straight / f"step_{number:08d}.pth", tmp_path / "archive.pth")
-    run_program("train.py", recipe(tmp_path, data), "TRAIN.resume", tmp_path / "archive.pth")
-    records = [read_jsonl(path / "metrics.jsonl") for path in (folder, straight)]
-    for record in itertools.chain(*records):
-        drop_measured(record)
-    assert records[0] == records[1]
+    run_program("train.py", config, "TRAIN.resume", tmp_path / "archive.pth")
+    assert read_metrics(folder) == read_metrics(straight)
 
 
 def test_a_run_from_anothers_checkpoint_does_not_write_over_its_own_folders(
-    straight, tmp_path, data
+    straight, config, ended
 ):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    other = straight / "step_00000001.pth"
-    shutil.copytree(straight, folder)
-    before = contents(folder)
+    other, last, before = straight / "step_00000001.pth", ended / "last_model.pth", contents(ended)
     line = error_of("train.py", config, "TRAIN.resume", other)
-    last = folder / "last_model.pth"
     assert line.startswith(f"{last} is there, and a training from {other} would write over it: ")
-    for remedy in ("TRAIN.resume auto", "TRAIN.exp_name another name", "TRAIN.force True"):
-        assert remedy in line
-    no_file = error_of("train.py", config, "TRAIN.resume", tmp_path / "no.pth")
-    assert no_file.startswith(f"TRAIN.resume: there is no checkpoint {tmp_path / 'no.pth'}")
-    assert contents(folder) == before
+    assert all(remedy in line for remedy in REMEDIES)
+    assert contents(ended) == before
 
 
-def test_a_checkpoint_is_the_folders_own_by_whatever_path_it_is_named(straight, tmp_path, data):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    shutil.copytree(straight, folder)
-    (tmp_path / "link").symlink_to(folder)
-    (tmp_path / "link.pth").symlink_to(folder / "last_model.pth")
-    (folder / "of_other.pth").symlink_to(straight / "last_model.pth")
+def test_a_checkpoint_is_the_folders_own_by_whatever_path_it_is_named(
+    straight, config, ended, tmp_path
+):
+    (tmp_path / "link").symlink_to(ended)
+    (tmp_path / "link.pth").symlink_to(ended / "last_model.pth")
+    (ended / "of_other.pth").symlink_to(straight / "last_model.pth")
     for path in ("link/last_model.pth", "link/../tiny/last_model.pth", "link.pth"):
         assert build_run(config, "TRAIN.resume", tmp_path / path).epoch == EPOCHS
-    assert build_run(config, "TRAIN.resume", folder / "of_other.pth").epoch == EPOCHS
+    assert build_run(config, "TRAIN.resume", ended / "of_other.pth").epoch == EPOCHS
 
 
 def test_a_forced_run_from_anothers_checkpoint_removes_what_was_there(
-    straight, tmp_path, data, capfd
+    straight, config, ended, capfd
 ):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
-    shutil.copytree(straight, folder)
-    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 99}\n')
+    (ended / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 99}\n')
     opts = ("TRAIN.resume", straight / "step_00000001.pth", "TRAIN.force", True)
-    count = len(list(folder.glob("*.pth")))
+    count = len(list(ended.glob("*.pth")))
     run_program("train.py", config, *opts)
-    assert f"TRAIN.force: {count} checkpoint(s) in {folder} are removed" in capfd.readouterr().err
-    assert steps_of(folder) == []
-    assert_equal_runs(folder, straight)
+    assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in capfd.readouterr().err
+    assert steps_of(ended) == []
+    assert_equal_runs(ended, straight)
 
 
-def test_records_without_a_checkpoint_are_no_training_to_be_kept(tmp_path, data):
-    config, folder = recipe(tmp_path, data), tmp_path / "exp/tiny"
+def test_records_without_a_checkpoint_are_no_training_to_be_kept(config, folder):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 99}\n')
     run_program("train.py", config, "TRAIN.epochs", 1)
-    assert all(record["step"] != 99 for record in read_jsonl(folder / "metrics.jsonl"))
+    assert all(record["step"] != 99 for record in read_metrics(folder))
 
 
-def test_the_loss_scale_goes_on_where_it_was(data, tmp_path):
-    config = recipe(tmp_path, data, precision="fp16")
-    run = build_run(config)
+def test_the_loss_scale_goes_on_where_it_was(config, folder):
+    fp16 = ("TRAIN.precision", "fp16")
+    run = build_run(config, *fp16)
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 128.0, "_growth_tracker": 7})
     resume.save(run, {}, is_best=True)
-    again = build_run(config, "TRAIN.resume", tmp_path / "exp/tiny/last_model.pth")
+    again = build_run(config, *fp16, "TRAIN.resume", folder / "last_model.pth")
     assert again.scaler.state_dict() == run.scaler.state_dict()
     assert again.scaler.get_scale() == 128.0

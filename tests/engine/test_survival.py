@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from helpers import (
     ROOT,
+    assert_equal_runs,
     assert_same,
-    drop_measured,
     encoded,
     load,
-    read_jsonl,
+    load_state,
+    read_metrics,
     sample_ref,
     smooth_photo,
     torchrun,
@@ -98,7 +99,7 @@ def start_two(start: Callable, config: Path, *options: object) -> list[subproces
 
 def wait_for(process: subprocess.Popen, config: Path, name: str = "metrics.jsonl") -> None:
     """Until the run has written something: by default the record of the first step."""
-    path = config.parent / "exp/tiny" / name
+    path = folder_of(config) / name
     deadline = time.monotonic() + LIMIT
     while not (path.exists() and path.stat().st_size):
         assert process.poll() is None
@@ -127,44 +128,37 @@ def end(process: subprocess.Popen) -> str:
     return process.communicate(timeout=LIMIT)[1]
 
 
-def assert_equal_runs(got: Path, expected: Path) -> None:
-    folders = [config.parent / "exp/tiny" for config in (got, expected)]
-    states = [load(folder / "last_model.pth") for folder in folders]
-    records = [read_jsonl(folder / "metrics.jsonl") for folder in folders]
-    for state in states:
-        del state["config"]
-    for record in records[0] + records[1]:
-        drop_measured(record)
-    assert_same(*states)
-    assert records[0] == records[1]
+def folder_of(config: Path) -> Path:
+    return config.parent / "exp/tiny"
 
 
-def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start, whole):
-    config = recipe(tmp_path, data, epochs=EPOCHS)
+def finish_after_kill(start: Callable, config: Path) -> str:
+    """Train with two ranks, kill the first after it has saved, and let torchrun restart it."""
     process = start(config, *ONE, "--max-restarts=1")
     wait_for(process, config, "last_model.pth")
     os.kill(pid_of_rank(0, process), signal.SIGKILL)
     err = end(process)
     assert process.returncode == 0, err
-    assert err.count(RESUMED) == 1
-    assert_equal_runs(config, whole)
+    return err
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start, whole):
+    config = recipe(tmp_path, data, epochs=EPOCHS)
+    assert finish_after_kill(start, config).count(RESUMED) == 1
+    assert_equal_runs(folder_of(config), folder_of(whole))
 
 
 def test_a_forced_run_that_is_restarted_goes_on_from_what_it_has_saved(
     data, tmp_path, start, whole
 ):
     config = recipe(tmp_path, data, epochs=EPOCHS, resume=None, force=True)
-    last = config.parent / "exp/tiny/last_model.pth"
+    last = folder_of(config) / "last_model.pth"
     last.parent.mkdir(parents=True)
-    shutil.copy(whole.parent / "exp/tiny/last_model.pth", last.with_name("step_00000099.pth"))
-    process = start(config, *ONE, "--max-restarts=1")
-    wait_for(process, config, last.name)
-    os.kill(pid_of_rank(0, process), signal.SIGKILL)
-    err = end(process)
-    assert process.returncode == 0, err
+    shutil.copy(folder_of(whole) / "last_model.pth", last.with_name("step_00000099.pth"))
+    err = finish_after_kill(start, config)
     assert err.count("TRAIN.force: 1 checkpoint(s)") == 1
     assert err.count(f"{RESUMED}{last}") == 1
-    assert_equal_runs(config, whole)
+    assert_equal_runs(folder_of(config), folder_of(whole))
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -173,19 +167,12 @@ def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
 ):
     first = recipe(tmp_path / "first", data, epochs=1)
     assert torchrun(2, "train.py", "--config", first).returncode == 0
-    other = first.parent / "exp/tiny/last_model.pth"
+    other = folder_of(first) / "last_model.pth"
     config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other), force=force)
-    last = config.parent / "exp/tiny/last_model.pth"
-    process = start(config, *ONE, "--max-restarts=1")
-    wait_for(process, config, last.name)
-    os.kill(pid_of_rank(0, process), signal.SIGKILL)
-    err = end(process)
-    assert process.returncode == 0, err
+    last = folder_of(config) / "last_model.pth"
+    err = finish_after_kill(start, config)
     assert [err.count(f"{RESUMED}{path}") for path in (other, last)] == [1, 1]
-    states = [load(path) for path in (last, whole.parent / "exp/tiny/last_model.pth")]
-    for state in states:
-        del state["config"]
-    assert_same(*states)
+    assert_same(load_state(last), load_state(folder_of(whole) / "last_model.pth"))
 
 
 def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):
@@ -197,7 +184,7 @@ def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_pa
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 2
     assert sum(error.count(RESUMED) for error in errors) == 1
-    assert_equal_runs(config, whole)
+    assert_equal_runs(folder_of(config), folder_of(whole))
 
 
 def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_path, start):
@@ -212,7 +199,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_pat
     folder = tmp_path / "exp/tiny"
     assert (folder / "PREEMPTED").read_text().startswith("a signal to another rank")
     state = load(folder / "last_model.pth")
-    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] <= state["step"]
+    assert read_metrics(folder)[-1]["step"] <= state["step"]
     assert len(state["rng"]) == 2
 
 
