@@ -7,8 +7,9 @@ import torch
 from loguru import logger
 
 from engine.evaluator import evaluate, summarize_scores
+from engine.guard import optimizer_step
 from engine.run import Run
-from engine.trainer import forward_backward, means, optimizer_step
+from engine.trainer import forward_backward, means
 from utils.config import Config
 from utils.distributed import gather_objects, share_buffers, unwrap
 from utils.machine import GIB, peak_memory

@@ -8,7 +8,7 @@ and compared in threads while the model computes the next batch.
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -21,7 +21,7 @@ from model.fold import fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
 from utils.config import Config
-from utils.dataset import EvaluationBatch, EvaluationDataset, SentenceTask, load_mask
+from utils.dataset import EvaluationDataset, SentenceTask, load_mask
 from utils.distributed import gather_objects
 from utils.machine import available_cores
 from utils.metrics import intersection_and_union, iou, summarize
@@ -72,22 +72,12 @@ class SentenceScore:
         return iou(self.intersection, self.union)
 
     def record(self) -> dict:
-        """The line of the JSON Lines file (COCO RLE, sizes in pixels)."""
-        return {
-            "ref_id": self.ref_id,
-            "sent_id": self.sent_id,
-            "sentence": self.sentence,
-            "image": self.image,
-            "image_id": self.image_id,
-            "category": self.category,
-            "height": self.height,
-            "width": self.width,
-            "target_area": self.target_area,
-            "intersection": self.intersection,
-            "union": self.union,
-            "iou": self.iou,
-            "pred_rle": {"size": [self.height, self.width], "counts": self.pred_rle},
-        }
+        """Return the line of the JSON Lines file (COCO RLE, sizes in pixels)."""
+        line = asdict(self)
+        for name in ("key", "ceiling_intersection", "ceiling_union", "pred_rle"):
+            del line[name]
+        rle = {"size": [self.height, self.width], "counts": self.pred_rle}
+        return line | {"iou": self.iou, "pred_rle": rle}
 
 
 Scores = dict[str, list[SentenceScore]]
@@ -101,16 +91,14 @@ def resolve_protocols(name: str, threshold: float | None = None) -> dict[str, Pr
         threshold: replaces the protocol's own, if given.
     """
     names = ("aligned", "published") if name == "both" else (name,)
-    chosen = {n: PROTOCOLS[n] for n in names}
-    if threshold is None:
-        return chosen
-    return {n: replace(protocol, threshold=threshold) for n, protocol in chosen.items()}
+    changes = {} if threshold is None else {"threshold": threshold}
+    return {n: replace(PROTOCOLS[n], **changes) for n in names}
 
 
 def validation_protocol(cfg: Config) -> dict[str, Protocol]:
     """The one protocol that selects checkpoints: the first of those that the test scores by."""
-    chosen = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
-    return dict([next(iter(chosen.items()))])
+    name, *_ = chosen = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
+    return {name: chosen[name]}
 
 
 @torch.inference_mode()
@@ -123,7 +111,6 @@ def evaluate(
     *,
     ceiling: bool = False,
     rle: bool | Container[tuple[int, int]] = False,
-    threads: int | None = None,
     progress: Iterable | None = None,
     batches: int | None = None,
 ) -> Scores:
@@ -137,7 +124,6 @@ def evaluate(
         sentences_per_batch: at most so many at a time.
         ceiling: fill these fields of the scores.
         rle: fill this field of all scores, or of those with these keys.
-        threads: that restore and compare masks; None: half of the cores, from 2 to `MAX_THREADS`.
         progress: wraps the loader, to show how far it is.
         batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
@@ -148,12 +134,18 @@ def evaluate(
     model = fold_batch_norm(model)
     pending: deque[Future] = deque()
     rows: list[dict[str, SentenceScore]] = []
-    threads = threads or min(max(available_cores() // 2, 2), MAX_THREADS)
-    pool = ThreadPoolExecutor(max_workers=threads)
+    pool = ThreadPoolExecutor(min(max(available_cores() // 2, 2), MAX_THREADS))
     try:
         for batch in islice(loader if progress is None else progress, batches):
-            for tasks, squares in _predict(model, batch, device, protocols, sentences_per_batch):
-                for row, task in enumerate(tasks):
+            images, tokens, image_index = (
+                batch[name].to(device, non_blocking=True)
+                for name in ("images", "tokens", "image_index")
+            )
+            features, side = model.encode_image(normalize_images(images)), images.shape[1]
+            for part, squares in probability_maps(
+                model, features, image_index, tokens, side, protocols, sentences_per_batch
+            ):
+                for row, task in enumerate(batch["tasks"][part]):
                     maps = {name: square[row] for name, square in squares.items()}
                     pending.append(pool.submit(_score, task, maps, protocols, ceiling, rle))
             rows += _take(pending, MAX_PENDING)
@@ -193,25 +185,6 @@ def describe_scores(
     )
 
 
-def _predict(
-    model: nn.Module,
-    batch: EvaluationBatch,
-    device: torch.device,
-    protocols: Mapping[str, Protocol],
-    sentences_per_batch: int,
-) -> Iterator[tuple[list[SentenceTask], dict[str, np.ndarray]]]:
-    """Tasks with their (S, S) probability maps by protocol, some sentences at a time."""
-    images = batch["images"].to(device, non_blocking=True)
-    features = model.encode_image(normalize_images(images))
-    tokens = batch["tokens"].to(device, non_blocking=True)
-    image_index = batch["image_index"].to(device)
-    side = images.shape[1]
-    for part, squares in probability_maps(
-        model, features, image_index, tokens, side, protocols, sentences_per_batch
-    ):
-        yield batch["tasks"][part], squares
-
-
 @torch.inference_mode()
 def probability_maps(
     model: nn.Module,
@@ -222,7 +195,7 @@ def probability_maps(
     protocols: Mapping[str, Protocol],
     sentences_per_batch: int,
 ) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
-    """Sentences on encoded images, some at a time.
+    """Answer sentences on encoded images, some at a time.
 
     Args:
         features: of N images, on the model's device like the next two.
@@ -262,8 +235,10 @@ def _score(
     for name, protocol in protocols.items():
         pred_mask = restore_size(maps[name], mask.shape) > protocol.threshold
         intersection, union = intersection_and_union(pred_mask, mask)
-        best = perfect_prediction(soft, len(maps[name]), protocol) if ceiling else None
-        counts = (None, None) if best is None else intersection_and_union(best, mask)
+        best = None, None
+        if ceiling:
+            perfect = perfect_prediction(soft, len(maps[name]), protocol)
+            best = intersection_and_union(perfect, mask)
         scores[name] = SentenceScore(
             key=task.key,
             ref_id=ref.ref_id,
@@ -277,8 +252,8 @@ def _score(
             target_area=int(np.count_nonzero(mask)),
             intersection=intersection,
             union=union,
-            ceiling_intersection=counts[0],
-            ceiling_union=counts[1],
+            ceiling_intersection=best[0],
+            ceiling_union=best[1],
             pred_rle=encode_rle(pred_mask) if is_kept else None,
         )
     return scores

@@ -21,7 +21,7 @@ PERSISTENT = 20  # steps in a row; fp16's first scale needs at most 16 to find i
 NAMED_REFS = 8
 
 
-def apply_step(run: Run) -> None:
+def optimizer_step(run: Run) -> None:
     """Unscale, clip and step, unless a gradient is not finite; count the steps left out.
 
     Clipping acts on the true gradients (the release clips scaled ones).
@@ -42,6 +42,7 @@ def apply_step(run: Run) -> None:
         run.scaler.update()
     else:
         _step_unless(run.optimizer, is_bad)
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Parameter groups, optimiser and learning-rate schedule of CRIS (surprises: docs/ledger.md)."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn, optim
 
@@ -19,16 +19,14 @@ def parameter_groups(model: nn.Module, cfg) -> list[dict]:
         Two groups with `name`, `params` and `initial_lr`: **backbone** is what starts with
         `backbone` and is no positional embedding, **head** all the rest.
     """
-    groups = {BACKBONE: [], HEAD: []}
+    base_lr = cfg.TRAIN.base_lr
+    backbone = {"name": BACKBONE, "params": [], "initial_lr": base_lr * cfg.TRAIN.lr_multi}
+    head = {"name": HEAD, "params": [], "initial_lr": base_lr}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_backbone = name.startswith("backbone") and "positional_embedding" not in name
-            groups[BACKBONE if is_backbone else HEAD].append(parameter)
-    rates = {BACKBONE: cfg.TRAIN.base_lr * cfg.TRAIN.lr_multi, HEAD: cfg.TRAIN.base_lr}
-    return [
-        {"name": name, "params": params, "initial_lr": rates[name]}
-        for name, params in groups.items()
-    ]
+            (backbone if is_backbone else head)["params"].append(parameter)
+    return [backbone, head]
 
 
 def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
@@ -36,8 +34,9 @@ def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
     return optim.Adam(groups, lr=cfg.TRAIN.base_lr, weight_decay=cfg.TRAIN.weight_decay, fused=True)
 
 
+@dataclass(frozen=True)
 class Schedule:
-    """Learning rates as a function of epoch and step; it keeps no state, so resuming is free.
+    """Give learning rates by epoch and step; it keeps no state, so resuming is free.
 
     As in the release, the first epoch trains **every** group at the base rate: the groups set only
     `initial_lr`, which takes effect when the schedule is stepped for the first time.
@@ -54,30 +53,20 @@ class Schedule:
         backbone_start: "published" or "lr_multi", see above.
     """
 
-    def __init__(
-        self,
-        optimizer: optim.Optimizer,
-        base_lr: float,
-        milestones: Sequence[int],
-        decay: float,
-        cosine_steps: int = 0,
-        warmup_steps: int = 0,
-        backbone_start: str = "published",
-    ) -> None:
-        self.optimizer = optimizer
-        self.base_lr = base_lr
-        self.milestones = sorted(milestones)
-        self.decay = decay
-        self.cosine_steps = cosine_steps
-        self.warmup_steps = warmup_steps
-        self.backbone_start = backbone_start
+    optimizer: optim.Optimizer
+    base_lr: float
+    milestones: Sequence[int]
+    decay: float
+    cosine_steps: int = 0
+    warmup_steps: int = 0
+    backbone_start: str = "published"
 
     def rates(self, epoch: int, step: int) -> list[float]:
         """The rate of each group at optimiser step `step` (of the whole run), both from 0."""
         if self.cosine_steps:
             drop = (1 + math.cos(math.pi * step / self.cosine_steps)) / 2
         else:
-            drop = self.decay ** bisect_right(self.milestones, epoch)
+            drop = self.decay ** sum(epoch >= milestone for milestone in self.milestones)
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         at_base = epoch == 0 and self.backbone_start == "published"
         return [

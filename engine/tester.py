@@ -20,17 +20,7 @@ from engine.evaluator import (
 )
 from engine.loaders import build_evaluation_loader
 from engine.pictures import draw_sentence
-from engine.report.pages import (
-    INDEX,
-    PHOTOS,
-    Scored,
-    choose_shown,
-    mask_data,
-    report_data,
-    write_page,
-    write_pictures,
-    write_results,
-)
+from engine.report import pages
 from utils.config import Config
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
@@ -143,23 +133,25 @@ def write_report(
     """Write a page for each result of a split; they share their photos."""
     folder = cfg.run_folder / REPORT
     models = [
-        Scored(result["protocol"], result, [line.record() for line in lines])
+        pages.Scored(result["protocol"], result, [line.record() for line in lines])
         for result, lines in zip(results, scores, strict=True)
     ]
-    shown = [choose_shown(model.lines, cfg.TEST.report_limit) for model in models]
+    shown = [pages.choose_shown(model.lines, cfg.TEST.report_limit) for model in models]
     wanted = [m.lines[i] for m, places in zip(models, shown, strict=True) for i in places]
-    pictures = write_pictures(reader, wanted, folder / PHOTOS, cfg.TEST.report_photo_size)
+    pictures = pages.write_pictures(
+        reader, wanted, folder / pages.PHOTOS, cfg.TEST.report_photo_size
+    )
     for model, places in zip(models, shown, strict=True):
         page = stem_of(model.result)
-        data = report_data([model], places, pictures)
+        data = pages.report_data([model], places, pictures)
         data |= {"page": page, "results": "../results.js"}
-        write_page(folder / page, data, mask_data([model], places, pictures))
-    write_results(folder)
+        pages.write_page(folder / page, data, pages.mask_data([model], places, pictures))
+    pages.write_results(folder)
 
 
 def report_page(cfg: Config) -> Path | None:
     """Where to start looking, if a report was asked for and written."""
-    page = cfg.run_folder / REPORT / INDEX
+    page = cfg.run_folder / REPORT / pages.INDEX
     return page if cfg.TEST.report and page.exists() else None
 
 
@@ -187,8 +179,12 @@ def print_table(results: list[dict]) -> None:
         ceiling = [f"{100 * result['ceiling'][name]:.2f}" for name in METRIC_NAMES]
         rows.append(["", "", "  perfect model", "", *ceiling])
     print_aligned([heads, *rows], left=3)
-    if len(results) > 1 and len({r["split"] for r in results}) > 1:
-        print_paper_row(results)
+    if len({result["split"] for result in results}) > 1:
+        for protocol in dict.fromkeys(result["protocol"] for result in results):  # as papers do
+            chosen = [result for result in results if result["protocol"] == protocol]
+            splits = " / ".join(result["split"] for result in chosen)
+            values = " / ".join(f"{100 * result['mIoU']:.2f}" for result in chosen)
+            print(f"{chosen[0]['dataset']} mIoU ({protocol}), {splits}: {values}")
 
 
 def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:
@@ -197,12 +193,3 @@ def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:
     for row in rows:
         cells = zip(row, widths, strict=True)
         print("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)))
-
-
-def print_paper_row(results: list[dict]) -> None:
-    """Print mIoU of all splits in one row, as papers do."""
-    for protocol in dict.fromkeys(result["protocol"] for result in results):
-        chosen = [r for r in results if r["protocol"] == protocol]
-        splits = " / ".join(r["split"] for r in chosen)
-        values = " / ".join(f"{100 * r['mIoU']:.2f}" for r in chosen)
-        print(f"{chosen[0]['dataset']} mIoU ({protocol}), {splits}: {values}")

@@ -8,7 +8,7 @@ from loguru import logger
 from torch import Tensor
 
 from engine.evaluator import describe_scores, evaluate, summarize_scores
-from engine.guard import apply_step, finite_statistics, log_skipped_steps
+from engine.guard import finite_statistics, log_skipped_steps, optimizer_step
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
 from engine.resume import save, save_if_due, stoppable
@@ -39,51 +39,40 @@ def build_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def fit(run: Run) -> float:
+def fit(run: Run) -> None:
     """Train from where `run` is to the last epoch; validate every `TRAIN.val_freq` epochs.
 
     After each validation a checkpoint is written. A signal that asks to stop is obeyed after the
     step, or within the validation.
 
-    Returns:
-        The best validation mIoU, in [0, 1].
     Raises:
         SystemExit: it was asked to stop, and has saved.
         UserError: the last checkpoint could not be written.
     """
+    epochs, val_freq = run.cfg.TRAIN.epochs, run.cfg.TRAIN.val_freq
+    first, start, is_saved = run.epoch, time.monotonic(), True
     with listen(run.stop):
-        is_saved = _fit(run)
+        while run.epoch < epochs:
+            losses = train_one_epoch(run)
+            line = f"epoch {run.epoch + 1}/{epochs}: loss {losses['loss']:.4f}"
+            is_validated = (run.epoch + 1) % val_freq == 0 or run.epoch + 1 == epochs
+            scores = validate(run) if is_validated else {}
+            run.epoch, run.position = run.epoch + 1, 0
+            run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses, **scores})
+            if is_validated:
+                is_best = scores["mIoU"] > run.best
+                run.best = max(run.best, scores["mIoU"])
+                is_saved = save(run, scores, is_best)
+                left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
+                line += f"; {describe_scores(scores, run.val_loader.dataset, run.protocols)}"
+                line += f"{' (best)' if is_best else ''}; {duration(left)} left"
+            logger.info(line)
     if not is_saved:
         raise UserError(f"the last checkpoint is missing: make room in {run.folder}, then resume")
-    return run.best
 
 
-def _fit(run: Run) -> bool:
-    """`fit` without its ends; gives whether the last checkpoint was written."""
-    epochs, first, start, is_saved = run.cfg.TRAIN.epochs, run.epoch, time.monotonic(), True
-    for epoch in range(first, epochs):
-        losses = train_one_epoch(run, epoch)
-        is_validated = (epoch + 1) % run.cfg.TRAIN.val_freq == 0 or epoch + 1 == epochs
-        scores = validate(run) if is_validated else {}
-        run.epoch, run.position = epoch + 1, 0
-        run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses, **scores})
-        if not is_validated:
-            logger.info(f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}")
-            continue
-        is_best = scores["mIoU"] > run.best
-        run.best = max(run.best, scores["mIoU"])
-        is_saved = save(run, scores, is_best)
-        left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
-        logger.info(
-            f"epoch {run.epoch}/{epochs}: loss {losses['loss']:.4f}; "
-            f"{describe_scores(scores, run.val_loader.dataset, run.protocols)}"
-            f"{' (best)' if is_best else ''}; {duration(left)} left"
-        )
-    return is_saved
-
-
-def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """One pass over the refs; of epoch `run.epoch` what is left after `run.position` steps.
+def train_one_epoch(run: Run) -> dict[str, float]:
+    """Go through what is left of an epoch: `run.epoch` after `run.position` steps.
 
     The host waits for the device only when it logs: until then sums stay on the device.
 
@@ -92,9 +81,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     """
     train = run.cfg.TRAIN
     run.model.train()
-    if epoch != run.epoch:
-        run.epoch, run.position = epoch, 0
-    run.train_loader.batch_sampler.set_epoch(epoch, run.position)
+    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
     if run.position == 0:
         run.sums.zero_()
     total, window = run.sums
@@ -102,11 +89,11 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     steps, done = batches // train.accumulation_steps, run.position * train.accumulation_steps
     pace = Pace(run.ranks.device)
     loader = pace.watch(run.train_loader)
-    bar = progress(loader, batches, f"epoch {epoch + 1}", run.ranks.is_main, done)
+    bar = progress(loader, batches, f"epoch {run.epoch + 1}", run.ranks.is_main, done)
     for count, batch in enumerate(bar, start=done + 1):
         completes = count % train.accumulation_steps == 0
         if (count - 1) % train.accumulation_steps == 0:
-            run.schedule.set(epoch, run.step)
+            run.schedule.set(run.epoch, run.step)
         window += forward_backward(run, batch, synchronize=completes)
         if not completes:
             continue
@@ -118,7 +105,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             values = means(window, passes * train.accumulation_steps)
             values["skipped_steps"] = log_skipped_steps(run)
             values |= pace.lap(train.batch_size // train.accumulation_steps)
-            log_step(run, epoch, run.position, steps, values)
+            log_step(run, steps, values)
             bar.set_postfix_str(describe_step(values))
             total += window
             window.zero_()
@@ -130,7 +117,6 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
     """Add one micro-batch's gradients.
 
     Args:
-        batch: a `utils.dataset.TrainingBatch`.
         synchronize: whether ranks exchange gradients now (the last micro-batch of a step).
     Returns:
         (3,) on the device: loss, IoU, Pr@0.5.
@@ -151,26 +137,20 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
     return torch.cat([loss.detach()[None], scores])
 
 
-def optimizer_step(run: Run) -> None:
-    """Step by the gradients, if they are finite, and clear them."""
-    apply_step(run)
-    run.optimizer.zero_grad(set_to_none=True)
-
-
 def means(sums: Tensor, count: int) -> dict[str, float]:
-    """Sums over `count` micro-batches -> means over all ranks, by name. Waits for the device."""
+    """Turn sums over `count` micro-batches into means over all ranks. Waits for the device."""
     values = mean_over_ranks(sums / count).tolist()
     return dict(zip(TRAINING_METRICS, values, strict=True))
 
 
-def log_step(run: Run, epoch: int, done: int, steps: int, values: dict[str, float]) -> None:
-    """Tell the log and the tracker how the last steps went."""
+def log_step(run: Run, steps: int, values: dict[str, float]) -> None:
+    """Tell the log and the tracker how the last of an epoch's `steps` went."""
     rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
-    run.tracker.log("step", {"epoch": epoch + 1, "step": run.step, **values, **rates})
+    run.tracker.log("step", {"epoch": run.epoch + 1, "step": run.step, **values, **rates})
     speed = values["images_per_second"]
-    left = (steps - done) * run.cfg.TRAIN.batch_size / speed
+    left = (steps - run.position) * run.cfg.TRAIN.batch_size / speed
     logger.info(
-        f"epoch {epoch + 1} step {done}/{steps}: {describe_step(values)}, "
+        f"epoch {run.epoch + 1} step {run.position}/{steps}: {describe_step(values)}, "
         f"{speed:.1f} images/s, {duration(left)} left in the epoch"
     )
 

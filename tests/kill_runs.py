@@ -64,10 +64,10 @@ def live(config: Path, diary: Diary) -> None:
     """One life, to its end."""
     train_one_epoch = trainer.train_one_epoch
 
-    def epoch(run, number):
+    def epoch(run):
         if run.position == 0 and run.step > 0:
             diary.enter("boundary")
-        losses = train_one_epoch(run, number)
+        losses = train_one_epoch(run)
         diary.enter("boundary")
         return losses
 

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, find_device, settle_memory
 from engine.evaluator import evaluate, resolve_protocols
+from engine.guard import optimizer_step
 from engine.loaders import build_evaluation_loader, make_caches
 from engine.optim import build_optimizer, build_schedule, parameter_groups
 from engine.run import Run
-from engine.trainer import build_scaler, forward_backward, optimizer_step
+from engine.trainer import build_scaler, forward_backward
 from tools import data_process, folder2lmdb, published, refshapes
 from tools.latency import count_flops, machine, take_turns, without_archive
 from utils.config import Config, load_config

@@ -41,42 +41,38 @@ def start(alone: bool = False) -> Ranks:
     Raises:
         UserError: there are GPUs, and fewer than ranks on this machine.
     """
-    local_rank = 0 if alone else int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    if cuda and local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(
-            f"rank {local_rank} of this machine has no GPU, since {count} can be seen: give "
-            f"torchrun --nproc_per_node={count}, or show more in CUDA_VISIBLE_DEVICES"
-        )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    environ = os.environ
+    local_rank = 0 if alone else int(environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU, since {count} can be seen: give "
+                f"torchrun --nproc_per_node={count}, or show more in CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if alone or "WORLD_SIZE" not in os.environ:
+    if alone or "WORLD_SIZE" not in environ:
         return Ranks(0, 1, 0, 1, device)
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    store = None
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there,
+        # after a restart, under which address a dead rank listened; ranks would wait for it until
+        # the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
+        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        shared = dist.TCPStore(address, port, timeout=dist.default_pg_timeout)
+        store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
     # What lies on the CPU goes by gloo everywhere, so that no device waits for it.
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    _join(backend, device if cuda else None)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
-
-
-def _join(backend: str, device_id: torch.device | None) -> None:
-    """Join the process group, in a corner of torchrun's store that no earlier start has used.
-
-    torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there, after
-    a restart, under which address a dead rank listened; ranks then wait for each other until
-    the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, device_id=device_id)
-        return
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, timeout=dist.default_pg_timeout)
-    corner = dist.PrefixStore(name_start(store, rank, world_size), store)
+    is_cuda = device.type == "cuda"
     dist.init_process_group(
-        backend, store=corner, rank=rank, world_size=world_size, device_id=device_id
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if is_cuda else None,
     )
+    return Ranks(rank, world_size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", 1)), device)
 
 
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
@@ -223,22 +219,17 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "GlooBatchNorm":
-        """One that shares the parameters and statistics of `norm`."""
+        """Return one that shares the parameters and statistics of `norm`."""
         synced = cls(norm.num_features, norm.eps, norm.momentum)
-        for name in ("weight", "bias"):
-            setattr(synced, name, getattr(norm, name))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            setattr(synced, name, getattr(norm, name))
-        synced.train(norm.training)
-        return synced
+        for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+            setattr(synced, name, value)
+        return synced.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected (B, C, …), got {tuple(input.shape)}")
+        """Accept every number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, …) -> the same shape, normalised over the B of all ranks."""
-        self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
         wide = input.to(torch.promote_types(input.dtype, torch.float32))

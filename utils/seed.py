@@ -18,31 +18,17 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Let torch use only algorithms that give the same bits every time, and restore it after.
+    """Let torch use only algorithms that give the same bits every time; False does nothing.
 
-    cuBLAS reads its variable when it is first used, so nothing may have run on the GPU before; one
-    that the environment has already is left as it is.
-
-    Args:
-        enabled: False does nothing.
+    cuBLAS reads its variable when it is first used, so nothing may have run on the GPU before.
     """
-    if not enabled:
-        yield
-        return
-    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
-    before = cudnn.deterministic, cudnn.benchmark, os.environ.get(variable)
-    is_on = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault(variable, ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    cudnn.deterministic, cudnn.benchmark = True, False
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
-        cudnn.deterministic, cudnn.benchmark, workspace = before
-        if workspace is None:
-            del os.environ[variable]
+        torch.use_deterministic_algorithms(False)
 
 
 def draw(high: int, *names: int) -> int:
@@ -68,10 +54,9 @@ def rng_state() -> dict:
 
 def set_rng_state(state: dict) -> None:
     """Restore what `rng_state` gave; a state of a device that is not here is skipped."""
-    torch.set_rng_state(state["torch"].cpu())
-    if "python" in state:  # checkpoints of before
-        random.setstate(state["python"])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        torch.cuda.set_rng_state(state["cuda"])

@@ -128,7 +128,7 @@ def descend(
     batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
     run.train_loader = Batches(batches)
     with on_cpu(), mock.patch("engine.trainer.normalize_images", normalize_double):
-        train_one_epoch(run, 0)
+        train_one_epoch(run)
     return list(run.tracker), run
 
 
@@ -424,7 +424,7 @@ def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(data, tm
 
 def validate_on_rank(ranks: Ranks, config: Path, folder: Path) -> None:
     run = build_run(config, "TRAIN.sync_bn", False, ranks=ranks)
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     before = {k: v.clone() for k, v in unwrap(run.model).state_dict().items()}
     scores = validate(run)
     content = {"before": before, "after": unwrap(run.model).state_dict(), "scores": scores}

@@ -286,7 +286,7 @@ def test_one_batch_is_learnt(config):
     with on_cpu():
         before = forward_backward(run, run.train_loader[0], True)[0].item()
         run.optimizer.zero_grad()
-        train_one_epoch(run, 0)
+        train_one_epoch(run)
         loss, iou, _ = forward_backward(run, run.train_loader[0], True).tolist()
     assert loss < 0.15 < 0.5 < before
     assert iou > 0.3
@@ -325,7 +325,7 @@ def test_accumulation_makes_as_many_steps_of_as_many_refs(tmp_path, data):
     run = build_run(config, "TRAIN.accumulation_steps", 2)
     whole = build_run(config)
     with on_cpu():
-        train_one_epoch(run, 0)
+        train_one_epoch(run)
     assert run.step == len(whole.train_loader)
     micro = [[position for position, _ in batch] for batch in run.train_loader.batch_sampler]
     full = [[position for position, _ in batch] for batch in whole.train_loader.batch_sampler]
@@ -381,7 +381,7 @@ def test_the_host_waits_for_the_device_only_when_it_logs(config, monkeypatch, sc
                 patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
             # Made from Python numbers, a tensor on a GPU is a blocking copy.
             patch.setattr(torch, "tensor", counted(torch.tensor))
-            train_one_epoch(run, 0)
+            train_one_epoch(run)
         return counter.count
 
     few, many = waits(2), waits(6)

@@ -155,7 +155,7 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
             assert norms
             assert run.model.static_graph == (steps == 1)
             with on_cpu():
-                train_one_epoch(run, 0)
+                train_one_epoch(run)
             results[f"{name} {steps}"] = dict(unwrap(run.model).state_dict())
     torch.save(results, out / f"{ranks.rank}.pt")
 
