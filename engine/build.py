@@ -1,6 +1,7 @@
 """From a config to a model on its device, fresh or from a checkpoint."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from loguru import logger
@@ -63,7 +64,7 @@ def restore_model(
 
 
 def restore_trained(
-    cfg: Config, device: torch.device, weights: str | None, purpose: str
+    cfg: Config, device: torch.device, weights: str | Path | None, purpose: str
 ) -> tuple[Segmenter, str]:
     """The config's trained model, and the path of its checkpoint.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, make_shapes, threads, write_records
+from helpers import ROOT, make_shapes, make_trained, threads, write_records
 from loguru import logger
 
 
@@ -29,6 +29,12 @@ def shapes_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small RefShapes: its REFER files, and lmdb/shapes/{train,val,testA,testB}.lmdb."""
     return make_shapes(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run whose masks are not trivial."""
+    return make_trained(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
 
     @lru_cache(PHOTOS)
     def encode(path: str) -> tuple[np.ndarray, EncodedImage]:
-        photo = read_photo(path, predictor.max_pixels)
+        photo = read_photo(path)
         encoded = predictor.encode(photo)
         scale = SHOWN_SIDE / max(photo.shape[:2])
         if scale < 1:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 from loguru import logger
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, find_device, restore_trained
 from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
+from utils.arguments import config_parser, parse_with_opts
 from utils.config import ClipArch, Config, load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
@@ -27,8 +30,7 @@ from utils.tokenizer import END_ID, START_ID
 from utils.transforms import normalize_images
 
 EPILOG = """examples:
-  python tools/latency.py --config config/refcoco/cris_r50.yaml
-  python tools/latency.py --config config/refshapes/cris_tiny.yaml --rounds 200 --json cost.json
+  python tools/latency.py --config config/refcoco/cris_r50.yaml --rounds 200 --json cost.json
   python tools/latency.py --config ... --device cpu --sentences 8 --opts TRAIN.input_size 320
 
 Without the CLIP archive that the config names, the model is built in its published sizes with
@@ -36,6 +38,7 @@ random weights, which cost the same. Times are of one photo with one sentence an
 --sentences of them; of the network alone, normalised images in, logits out, in float32, with
 BatchNorm folded as in evaluation and prediction."""
 
+WARMUP = 10  # rounds that are not kept
 # Where each part's parameters lie; the image backbone stands first, the text backbone is the rest.
 PARTS = {
     "image backbone": "backbone.visual.",
@@ -56,10 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     device = find_device(args.device, "--device")
-    model = build(cfg, device, args.weights)
+    if args.weights is None:
+        model = build_model(without_archive(cfg), device)
+    else:
+        model, _ = restore_trained(cfg, device, args.weights, "weights")
+    model.eval()
     with torch.inference_mode():
         calls = timed_calls(fold_batch_norm(model), cfg, device, args.sentences)
-        seconds = take_turns(calls, args.rounds, device, args.warmup)
+        seconds = take_turns(calls, args.rounds, device, WARMUP)
         report = {
             "config": str(args.config),
             "input_size": cfg.TRAIN.input_size,
@@ -81,13 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             partial.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def build(cfg: Config, device: torch.device, weights: str | None) -> Segmenter:
-    """Build the model for inference: from a checkpoint, from CLIP, or of its sizes alone."""
-    if weights is not None:
-        return restore_trained(cfg, device, weights, "weights")[0].eval()
-    return build_model(without_archive(cfg), device).eval()
-
-
 def without_archive(cfg: Config) -> Config:
     """Return the config with the published sizes where the CLIP archive that it names is missing.
 
@@ -97,14 +97,14 @@ def without_archive(cfg: Config) -> Config:
     archive = cfg.TRAIN.clip_pretrain
     if not archive or Path(archive).is_file():
         return cfg
-    name = Path(archive).stem
-    if name not in PUBLISHED_ARCH:
+    sizes = PUBLISHED_ARCH.get(Path(archive).stem)
+    if sizes is None:
         raise UserError(
-            f"TRAIN.clip_pretrain: there is no {archive}, and its sizes are not known: "
-            f"those of {' and '.join(PUBLISHED_ARCH)} are; or give --weights"
+            f"TRAIN.clip_pretrain: there is no {archive}, and its sizes are not known here; "
+            f"known are {' and '.join(PUBLISHED_ARCH)}"
         )
     logger.info(f"there is no {archive}: weights are random, sizes those of the archive")
-    arch = ClipArch(**dict(zip(ClipArch.model_fields, PUBLISHED_ARCH[name], strict=True)))
+    arch = ClipArch(**dict(zip(ClipArch.model_fields, sizes, strict=True)))
     train = cfg.TRAIN.model_copy(update={"clip_pretrain": None, "clip_arch": arch})
     return cfg.model_copy(update={"TRAIN": train})
 
@@ -151,23 +151,25 @@ def timed_calls(
     """Return the calls that are timed, by what they do."""
     image, tokens = inputs(cfg, device, sentences)
     features = model.encode_image(image)
-    one, several = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, sentences))
+    image_index = torch.zeros(sentences, dtype=torch.int64, device=device)
+
+    def segment(count: int) -> Tensor:
+        return model.segment(features.repeat(image_index[:count]), tokens[:count])
+
     calls = {
         "photo and sentence": lambda: model(image, tokens[:1]),
         "photo alone": lambda: model.encode_image(image),
-        "sentence on an encoded photo": lambda: model.segment(features.repeat(one), tokens[:1]),
+        "sentence on an encoded photo": lambda: segment(1),
     }
     if sentences > 1:
-        calls[f"{sentences} sentences on an encoded photo"] = lambda: model.segment(
-            features.repeat(several), tokens
-        )
+        calls[f"{sentences} sentences on an encoded photo"] = lambda: segment(sentences)
     return calls
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """Return the median, and what one call in ten stays below and above."""
-    p10, middle, p90 = (float(value) for value in np.quantile(seconds, (0.1, 0.5, 0.9)))
-    return {"median": middle, "p10": p10, "p90": p90}
+    values = np.quantile(seconds, (0.5, 0.1, 0.9)).tolist()
+    return dict(zip(("median", "p10", "p90"), values, strict=True))
 
 
 def take_turns(
@@ -175,52 +177,37 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Return the seconds of each way in each round; the first `warmup` rounds are not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(warmup + rounds):
+    for _ in range(warmup + rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[warmup:] for name, values in seconds.items()}
 
 
 def count_flops(call: Callable[[], object]) -> int:
     """Count a call's matrix products, convolutions and attention, backward passes included.
 
-    A multiplication and an addition are two operations. torch's counter leaves out the CPU's
-    kernels of attention, which are added here.
+    A multiplication and an addition are two operations. Attention is computed by plain matrix
+    products meanwhile, since torch's counter does not know the CPU's own kernels of it.
     """
-    aten = torch.ops.aten
-
-    def attention(query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def attention_backward(grad, query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    def whole_attention(query, key, value, width, heads, *_, out_shape=None, **__) -> int:
-        batch, queries, _ = query
-        projections = 4 * batch * width * width * (queries + key[1])
-        return projections + 4 * batch * queries * key[1] * width
-
-    kernels = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        aten._native_multi_head_attention: whole_attention,
-    }
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-        call()
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
     return counter.get_total_flops()
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """Return what a figure depends on: processor, threads, GPU, versions."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), name)
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
     return {
         "processor": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
@@ -235,44 +222,36 @@ def print_report(report: Mapping) -> None:
     kind = report["machine"]
     where = kind["gpu"] if report["device"].startswith("cuda") else kind["processor"]
     print(
-        f"{report['config']}: {report['input_size']} pixels, {report['word_len']} tokens, float32"
+        f"{report['config']}: {report['input_size']} pixels, {report['word_len']} tokens, float32\n"
+        f"on {report['device']} ({where}), {kind['threads']} thread(s), torch {kind['torch']}\n"
     )
-    print(f"on {report['device']} ({where}), {kind['threads']} thread(s), torch {kind['torch']}\n")
     parameters, flops = report["parameters"], report["flops"]
     print(f"{'part':<34}{'parameters':>14}{'GFLOP':>10}")
     for part in parameters:
         print(f"{part:<34}{parameters[part]:>14,}{flops[part] / 1e9:>10.3f}")
     print(f"{'all':<34}{sum(parameters.values()):>14,}{sum(flops.values()) / 1e9:>10.3f}\n")
     print(f"{'':<34}{'ms, median':>14}{'p10':>10}{'p90':>10}{'sentences/s':>14}")
-    for name, times in report["seconds"].items():
-        cells = "".join(
-            f"{1000 * times[k]:>{w}.2f}" for k, w in zip(times, (14, 10, 10), strict=True)
-        )
-        first = name.split()[0]
-        count = int(first) if first.isdecimal() else 1
-        rate = "" if name == "photo alone" else f"{count / times['median']:.1f}"
-        print(f"{name:<34}{cells}{rate:>14}")
+    counts = (1, 0, 1, report["sentences"])  # of the calls, in order
+    for (name, times), count in zip(report["seconds"].items(), counts, strict=False):
+        median, p10, p90 = (1000 * times[key] for key in ("median", "p10", "p90"))
+        rate = f"{1000 * count / median:.1f}" if count else ""
+        print(f"{name:<34}{median:>14.2f}{p10:>10.2f}{p90:>10.2f}{rate:>14}")
     memory = report["peak_memory"].items()
     peaks = ", ".join(f"{size / 1e6:,.0f} MB ({name})" for name, size in memory)
     print(f"\n{report['rounds']} rounds in turn; peak memory {peaks}")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file")
+    parser = config_parser(__doc__, EPILOG)
     parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: none is needed)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, or cpu)")
     parser.add_argument("--sentences", type=int, default=8, help="on one photo (default 8)")
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")
-    parser.add_argument("--warmup", type=int, default=10, help="that are not (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
-    args = parser.parse_args(argv)
-    for name, low in (("sentences", 1), ("rounds", 1), ("warmup", 0)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name} {getattr(args, name)}: give a number from {low}")
+    args = parse_with_opts(parser, argv)
+    for name in ("sentences", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give a number from 1")
     return args
 
 

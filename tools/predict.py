@@ -3,16 +3,18 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from loguru import logger
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.predictor import Prediction, Predictor, check_sentence
+from utils.arguments import model_parser, parse_with_opts
 from utils.config import load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
@@ -36,134 +38,107 @@ a line of --jsonl: {"image": "photos/7.jpg", "sentence": "the red mug"}; relativ
 folder of the file"""
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-PIXELS_AT_ONCE = 50_000_000  # of maps that are in memory together
 LONGEST_TABLE = 50  # rows
 
+Questions = Mapping[Path, Sequence[str]]  # the sentences that are asked of each photo
 
-class Task(NamedTuple):
-    """A photo with the sentences that are asked of it."""
 
-    image: Path
-    sentences: list[str]
+class Question(BaseModel):
+    """Hold a line of `--jsonl`."""
+
+    image: str
+    sentence: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read what is asked, answer it photo by photo, print a table."""
     args = _parse_args(argv)
-    tasks = read_tasks(args)
+    questions = read_questions(args)
     setup_logging(None, is_main=True)
-    for sentence in {sentence for task in tasks for sentence in task.sentences}:
+    sentences = list(dict.fromkeys(s for asked in questions.values() for s in asked))
+    for sentence in sentences:
         check_sentence(sentence)
     predictor = Predictor(load_config(args.config, args.opts), args.weights)
-    records, failed = answer(predictor, tasks, args.output)
+    limit = predictor.config.TRAIN.word_len
+    for sentence, length in zip(sentences, token_lengths(sentences), strict=True):
+        if length > limit:
+            logger.warning(
+                f"“{_short(sentence, 60)}” has {length} tokens, the model reads {limit} "
+                "(TRAIN.word_len): its end is not read"
+            )
+    records, failed = answer(predictor, questions, args.output)
     if records:
         print_table(records)
         print(f"\n{len(records)} masks and overlays are in {args.output}")
     if failed:
-        raise UserError(f"{failed} of {len(tasks)} photos could not be read, see above")
+        raise UserError(f"{failed} of {len(questions)} photos could not be read, see above")
 
 
-def read_tasks(args: argparse.Namespace) -> list[Task]:
+def read_questions(args: argparse.Namespace) -> Questions:
     """Return the photos and sentences that the command line names.
 
     Raises:
-        UserError: there is no such folder or file, or a line of it is malformed.
+        UserError: a folder holds no photos, or a line of a file is malformed.
     """
     if args.jsonl is not None:
-        asked: dict[Path, list[str]] = {}  # lines of a photo need not follow each other
-        for image, sentence in _read_lines(args.jsonl):
-            asked.setdefault(image, []).append(sentence)
-        return [Task(image, sentences) for image, sentences in asked.items()]
+        return _read_lines(args.jsonl)
     if not args.image.is_dir():
-        return [Task(args.image, args.text)]
+        return {args.image: args.text}
     photos = sorted(p for p in args.image.iterdir() if p.suffix.lower() in SUFFIXES)
     if not photos:
         raise UserError(f"{args.image} holds no photos ({', '.join(sorted(SUFFIXES))})")
-    return [Task(photo, args.text) for photo in photos]
+    return dict.fromkeys(photos, args.text)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the photo and the sentence of each line of a JSON Lines file."""
-    if not path.is_file():
-        raise UserError(f"--jsonl: there is no file {path}")
+def _read_lines(path: Path) -> Questions:
+    """Read a JSON Lines file; lines of a photo need not follow each other."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from None
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise UserError(f"{path} has no lines")
-    for number, line in filled:
+    questions: dict[Path, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is no JSON ({error})") from None
-        fields = [entry.get(k) for k in ("image", "sentence")] if isinstance(entry, dict) else []
-        if len(fields) != 2 or not all(isinstance(field, str) for field in fields):
-            raise UserError(f'{path}: line {number} is not {{"image": "path", "sentence": "text"}}')
-        yield path.parent / fields[0], fields[1]
+            question = Question.model_validate_json(line)
+        except ValidationError:
+            form = '{"image": "path", "sentence": "text"}'
+            raise UserError(f"{path}: line {number} is not {form}") from None
+        questions.setdefault(path.parent / question.image, []).append(question.sentence)
+    if not questions:
+        raise UserError(f"{path} has no lines")
+    return questions
 
 
-def answer(predictor: Predictor, tasks: Sequence[Task], folder: Path) -> tuple[list[dict], int]:
-    """Write the answers to all tasks; a photo that cannot be read is told of and left out.
+def answer(predictor: Predictor, questions: Questions, folder: Path) -> tuple[list[dict], int]:
+    """Write the answers to all questions; a photo that cannot be read is told of and left out.
 
     Returns:
         What was written to the JSON files, and how many photos could not be read.
     Raises:
         UserError: the only photo cannot be read.
     """
-    names, records, failed, told = Names(), [], 0, set()
-    for task in progress(tasks, len(tasks), "photos"):
+    names: Counter[str] = Counter()
+    records, failed = [], 0
+    for path, sentences in progress(questions.items(), len(questions), "photos"):
         try:
-            photo = read_photo(task.image, predictor.max_pixels)
+            photo = read_photo(path)
         except (UserError, OSError) as error:
-            if len(tasks) == 1:
+            if len(questions) == 1:
                 raise
             logger.error(str(error))
             failed += 1
             continue
-        for found in _found(predictor, photo, task.sentences):
-            if found.is_cut and found.sentence not in told:
-                _tell_cut(predictor, found.sentence)
-                told.add(found.sentence)
-            name = names.of(task.image, found.sentence)
-            records.append(write_answer(predictor, photo, found, task.image, folder / name))
+        encoded = predictor.encode(photo)
+        for sentence in sentences:  # one at a time: the maps of a large photo are large
+            (found,) = predictor(encoded, sentence)
+            name = f"{file_stem(path.stem)}-{file_stem(sentence)}"
+            names[name.casefold()] += 1
+            if (number := names[name.casefold()]) > 1:
+                name = f"{name}-{number}"
+            records.append(write_answer(predictor, photo, found, path, folder / name))
     return records, failed
-
-
-def _found(
-    predictor: Predictor, photo: np.ndarray, sentences: Sequence[str]
-) -> Iterable[Prediction]:
-    """Yield predictions of one photo, encoded once, as many in memory as its size allows."""
-    encoded = predictor.encode(photo)
-    count = max(1, PIXELS_AT_ONCE // (photo.shape[0] * photo.shape[1]))
-    for start in range(0, len(sentences), count):
-        yield from predictor(encoded, sentences[start : start + count])
-
-
-def _tell_cut(predictor: Predictor, sentence: str) -> None:
-    (length,) = token_lengths(sentence)
-    logger.warning(
-        f"“{_short(sentence, 60)}” has {length} tokens, the model reads "
-        f"{predictor.config.TRAIN.word_len} (TRAIN.word_len): its end was not read"
-    )
-
-
-class Names:
-    """Names of answers, no two alike in a run."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def of(self, image: Path, sentence: str) -> str:
-        """Return `<photo>-<sentence>`, with a number if another answer is called so."""
-        base = name = f"{file_stem(image.stem)}-{file_stem(sentence)}"
-        number = 1
-        while name.casefold() in self._taken:
-            number += 1
-            name = f"{base}-{number}"
-        self._taken.add(name.casefold())
-        return name
 
 
 def write_answer(
@@ -205,23 +180,19 @@ def write_answer(
 
 def print_table(records: Sequence[dict]) -> None:
     """Print a row an answer: share of the photo, box, mean probability."""
-    heads = ["photo", "sentence", "area", "of photo", "box (x1 y1 x2 y2)", "mean prob."]
-    rows = [
-        [
-            _short(Path(r["image"]).name, 30),
-            _short(r["sentence"], 40),
-            f"{r['area']}",
-            f"{100 * r['area'] / (r['height'] * r['width']):.1f} %",
-            " ".join(map(str, r["box"])) if r["box"] else "nothing found",
-            f"{r['mean_probability']:.2f}" if r["box"] else "",
-        ]
-        for r in records[:LONGEST_TABLE]
-    ]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        print("  ".join(left + right).rstrip())
+    print(
+        f"{'photo':<24}  {'sentence':<36}  {'area':>9}  {'of photo':>8}"
+        f"  {'box (x1 y1 x2 y2)':>19}  mean prob."
+    )
+    for record in records[:LONGEST_TABLE]:
+        name, sentence = _short(Path(record["image"]).name, 24), _short(record["sentence"], 36)
+        share = record["area"] / (record["height"] * record["width"])
+        row = f"{name:<24}  {sentence:<36}  {record['area']:>9}  {share:>8.1%}"
+        if record["box"]:
+            box = " ".join(map(str, record["box"]))
+            print(f"{row}  {box:>19}  {record['mean_probability']:>10.2f}")
+        else:
+            print(f"{row}  {'nothing found':>19}")
     if len(records) > LONGEST_TABLE:
         print(f"... and {len(records) - LONGEST_TABLE} more")
 
@@ -232,13 +203,7 @@ def _short(text: str, limit: int) -> str:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="checkpoint (default: TEST.weights, or the run's best)"
-    )
+    parser = model_parser(__doc__, EPILOG)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image", type=Path, metavar="PATH", help="a photo, or a folder of photos")
     what.add_argument("--jsonl", type=Path, metavar="FILE", help="photos and sentences, one a line")
@@ -247,11 +212,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "-o", "--output", type=Path, default=Path("predictions"), metavar="DIR",
         help="default: predictions",
     )  # fmt: skip
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
-        help="override config values; last on the line, such as --opts TEST.threshold 0.5",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parse_with_opts(parser, argv)
     if args.image is not None and not args.text:
         parser.error('--image needs a sentence: --text "the man on the left"')
     if args.jsonl is not None and args.text:

@@ -1,6 +1,7 @@
-"""The command line that train.py and test.py share."""
+"""Command lines of programs that read a config."""
 
 import argparse
+from collections.abc import Sequence
 
 
 def parse_config_arguments(description: str, **switches: str) -> argparse.Namespace:
@@ -10,22 +11,43 @@ def parse_config_arguments(description: str, **switches: str) -> argparse.Namesp
         description: shown by `--help`; the program's docstring.
         switches: further options without a value, by name, with their help.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = config_parser(description)
+    for name, text in switches.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    return parse_with_opts(parser)
+
+
+def model_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser of `--config` and `--weights`; `parse_with_opts` adds the rest."""
+    parser = config_parser(description, epilog)
+    parser.add_argument(
+        "--weights", metavar="FILE", help="checkpoint (default: TEST.weights, or the run's best)"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file below config/")
-    options = {f"--{name.replace('_', '-')}": text for name, text in switches.items()}
-    for option, text in options.items():
-        parser.add_argument(option, action="store_true", help=text)
+    return parser
+
+
+def config_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of `--config`; `parse_with_opts` adds the rest."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file")
+    return parser
+
+
+def parse_with_opts(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read a command line that ends with `--opts KEY VALUE ...`, if with any."""
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
-        help="override config values; last on the line, such as --opts TRAIN.epochs 5",
+        help="override config values; last on the line, such as --opts TEST.threshold 0.5",
     )
-    args = parser.parse_args()
-    late = next((word for word in args.opts if word in ("--config", *options)), None)
+    args = parser.parse_args(argv)
+    late = next((word for word in args.opts if word.startswith("--")), None)
     if late is not None:
         parser.error(f"{late} must stand before --opts, which takes all that follows it")
     return args

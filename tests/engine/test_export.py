@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import ROOT, assert_same, load, make_trained, on_cpu, run_program, smooth_photo
+from helpers import ROOT, assert_same, load, on_cpu, run_program, smooth_photo
 from PIL import Image
 
 import engine.export
@@ -24,26 +24,21 @@ from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_trained(tmp_path_factory.getbasetemp())
+def cfg(trained) -> Config:
+    return load_config(trained)
 
 
-@pytest.fixture(scope="module")
-def cfg(config) -> Config:
-    return load_config(config)
-
-
-def export_as(kind: str, config: Path, *args: object) -> None:
+def export_as(kind: str, trained: Path, *args: object) -> None:
     with on_cpu():
-        export.main(["--config", str(config), "--format", kind, *map(str, args)])
+        export.main(["--config", str(trained), "--format", kind, *map(str, args)])
 
 
 # -------------------------------------------------------------------------------------- safetensors
 
 
 @pytest.fixture
-def saved(tmp_path, config) -> Path:
-    export_as("safetensors", config, "-o", tmp_path / "out")
+def saved(tmp_path, trained) -> Path:
+    export_as("safetensors", trained, "-o", tmp_path / "out")
     return tmp_path / "out/model.safetensors"
 
 
@@ -67,8 +62,8 @@ def test_safetensors_predict_and_are_scored_like_the_checkpoint(saved, cfg, tmp_
     assert (tmp_path / "scored/tiny/test_shapes_val.threshold0.15.json").is_file()
 
 
-def test_safetensors_of_another_length_of_sentences_are_refused(saved, config):
-    other = load_config(config, ["TRAIN.word_len", "9"])
+def test_safetensors_of_another_length_of_sentences_are_refused(saved, trained):
+    other = load_config(trained, ["TRAIN.word_len", "9"])
     with pytest.raises(UserError, match=r"was trained with TRAIN\.word_len 17, the config says 9"):
         Predictor(other, saved)
 
@@ -90,10 +85,10 @@ def test_torn_safetensors_are_one_line(saved, size):
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_cannot_be_used_leave_no_folder(tmp_path, config):
+def test_weights_that_cannot_be_used_leave_no_folder(tmp_path, trained):
     for kind in ("safetensors", "onnx"):
         with pytest.raises(UserError, match="there is no checkpoint"):
-            export_as(kind, config, "--weights", tmp_path / "none.pth", "-o", tmp_path / "out")
+            export_as(kind, trained, "--weights", tmp_path / "none.pth", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -101,9 +96,9 @@ def test_weights_that_cannot_be_used_leave_no_folder(tmp_path, config):
 
 
 @pytest.fixture(scope="module")
-def graphs(config, tmp_path_factory) -> Path:
+def graphs(trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "export"
-    export_as("onnx", config, "-o", folder)
+    export_as("onnx", trained, "-o", folder)
     return folder
 
 
@@ -152,18 +147,18 @@ def test_graphs_compute_what_the_model_does_and_the_check_sees_when_not(
 
 
 @pytest.mark.slow
-def test_an_image_and_its_sentences_can_be_given(tmp_path, config, capsys):
+def test_an_image_and_its_sentences_can_be_given(tmp_path, trained, capsys):
     path = tmp_path / "photo.png"
     Image.fromarray(smooth_photo(np.random.default_rng(0), 50, 90)).save(path)
     out = tmp_path / "out"
-    export_as("onnx", config, "-o", out, "--image", path, "--text", "red star", "--text", "🐕")
+    export_as("onnx", trained, "-o", out, "--image", path, "--text", "red star", "--text", "🐕")
     table = capsys.readouterr().out
     assert len(re.findall(r"photo\.png, sentences 2 +(?:v3|v4|v5|logits|probability) ", table)) == 5
 
 
 @pytest.mark.slow
 def test_graphs_that_differ_are_not_left_and_those_before_stay(
-    tmp_path, config, graphs, monkeypatch
+    tmp_path, trained, graphs, monkeypatch
 ):
     def copy_graphs(model, cfg, paths):  # what an export would write, without waiting for it
         for kind, path in paths.items():
@@ -171,19 +166,19 @@ def test_graphs_that_differ_are_not_left_and_those_before_stay(
 
     monkeypatch.setattr(export, "export_graphs", copy_graphs)
     kept = tmp_path / "kept"
-    export_as("onnx", config, "-o", kept)
+    export_as("onnx", trained, "-o", kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     assert len(before) == 3
     for out in (tmp_path / "new", kept):
         with pytest.raises(UserError, match="more than --tolerance 1e-12: nothing was written"):
-            export_as("onnx", config, "-o", out, "--tolerance", 1e-12)
+            export_as("onnx", trained, "-o", out, "--tolerance", 1e-12)
     assert not (tmp_path / "new").exists()
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
 @pytest.mark.slow
 def test_the_example_of_the_documentation_gives_the_predictors_masks(
-    tmp_path, config, graphs, monkeypatch
+    tmp_path, trained, graphs, monkeypatch
 ):
     text = (ROOT / "docs/predict.md").read_text("utf-8")
     (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "onnxruntime" in b]
@@ -193,7 +188,7 @@ def test_the_example_of_the_documentation_gives_the_predictors_masks(
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_example(seed=0)[0]).save("photo.jpg")
     with on_cpu():
-        expected = Predictor(config)("photo.jpg", ["the red star", "biggest square"])
+        expected = Predictor(trained)("photo.jpg", ["the red star", "biggest square"])
     assert any(found.area for found in expected)
     runpy.run_path("example.py", run_name="__main__")
     for found in expected:
@@ -212,19 +207,19 @@ def test_what_differs_too_much_is_named_with_its_case(capsys):
     assert "noise" in capsys.readouterr().out
 
 
-def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, config, monkeypatch):
+def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, trained, monkeypatch):
     def found(name: str) -> object | None:
         return None if name == "onnxscript" else object()
 
     monkeypatch.setattr(engine.export, "find_spec", found)
     with pytest.raises(UserError, match="needs the package onnxscript: pip install -r"):
-        export_as("onnx", config, "-o", tmp_path / "out")
+        export_as("onnx", trained, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_without_sentences_is_refused(config, capsys):
+def test_an_image_without_sentences_is_refused(trained, capsys):
     with pytest.raises(SystemExit, match="2"):
-        export_as("onnx", config, "--image", "photo.jpg")
+        export_as("onnx", trained, "--image", "photo.jpg")
     assert "--image and --text go together" in capsys.readouterr().err
 
 

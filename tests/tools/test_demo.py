@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_trained, on_cpu, save_photo
+from helpers import on_cpu, save_photo
 
 from engine.predictor import Predictor
 from tools import demo
@@ -15,14 +15,9 @@ from utils.records import RecordReader
 from utils.visualize import PRED_COLOR, heat_map, overlay
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
-def predictor(config) -> Predictor:
-    return Predictor(config, device="cpu")
+def predictor(trained) -> Predictor:
+    return Predictor(trained, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -66,19 +61,19 @@ def test_what_cannot_be_answered_is_told_and_not_kept(tmp_path, predictor):
 # ----------------------------------------------------------------------------------------- examples
 
 
-def test_examples_are_of_the_val_split(tmp_path, config):
-    found = demo.find_examples(load_config(config), tmp_path / "examples")
-    reader = RecordReader(load_config(config).DATA.val_lmdb)
+def test_examples_are_of_the_val_split(tmp_path, trained):
+    found = demo.find_examples(load_config(trained), tmp_path / "examples")
+    reader = RecordReader(load_config(trained).DATA.val_lmdb)
     sentences = {s for i in range(len(reader)) for s in reader.ref(i).sentences}
     assert 2 <= len(found) <= demo.EXAMPLES
     assert {sentence for _, sentence in found} <= sentences
     assert len({Path(path).read_bytes() for path, _ in found}) == len(found)
 
 
-def test_a_damaged_split_costs_the_examples_only(tmp_path, config):
+def test_a_damaged_split_costs_the_examples_only(tmp_path, trained):
     (tmp_path / "val.lmdb").write_bytes(b"no database")
     opts = ["DATA.val_lmdb", str(tmp_path / "val.lmdb")]
-    assert demo.find_examples(load_config(config, opts), tmp_path / "examples") == []
+    assert demo.find_examples(load_config(trained, opts), tmp_path / "examples") == []
 
 
 # ---------------------------------------------------------------------------------------- start

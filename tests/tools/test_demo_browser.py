@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 from browser import Visit, open_browser
-from helpers import ROOT, make_trained, on_cpu, save_photo
+from helpers import ROOT, on_cpu, save_photo
 from PIL import Image
 
 from engine.predictor import Predictor
@@ -45,7 +45,7 @@ class Demo(NamedTuple):
 
 
 @contextmanager
-def started(config: Path, folder: Path, *words: str) -> Iterator[Demo]:
+def started(trained: Path, folder: Path, *words: str) -> Iterator[Demo]:
     """`python tools/demo.py` on a free port, with proxies set that would answer nothing."""
     pytest.importorskip("gradio", reason="no gradio (requirements-demo.txt)")
     folder.mkdir()
@@ -53,7 +53,7 @@ def started(config: Path, folder: Path, *words: str) -> Iterator[Demo]:
     log = folder / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "tools/demo.py", "--config", str(config), "--port", "0", *words],
+            [sys.executable, "tools/demo.py", "--config", str(trained), "--port", "0", *words],
             cwd=ROOT,
             env=os.environ
             | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
@@ -74,13 +74,8 @@ def started(config: Path, folder: Path, *words: str) -> Iterator[Demo]:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_trained(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def demo(config, tmp_path_factory) -> Iterator[Demo]:
-    with started(config, tmp_path_factory.mktemp("demo") / "tmp", "--max-upload", "1") as demo:
+def demo(trained, tmp_path_factory) -> Iterator[Demo]:
+    with started(trained, tmp_path_factory.mktemp("demo") / "tmp", "--max-upload", "1") as demo:
         yield demo
 
 
@@ -169,10 +164,10 @@ def message(page: "Page") -> str:
 
 
 def test_a_photo_and_a_sentence_give_an_overlay_and_a_map_that_the_threshold_moves(
-    page, photo, config
+    page, photo, trained
 ):
     with on_cpu():
-        (found,) = Predictor(config)(photo, "red circle")
+        (found,) = Predictor(trained)(photo, "red circle")
     low, high = np.quantile(found.probability, (0.5, 0.9)).round(2).tolist()
     assert 0.01 <= low < high <= 0.98
 
@@ -314,9 +309,9 @@ def test_a_client_cannot_name_what_it_did_not_upload(demo, photo):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_at_once_and_leaves_nothing_even_with_a_page_open(
-    config, tmp_path, browser, photo, number
+    trained, tmp_path, browser, photo, number
 ):
-    with started(config, tmp_path / "tmp") as demo:
+    with started(trained, tmp_path / "tmp") as demo:
         enter(browser.page, demo)
         drop(browser.page, photo)
         assert list(demo.folder.glob("cris-demo-*/*/street.png"))

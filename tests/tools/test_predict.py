@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_trained, on_cpu, run_command, save_photo
+from helpers import ROOT, on_cpu, run_command, save_photo
 from PIL import Image
 
 from engine.predictor import MAX_CHARACTERS, Predictor
@@ -18,19 +18,14 @@ from utils.visualize import PRED_COLOR
 TEXTS = ["the red circle", "biggest square"]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def photo(tmp_path) -> Path:
     return save_photo(tmp_path / "photos" / "street.png")
 
 
-def ask(config: Path, *args: object) -> None:
+def ask(trained: Path, *args: object) -> None:
     with on_cpu():
-        predict.main(["--config", str(config), *map(str, args)])
+        predict.main(["--config", str(trained), *map(str, args)])
 
 
 def texts(*sentences: str) -> list[str]:
@@ -44,15 +39,15 @@ def names(folder: Path) -> set[str]:
 # ---------------------------------------------------------------------------------- what is written
 
 
-def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, config, photo, capsys):
+def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, trained, photo, capsys):
     out = tmp_path / "answers"
-    ask(config, "--image", photo, *texts(*TEXTS), "-o", out, "--opts", "TEST.threshold", "0.01")
+    ask(trained, "--image", photo, *texts(*TEXTS), "-o", out, "--opts", "TEST.threshold", "0.01")
     stems = ["street-the_red_circle", "street-biggest_square"]
     suffixes = ("mask.png", "overlay.png", "json")
     assert names(out) == {f"{stem}.{suffix}" for stem in stems for suffix in suffixes}
     with on_cpu():
-        predictor = Predictor(load_config(config, ["TEST.threshold", "0.01"]))
-        expected = predictor(photo, TEXTS)
+        predictor = Predictor(load_config(trained, ["TEST.threshold", "0.01"]))
+        expected = [predictor(photo, text)[0] for text in TEXTS]
     pixels = np.asarray(Image.open(photo))
     table = capsys.readouterr().out
     assert sum(found.area > 0 for found in expected) > 0
@@ -75,7 +70,7 @@ def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, config,
             "threshold": 0.01,
             "protocol": "published",
             "is_cut": False,
-            "weights": str(load_config(config).run_folder / "best_model.pth"),
+            "weights": str(load_config(trained).run_folder / "best_model.pth"),
             "mask": f"{stem}.mask.png",
             "overlay": f"{stem}.overlay.png",
         }
@@ -83,61 +78,37 @@ def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, config,
         assert f" {found.area} " in table
 
 
-def test_a_folder_gives_every_photo_of_it(tmp_path, config, photo):
+def test_a_folder_gives_every_photo_of_it(tmp_path, trained, photo):
     save_photo(photo.with_name("PARK.JPG"), seed=2)
     photo.with_name("notes.txt").write_text("no photo")
     out = tmp_path / "answers"
-    ask(config, "--image", photo.parent, *texts("thing"), "-o", out)
+    ask(trained, "--image", photo.parent, *texts("thing"), "-o", out)
     found = {name.removesuffix(".json") for name in names(out) if name.endswith(".json")}
     assert found == {"street-thing", "PARK-thing"}
 
 
-def test_json_lines_name_photos_beside_them_and_answers_do_not_overwrite_each_other(
-    tmp_path, config, photo
+def test_json_lines_name_photos_beside_them_and_each_photo_is_encoded_once(
+    tmp_path, trained, photo, monkeypatch
 ):
     save_photo(tmp_path / "street.png", seed=2)
     lines = [("photos/street.png", "A!"), ("street.png", "a?"), ("photos/street.png", "A!")]
     asked = tmp_path / "asked.jsonl"
     text = "\n\n".join(json.dumps({"image": i, "sentence": s, "more": 1}) for i, s in lines)
     asked.write_text(text, "utf-8")
-    ask(config, "--jsonl", asked, "-o", tmp_path / "out")
-    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
-    assert sorted((r["image"], r["sentence"]) for r in records) == [
-        (str(photo), "A!"), (str(photo), "A!"), (str(tmp_path / "street.png"), "a?"),
-    ]  # fmt: skip
-    assert len(names(tmp_path / "out")) == 9
-
-
-def test_a_photo_is_encoded_once_wherever_its_lines_stand(tmp_path, config, photo, monkeypatch):
-    save_photo(tmp_path / "park.png", seed=2)
-    encoded = []
-    original = Predictor.encode
+    encoded, original = [], Predictor.encode
 
     def counted(self, image):
         encoded.append(image)
         return original(self, image)
 
     monkeypatch.setattr(Predictor, "encode", counted)
-    lines = [("photos/street.png", "a"), ("park.png", "b"), ("photos/street.png", "c")]
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text("\n".join(json.dumps({"image": i, "sentence": s}) for i, s in lines))
-    ask(config, "--jsonl", asked, "-o", tmp_path / "out")
+    ask(trained, "--jsonl", asked, "-o", tmp_path / "out")
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert sorted((r["image"], r["sentence"]) for r in records) == [
+        (str(photo), "A!"), (str(photo), "A!"), (str(tmp_path / "street.png"), "a?"),
+    ]  # fmt: skip
+    assert len(names(tmp_path / "out")) == 9  # no answer overwrote another
     assert len(encoded) == 2
-    assert len(names(tmp_path / "out")) == 9
-
-
-def test_a_large_photo_has_few_maps_in_memory_at_a_time(tmp_path, config, photo, monkeypatch):
-    monkeypatch.setattr(predict, "PIXELS_AT_ONCE", 7_000)
-    counts = []
-    original = Predictor.__call__
-
-    def counted(self, image, sentences):
-        counts.append(len(sentences))
-        return original(self, image, sentences)
-
-    monkeypatch.setattr(Predictor, "__call__", counted)
-    ask(config, "--image", photo, *texts("a", "b", "c"), "-o", tmp_path / "out")
-    assert counts == [1, 1, 1]
 
 
 def test_a_long_table_is_cut_short(capsys):
@@ -153,63 +124,59 @@ def test_a_long_table_is_cut_short(capsys):
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def test_sentences_of_any_kind_are_answered_and_cut_ones_told(tmp_path, config, photo, capsys):
+def test_sentences_of_any_kind_are_answered_and_cut_ones_told_once(
+    tmp_path, trained, photo, capsys
+):
+    save_photo(photo.with_name("park.png"), seed=2)
     long = "word " * (MAX_CHARACTERS // 5)
-    ask(config, "--image", photo, *texts("🐕", "日本語", "a/b\\c", long), "-o", tmp_path / "out")
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1
-    assert "has 2002 tokens, the model reads 17 (TRAIN.word_len): its end" in warnings[0]
-    assert len(warnings[0]) < 200
-    assert len(names(tmp_path / "out")) == 12
+    asked = texts("🐕", "日本語", "a/b\\c", long)
+    ask(trained, "--image", photo.parent, *asked, "-o", tmp_path / "out")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "has 2002 tokens, the model reads 17 (TRAIN.word_len): its end" in warning
+    assert len(warning) < 200
     records = [json.loads(p.read_text("utf-8")) for p in (tmp_path / "out").glob("*.json")]
+    assert len(records) == 2 * 4
     assert {r["sentence"]: r["is_cut"] for r in records} == {
         "🐕": False, "日本語": False, "a/b\\c": False, long: True,
     }  # fmt: skip
 
 
-def test_a_cut_sentence_is_told_once_for_a_folder(tmp_path, config, photo, capsys):
-    save_photo(photo.with_name("park.png"), seed=2)
-    ask(config, "--image", photo.parent, *texts("word " * 30), "-o", tmp_path / "out")
-    assert capsys.readouterr().err.count("its end was not read") == 1
-    assert len(names(tmp_path / "out")) == 6
-
-
-def fault(config: Path, out: Path, *args: object) -> str:
+def fault(trained: Path, out: Path, *args: object) -> str:
     """The line with which the program refuses; it has written nothing."""
     with pytest.raises(UserError) as error:
-        ask(config, *args, "-o", out)
+        ask(trained, *args, "-o", out)
     assert not out.exists()
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_what_cannot_be_asked_is_one_line(tmp_path, config, photo):
+def test_what_cannot_be_asked_is_one_line(tmp_path, trained, photo):
     out = tmp_path / "out"
     image = ["--image", photo]
-    assert "'' has no words" in fault(config, out, *image, *texts("fine", ""))
-    assert "has 10,001 characters" in fault(config, out, *image, *texts("a" * 10_001))
+    assert "'' has no words" in fault(trained, out, *image, *texts("fine", ""))
+    assert "has 10,001 characters" in fault(trained, out, *image, *texts("a" * 10_001))
     missing = tmp_path / "none"
-    assert fault(config, out, "--image", missing, *texts("a")) == (
+    assert fault(trained, out, "--image", missing, *texts("a")) == (
         f"{missing}: there is no such image file"
     )
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<html>")
-    assert "cannot be read as an image" in fault(config, out, "--image", broken, *texts("a"))
+    assert "cannot be read as an image" in fault(trained, out, "--image", broken, *texts("a"))
     (tmp_path / "empty").mkdir()
-    assert "holds no photos" in fault(config, out, "--image", tmp_path / "empty", *texts("a"))
-    fit = fault(config, out, "--weights", broken, *image, *texts("a"))
+    assert "holds no photos" in fault(trained, out, "--image", tmp_path / "empty", *texts("a"))
+    fit = fault(trained, out, "--weights", broken, *image, *texts("a"))
     assert fit.startswith(f"weights: {broken} is cut off, damaged or no checkpoint")
     assert fault(tmp_path / "none.yaml", out, *image, *texts("a")).startswith("config file")
 
 
-def test_options_that_do_not_go_together_are_named(config, photo, capsys):
+def test_options_that_do_not_go_together_are_named(trained, photo, capsys):
     for options, message in (
         (["--image", photo], "--image needs a sentence: --text"),
         (["--jsonl", photo, "--text", "a"], "--jsonl holds the sentences: leave --text out"),
         (["--text", "a"], "one of the arguments --image --jsonl is required"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            ask(config, *options)
+            ask(trained, *options)
         assert message in capsys.readouterr().err
 
 
@@ -218,32 +185,32 @@ def test_options_that_do_not_go_together_are_named(config, photo, capsys):
     [
         (b"", "has no lines"),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b'{"image": "a.jpg", "sentence": "x"}\n{"image": ', "line 2 is no JSON"),
-        (b"[" * 100_000, "line 1 is no JSON"),
+        (b'{"image": "a.jpg", "sentence": "x"}\n{"image": ', "line 2 is not"),
+        (b"[" * 100_000, "line 1 is not"),
         (b'{"image": "a.jpg"}', 'line 1 is not {"image": "path", "sentence": "text"}'),
         (b'{"image": "a.jpg", "sentence": 3}', "line 1 is not"),
         (b'["a.jpg", "x"]', "line 1 is not"),
-        (b'{"image": "a.jpg", "sentence": "\\ud800"}', "is no valid text"),
+        (b'{"image": "a.jpg", "sentence": "\\ud800"}', "line 1 is not"),
     ],
 )
-def test_malformed_lines_are_named_before_anything_runs(tmp_path, config, content, message):
+def test_malformed_lines_are_named_before_anything_runs(tmp_path, trained, content, message):
     path = tmp_path / "asked.jsonl"
     path.write_bytes(content)
-    assert message in fault(config, tmp_path / "out", "--jsonl", path)
+    assert message in fault(trained, tmp_path / "out", "--jsonl", path)
 
 
 def test_one_photo_of_many_that_cannot_be_read_does_not_stop_the_others(
-    tmp_path, config, photo, capsys
+    tmp_path, trained, photo, capsys
 ):
     photo.with_name("broken.jpg").write_bytes(b"<html>")
     with pytest.raises(UserError, match="1 of 2 photos could not be read, see above"):
-        ask(config, "--image", photo.parent, *texts("a"), "-o", tmp_path / "out")
+        ask(trained, "--image", photo.parent, *texts("a"), "-o", tmp_path / "out")
     assert "broken.jpg cannot be read as an image" in capsys.readouterr().err
     assert len(names(tmp_path / "out")) == 3
 
 
-def test_the_program_runs_from_anywhere_and_ends_with_one_line(tmp_path, config, photo):
-    program = [sys.executable, ROOT / "tools/predict.py", "--config", config]
+def test_the_program_runs_from_anywhere_and_ends_with_one_line(tmp_path, trained, photo):
+    program = [sys.executable, ROOT / "tools/predict.py", "--config", trained]
     ending = run_command(*program, "--image", photo, *texts("a"), "-o", tmp_path / "out")
     assert ending.returncode == 0, ending.stderr
     assert ending.stdout.splitlines()[0].split()[:2] == ["photo", "sentence"]
