@@ -110,7 +110,7 @@ def evaluate(
     sentences_per_batch: int,
     *,
     ceiling: bool = False,
-    rle: bool | Container[tuple[int, int]] = False,
+    rle: Container[tuple[int, int]] = (),
     progress: Iterable | None = None,
     batches: int | None = None,
 ) -> Scores:
@@ -123,7 +123,7 @@ def evaluate(
         protocols: by name; the model runs once for all of them.
         sentences_per_batch: at most so many at a time.
         ceiling: fill these fields of the scores.
-        rle: fill this field of all scores, or of those with these keys.
+        rle: keys of the sentences whose `pred_rle` to fill.
         progress: wraps the loader, to show how far it is.
         batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
@@ -224,13 +224,12 @@ def _score(
     maps: Mapping[str, np.ndarray],
     protocols: Mapping[str, Protocol],
     ceiling: bool,
-    rle: bool | Container[tuple[int, int]],
+    rle: Container[tuple[int, int]],
 ) -> dict[str, SentenceScore]:
     """Restore one sentence's maps to the photo's size and count pixels."""
     ref = task.ref
     soft = load_mask(ref)
     mask = soft > 0
-    is_kept = rle if isinstance(rle, bool) else task.key in rle
     scores = {}
     for name, protocol in protocols.items():
         pred_mask = restore_size(maps[name], mask.shape) > protocol.threshold
@@ -254,7 +253,7 @@ def _score(
             union=union,
             ceiling_intersection=best[0],
             ceiling_union=best[1],
-            pred_rle=encode_rle(pred_mask) if is_kept else None,
+            pred_rle=encode_rle(pred_mask) if task.key in rle else None,
         )
     return scores
 

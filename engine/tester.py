@@ -67,7 +67,7 @@ def test_split(
         protocols,
         cfg.TRAIN.batch_size_val,
         ceiling=True,
-        rle=True,
+        rle=loader.dataset.keys(),
         progress=progress(loader, len(loader), split),
     )
     seconds = time.monotonic() - start

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     ALONE,
+    all_refs,
     error_of,
     make_run,
     on_cpu,
@@ -40,7 +41,7 @@ from utils.dataset import SentenceTask, collate_images, load_mask
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.metrics import METRIC_NAMES
-from utils.records import RecordReader, RecordWriter
+from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
 from utils.transforms import PROTOCOLS, letterbox_mask, normalize_masks
 
@@ -81,6 +82,23 @@ def best_model(cfg: Config, folder: Path) -> nn.Module:
 
 def val_lmdb(data: Path) -> str:
     return str(data / "lmdb/shapes/val.lmdb")
+
+
+def repack(source: RecordReader, target: Path, refs: list[RefRecord]) -> str:
+    """Write changed refs with their photos."""
+    with RecordWriter(target, "shapes", target.stem) as writer:
+        for ref in refs:
+            writer.add_image(ref.image_key, source.image(ref.image_key))
+            writer.add_ref(ref, token_lengths(ref.sentences))
+    return str(target)
+
+
+def run_test(run_folder: Path, out: Path, *opts: object) -> Path:
+    """Run test.py with the run's model, writing below `out`; gives the folder of the results."""
+    weights = run_folder / "exp/tiny/best_model.pth"
+    where = ("TRAIN.output_folder", out, "TEST.weights", weights)
+    run_program("test.py", run_folder / "tiny.yaml", *where, *opts)
+    return out / "tiny"
 
 
 def with_train(cfg: Config, **changes) -> Config:
@@ -157,8 +175,7 @@ def ask_oracle(cfg: Config, data: Path, name: str, swap: bool = False) -> list[S
 
 
 def test_every_sentence_is_scored_exactly_once_in_the_order_of_the_records(trained, cfg, data):
-    reader = RecordReader(val_lmdb(data))
-    refs = [reader.ref(position) for position in range(len(reader))]
+    refs = all_refs(val_lmdb(data))
     expected = [
         (ref.ref_id, sent_id, sentence)
         for ref in refs
@@ -232,16 +249,14 @@ def test_two_processes_score_the_same_sentences_as_one(trained, cfg, run_folder,
 
 def test_where_polygons_overlap_is_foreground_too(trained, cfg, data, tmp_path):
     # There the official masks hold 254, and 253 where three do.
-    reader, lmdb = RecordReader(val_lmdb(data)), tmp_path / "overlap.lmdb"
+    reader = RecordReader(val_lmdb(data))
     ref = reader.ref(0)
     mask = load_mask(ref)
     overlapping = np.where(np.arange(mask.shape[1]) % 2, mask, mask // 255 * 253)
     png = cv2.imencode(".png", overlapping)[1].tobytes()
-    with RecordWriter(lmdb, "shapes", "overlap") as writer:
-        writer.add_image(ref.image_key, reader.image(ref.image_key))
-        writer.add_ref(replace(ref, mask=png), token_lengths(ref.sentences))
+    lmdb = repack(reader, tmp_path / "overlap.lmdb", [replace(ref, mask=png)])
     expected = [s for s in scores_of(trained, cfg, val_lmdb(data)) if s.ref_id == ref.ref_id]
-    assert_close(scores_of(trained, cfg, str(lmdb)), expected)
+    assert_close(scores_of(trained, cfg, lmdb), expected)
 
 
 @pytest.mark.parametrize(
@@ -282,14 +297,9 @@ def test_what_is_stopped_does_not_wait_for_masks_that_nobody_will_see(trained, c
 
 
 def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(trained, cfg, data, tmp_path):
-    reader, lmdb = RecordReader(val_lmdb(data)), tmp_path / "cut.lmdb"
-    refs = [reader.ref(position) for position in range(len(reader))]
-    with RecordWriter(lmdb, "shapes", "cut") as writer:
-        for ref in refs:
-            writer.add_image(ref.image_key, reader.image(ref.image_key))
-            mask = b"no PNG" if ref is refs[0] else ref.mask
-            writer.add_ref(replace(ref, mask=mask), token_lengths(ref.sentences))
-    seen = []
+    refs, seen = all_refs(val_lmdb(data)), []
+    refs[0] = replace(refs[0], mask=b"no PNG")
+    lmdb = repack(RecordReader(val_lmdb(data)), tmp_path / "cut.lmdb", refs)
 
     def walk(loader: DataLoader) -> Iterator[dict]:
         for batch in loader:
@@ -297,7 +307,7 @@ def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(trained, cfg,
             yield batch
             time.sleep(0.1)
 
-    loader = build_evaluation_loader(with_train(cfg, batch_size_val=1), str(lmdb), ALONE)
+    loader = build_evaluation_loader(with_train(cfg, batch_size_val=1), lmdb, ALONE)
     protocols = resolve_protocols("aligned")
     assert len(loader) > 3
     with on_cpu(), pytest.raises(UserError, match=f"mask of ref {refs[0].ref_id} cannot"):
@@ -383,8 +393,7 @@ def test_the_summary_is_that_of_the_lines(tested, name, data):
 
 
 def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, data):
-    reader = RecordReader(val_lmdb(data))
-    refs = {ref.ref_id: ref for ref in (reader.ref(i) for i in range(len(reader)))}
+    refs = {ref.ref_id: ref for ref in all_refs(val_lmdb(data))}
     lines = read_jsonl(tested / f"test_shapes_val.aligned.{LOWERED}.jsonl")
     assert any(line["intersection"] for line in lines)
     for line in lines:
@@ -426,20 +435,16 @@ def test_swapped_scores_go_to_files_of_their_own(tested, run_folder):
 def test_a_lower_threshold_makes_larger_predictions(run_folder, tmp_path):
     areas = []
     for threshold in (0.1, 0.3):
-        opts = ("TRAIN.output_folder", tmp_path, "TEST.threshold", threshold)
-        weights = run_folder / "exp/tiny/best_model.pth"
-        run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-        lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.threshold{threshold}.jsonl")
+        folder = run_test(run_folder, tmp_path, "TEST.threshold", threshold)
+        lines = read_jsonl(folder / f"test_shapes_val.threshold{threshold}.jsonl")
         areas.append([decode(x).sum() for x in lines])
     assert all(low >= high for low, high in zip(*areas, strict=True))
     assert sum(areas[0]) > sum(areas[1])
 
 
 def test_the_official_name_of_val_is_understood(run_folder, tested, tmp_path):
-    opts = ("TEST.test_split", "val-test", "TRAIN.output_folder", tmp_path)
-    weights = run_folder / "exp/tiny/best_model.pth"
-    run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-    lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.{LOWERED}.jsonl")
+    folder = run_test(run_folder, tmp_path, "TEST.test_split", "val-test")
+    lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.jsonl")
     assert lines == read_jsonl(tested / f"test_shapes_val.{LOWERED}.jsonl")
 
 
@@ -449,19 +454,6 @@ def test_all_splits_are_looked_for_before_the_first_is_scored(run_folder, tmp_pa
     line = error_of("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
     assert "testX.lmdb does not exist" in line
     assert not (tmp_path / "out").exists()
-
-
-def with_sentences(source: str, target: Path, sentences: list[str]) -> Path:
-    """Records of the first ref of `source`, with other sentences."""
-    reader = RecordReader(source)
-    ref = reader.ref(0)
-    ids = tuple(range(len(sentences)))
-    with RecordWriter(target, "shapes", target.stem) as writer:
-        writer.add_image(ref.image_key, reader.image(ref.image_key))
-        writer.add_ref(
-            replace(ref, sentences=tuple(sentences), sent_ids=ids), token_lengths(sentences)
-        )
-    return target
 
 
 ODD = [
@@ -478,29 +470,27 @@ ODD = [
 
 
 def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_path):
-    lmdb = with_sentences(val_lmdb(data), tmp_path / "odd.lmdb", ODD)
+    reader = RecordReader(val_lmdb(data))
+    ref = replace(reader.ref(0), sentences=tuple(ODD), sent_ids=tuple(range(len(ODD))))
+    lmdb = repack(reader, tmp_path / "odd.lmdb", [ref])
     opts = ("TEST.test_lmdb", lmdb, "TEST.test_split", "odd", "TEST.visualize", True)
-    weights = run_folder / "exp/tiny/best_model.pth"
-    more = ("TRAIN.output_folder", tmp_path, "TEST.weights", weights)
-    run_program("test.py", run_folder / "tiny.yaml", *opts, *more)
-    folder = tmp_path / "tiny/vis/odd"
-    pictures = list(folder.iterdir())
+    folder = run_test(run_folder, tmp_path, *opts)
+    pictures = list((folder / "vis/odd").iterdir())
     assert len(pictures) == len(ODD)
-    assert {path.parent for path in tmp_path.rglob("*.png")} == {folder}
+    assert set(tmp_path.rglob("*.png")) == set(pictures)
     for path in pictures:
         with Image.open(path) as picture:
             picture.load()
             assert picture.width > 3 * 300
             assert picture.height > 300
-    lines = read_jsonl(tmp_path / f"tiny/test_shapes_odd.{LOWERED}.jsonl")
+    lines = read_jsonl(folder / f"test_shapes_odd.{LOWERED}.jsonl")
     assert [line["sentence"] for line in lines] == ODD
 
 
 def test_pictures_may_be_limited(run_folder, tmp_path):
-    opts = ("TEST.visualize", True, "TEST.visualize_limit", 3, "TRAIN.output_folder", tmp_path)
-    weights = run_folder / "exp/tiny/best_model.pth"
-    run_program("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-    names = sorted(path.name for path in (tmp_path / "tiny/vis/val").iterdir())
-    lines = read_jsonl(tmp_path / f"tiny/test_shapes_val.{LOWERED}.jsonl")[:3]
+    opts = ("TEST.visualize", True, "TEST.visualize_limit", 3)
+    folder = run_test(run_folder, tmp_path, *opts)
+    names = sorted(path.name for path in (folder / "vis/val").iterdir())
+    lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.jsonl")[:3]
     for name, line in zip(names, sorted(lines, key=lambda x: str(x["ref_id"])), strict=True):
         assert name.startswith(f"{line['ref_id']}-{line['sent_id']}-iou={line['iou']:.2f}-")

@@ -1,6 +1,5 @@
 """The training loop, through train.py on a tiny set or on a `Run` that train.py built."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -10,13 +9,13 @@ import pytest
 import torch
 from helpers import (
     Batches,
+    assert_equal_runs,
     assert_same,
     build_run,
-    drop_measured,
-    error_of,
     load,
+    load_state,
     on_cpu,
-    read_jsonl,
+    read_metrics,
     run_program,
     write_config,
 )
@@ -62,14 +61,6 @@ def num_sentences(data: Path) -> int:
     return RecordReader(data / "lmdb/shapes/val.lmdb").meta["sentences"]
 
 
-def metrics(folder: Path) -> list[dict]:
-    """What was logged, but for the speed."""
-    records = read_jsonl(folder / "exp/tiny/metrics.jsonl")
-    for record in records:
-        drop_measured(record)
-    return records
-
-
 # ------------------------------------------------------------------------------------- the run
 
 
@@ -80,10 +71,7 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp
     run_program("train.py", config, "TRAIN.epochs", 1, "TRAIN.workers", 2)
     run_program("train.py", config, "TRAIN.epochs", 2, "TRAIN.resume", last)
     run_program("train.py", config, "TRAIN.epochs", 3, "TRAIN.resume", last, "TRAIN.workers", 2)
-    got, expected = load(last), load(straight / "exp/tiny/last_model.pth")
-    del got["config"], expected["config"]
-    assert_same(got, expected)
-    assert metrics(tmp_path) == metrics(straight)
+    assert_equal_runs(tmp_path / "exp/tiny", straight / "exp/tiny")
 
 
 def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, data, monkeypatch):
@@ -100,8 +88,7 @@ def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, d
         opts = ("TRAIN.deterministic", True, "TRAIN.resume", "auto")
         for epochs in parts:
             run_program("train.py", config, *opts, "TRAIN.epochs", epochs)
-        states.append(load(tmp_path / name / "exp/tiny/last_model.pth"))
-        del states[-1]["config"]
+        states.append(load_state(tmp_path / name / "exp/tiny/last_model.pth"))
     assert_same(states[1], states[0])
     assert_same(states[2], states[0])
     assert seen == [True] * (6 * num_steps(data))
@@ -111,12 +98,12 @@ def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, d
 def test_another_seed_gives_another_run(straight, tmp_path, data):
     config = write_config(tmp_path, data, dropout=0.2, lr_multi=0.1, manual_seed=1)
     run_program("train.py", config)
-    first_loss = metrics(tmp_path)[0]["loss"]
-    assert first_loss != metrics(straight)[0]["loss"]
+    first_loss = read_metrics(tmp_path / "exp/tiny")[0]["loss"]
+    assert first_loss != read_metrics(straight / "exp/tiny")[0]["loss"]
 
 
 def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, data):
-    records = metrics(straight)
+    records = read_metrics(straight / "exp/tiny")
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
     n = num_steps(data)
@@ -124,20 +111,9 @@ def test_records_hold_steps_and_epochs_with_the_rates_that_were_used(straight, d
     assert [record["kind"] for record in records] == (["step"] * len(logged) + ["epoch"]) * 3
     assert [r["step"] for r in steps] == [epoch * n + step for epoch in range(3) for step in logged]
     assert [(r["epoch"], r["step"]) for r in epochs] == [(1, n), (2, 2 * n), (3, 3 * n)]
-    assert set(steps[0]) == {
-        *("kind", "epoch", "step", "loss", "train_mIoU", "train_Pr@0.5", "lr_backbone", "lr_head"),
-        "skipped_steps",
-    }
-    assert set(epochs[0]) == {
-        "kind",
-        "epoch",
-        "step",
-        "loss",
-        "train_mIoU",
-        "train_Pr@0.5",
-        *METRIC_NAMES,
-        "sentences",
-    }
+    common = {"kind", "epoch", "step", *trainer.TRAINING_METRICS}
+    assert set(steps[0]) == common | {"lr_backbone", "lr_head", "skipped_steps"}
+    assert set(epochs[0]) == common | {*METRIC_NAMES, "sentences"}
     # As released: the first epoch at the head's rate for all; a milestone multiplies by lr_decay.
     rates = {1: (1e-3, 1e-3), 2: (1e-4, 1e-3), 3: (1e-5, 1e-4)}
     for record in steps:
@@ -148,8 +124,8 @@ def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
     for print_freq in (1, 3):
         folder = tmp_path / str(print_freq)
         run_program("train.py", write_config(folder, data, print_freq=print_freq))
-    *steps, epoch = metrics(tmp_path / "1")
-    *windows, same_epoch = metrics(tmp_path / "3")
+    *steps, epoch = read_metrics(tmp_path / "1" / "exp/tiny")
+    *windows, same_epoch = read_metrics(tmp_path / "3" / "exp/tiny")
     assert len(steps) == num_steps(data)
     assert epoch == pytest.approx(same_epoch, abs=1e-6)
     for name in ("loss", "train_mIoU", "train_Pr@0.5"):
@@ -184,14 +160,14 @@ def test_the_saved_config_is_the_one_that_ran(straight):
 def test_a_step_uses_the_warm_up_of_the_schedule(tmp_path, data):
     config = write_config(tmp_path, data, print_freq=1, warmup_steps=4)
     run_program("train.py", config)
-    rates = [record["lr_head"] for record in metrics(tmp_path)[:-1]]
+    rates = [record["lr_head"] for record in read_metrics(tmp_path / "exp/tiny")[:-1]]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert rates[4:] == [1e-3] * (len(rates) - 4)
 
 
 def test_start_epoch_counts_from_there(config, tmp_path):
     run_program("train.py", config, "epochs", 4, "start_epoch", 3, "milestones", "[1]")
-    *steps, epoch = metrics(tmp_path)
+    *steps, epoch = read_metrics(tmp_path / "exp/tiny")
     assert epoch["epoch"] == 4
     assert steps[0]["lr_head"] == pytest.approx(1e-4)
 
@@ -199,7 +175,7 @@ def test_start_epoch_counts_from_there(config, tmp_path):
 def test_validating_now_and_then_saves_then_and_at_the_end(config, tmp_path):
     folder = tmp_path / "exp/tiny"
     run_program("train.py", config, "epochs", 5, "val_freq", 2)
-    epochs = [record for record in metrics(tmp_path) if record["kind"] == "epoch"]
+    epochs = [record for record in read_metrics(tmp_path / "exp/tiny") if record["kind"] == "epoch"]
     assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5]
     assert [record["epoch"] for record in epochs if "mIoU" in record] == [2, 4, 5]
     assert all("loss" in record for record in epochs)
@@ -230,25 +206,6 @@ def test_resume_from_a_finished_run_changes_nothing(config, tmp_path):
     before = last.read_bytes()
     run_program("train.py", config, "TRAIN.resume", last)
     assert last.read_bytes() == before
-
-
-def test_records_are_json_one_a_line(straight):
-    for line in (straight / "exp/tiny/metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)
-
-
-def test_weights_alone_cannot_be_resumed(straight, config, tmp_path):
-    bare = tmp_path / "bare.pth"
-    torch.save({"state_dict": load(straight / "exp/tiny/last_model.pth")["state_dict"]}, bare)
-    assert "give it as TRAIN.weight" in error_of("train.py", config, "TRAIN.resume", bare)
-
-
-def test_training_from_weights_starts_a_new_run_with_them(straight, config, tmp_path):
-    source = straight / "exp/tiny/best_model.pth"
-    run = build_run(config, "TRAIN.weight", source)
-    assert_same(dict(run.model.state_dict()), dict(load(source)["state_dict"]))
-    assert (run.epoch, run.step, run.best) == (0, 0, -1.0)
-    assert not run.optimizer.state
 
 
 def test_validation_may_score_first_sentences_only(config):
@@ -323,13 +280,11 @@ def test_an_image_is_encoded_once_for_its_refs_and_they_learn_the_same(config):
 def test_accumulation_makes_as_many_steps_of_as_many_refs(tmp_path, data):
     config = write_config(tmp_path, data, print_freq=1)
     run = build_run(config, "TRAIN.accumulation_steps", 2)
-    whole = build_run(config)
     with on_cpu():
         train_one_epoch(run)
-    assert run.step == len(whole.train_loader)
-    micro = [[position for position, _ in batch] for batch in run.train_loader.batch_sampler]
-    full = [[position for position, _ in batch] for batch in whole.train_loader.batch_sampler]
-    assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == full
+    assert run.step == num_steps(data)
+    micro, full = list(run.train_loader.batch_sampler), build_run(config).train_loader.batch_sampler
+    assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == list(full)
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
@@ -415,7 +370,7 @@ def test_only_fp16_scales_the_loss():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_runs_on_the_cpu_and_keeps_float32_weights(config, tmp_path, precision):
     run_program("train.py", config, "TRAIN.precision", precision)
-    *steps, _ = metrics(tmp_path)
+    *steps, _ = read_metrics(tmp_path / "exp/tiny")
     assert all(math.isfinite(record["loss"]) for record in steps)
     state = load(tmp_path / "exp/tiny/last_model.pth")
     assert {w.dtype for w in state["state_dict"].values()} == {torch.float32, torch.int64}
@@ -454,4 +409,4 @@ def test_wandb_offline_gets_pictures_each_epoch_and_goes_on_as_the_same_run(
     for start in starts:
         assert (start / f"run-{run_id}.wandb").stat().st_size > 0
         assert len(list(start.rglob("files/media/**/*.png"))) == 2
-    assert [r["epoch"] for r in metrics(tmp_path) if r["kind"] == "epoch"] == [1, 2]
+    assert [r["epoch"] for r in read_metrics(folder) if r["kind"] == "epoch"] == [1, 2]
