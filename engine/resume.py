@@ -100,8 +100,8 @@ def save_and_stop(run: Run) -> NoReturn:
     """Save, leave the file `PREEMPTED` and end with its exit code, on all ranks together.
 
     Raises:
-        SystemExit: always, unless
-        UserError: there is no room for the checkpoint.
+        SystemExit: always, but for
+        UserError: the checkpoint could not be written.
     """
     is_saved = save(run, {}, is_best=False)
     if is_saved and run.ranks.is_main:

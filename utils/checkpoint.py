@@ -53,9 +53,7 @@ def find_newest(folder: str | Path) -> Path | None:
     Raises:
         UserError: all are torn.
     """
-    folder = Path(folder)
-    older = _newest_first([*folder.glob(STEPS), folder / BEST])
-    paths = [path for path in (folder / LAST, *older) if path.is_file()]
+    paths = _newest_first(list_checkpoints(folder))
     for path in paths:
         if _is_whole(path):
             return path
@@ -74,8 +72,10 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    there = filter(Path.is_file, paths)
-    return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    def age(path: Path) -> tuple[bool, int, str]:
+        return path.name == LAST, path.stat().st_mtime_ns, path.name
+
+    return sorted(paths, key=age, reverse=True)
 
 
 def _is_whole(path: Path) -> bool:

@@ -17,12 +17,10 @@ from golden.fill import filled
 from helpers import (
     ALONE,
     Batches,
-    assert_equal_runs,
     assert_same,
     build_run,
     load,
     on_cpu,
-    read_metrics,
     spawn,
     threads,
     torchrun,
@@ -384,28 +382,6 @@ def test_a_start_has_one_new_name_whatever_dead_ranks_left_in_the_store(num_rank
                 (name,) = {future.result() for future in futures}
                 assert name not in names
             names |= {future.result() for future in futures if future.exception() is None}
-
-
-@pytest.mark.slow
-def test_torchrun_trains_validates_saves_and_resumes(data, tmp_path):
-    straight = write_config(tmp_path / "straight", data, dropout=0.1, workers=1, workers_val=1)
-    parts = write_config(tmp_path / "parts", data, dropout=0.1, workers=1, workers_val=1)
-    last = parts.parent / "exp/tiny/last_model.pth"
-    for config, opts in (
-        (straight, ("TRAIN.epochs", 2)),
-        (parts, ("TRAIN.epochs", 1)),
-        (parts, ("TRAIN.epochs", 2, "TRAIN.resume", last)),
-    ):
-        ending = torchrun(2, "train.py", "--config", config, "--opts", *opts)
-        assert ending.returncode == 0, ending.stderr
-        assert ending.stderr.count("2 rank(s) x 4 x 1 (accumulation) = batch 8") == 1
-    got = load(last)
-    assert len(got["rng"]) == 2
-    assert not torch.equal(got["rng"][0]["torch"], got["rng"][1]["torch"])
-    assert not any(key.startswith("module.") for key in got["state_dict"])
-    records = read_metrics(last.parent)
-    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2]
-    assert_equal_runs(last.parent, straight.parent / "exp/tiny")
 
 
 @pytest.mark.slow

@@ -40,39 +40,53 @@ def learnt(run: Run) -> dict:
     return {"weights": weights, "optimizer": states}
 
 
+def step(run: Run, *batches: dict, fault: float | None = None) -> None:
+    """A training step over so many micro-batches, at its end with a fault in a gradient."""
+    with on_cpu():
+        for number, batch in enumerate(batches, start=1):
+            trainer.forward_backward(run, batch, number == len(batches))
+        if fault is not None:
+            graded = (p for p in run.model.parameters() if p.grad is not None)
+            next(graded).grad.flatten()[0] = fault
+        optimizer_step(run)
+    run.position += 1
+
+
+def small_run(config: Path, precision: str, *opts: object) -> tuple[Run, dict]:
+    """A run whose loss is scaled by 64 if at all, and its first batch."""
+    run = build_run(config, "TRAIN.precision", precision, *opts)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+    return run, next(iter(run.train_loader))
+
+
 @pytest.mark.parametrize(
-    ("precision", "max_norm", "fault"),
+    ("precision", "max_norm", "fault", "optimizer"),
     [
-        *[("fp32", 0.0, math.inf), ("fp32", 1.0, math.nan), ("bf16", 0.0, math.nan)],
-        *[("bf16", 1.0, math.inf), ("fp16", 0.0, math.nan), ("fp16", 1.0, math.inf)],
+        *[("fp32", 0.0, math.inf, None), ("fp32", 1.0, math.nan, None)],
+        *[("bf16", 0.0, math.nan, None), ("bf16", 1.0, math.inf, None)],
+        *[("fp16", 0.0, math.nan, None), ("fp16", 1.0, math.inf, None)],
+        *[("fp32", 0.0, math.nan, torch.optim.SGD), ("fp32", 0.0, math.nan, torch.optim.Adagrad)],
     ],
 )
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
-    config, precision, max_norm, fault
+    config, precision, max_norm, fault, optimizer
 ):
-    run = build_run(config, "TRAIN.precision", precision, "TRAIN.max_norm", max_norm)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
-    batch = next(iter(run.train_loader))
-    with on_cpu():
-        forward_backward(run, batch, True)
-        optimizer_step(run)
-        before = learnt(run)
-        assert run.faults.tolist() == [0, 0, 0]
-        run.position = 4
-        forward_backward(run, batch, True)
-        next(p for p in run.model.parameters() if p.grad is not None).grad.flatten()[0] = fault
-        optimizer_step(run)
-        assert_same(learnt(run), before)
-        assert run.faults.tolist() == [1, 1, 5]
-        if precision == "fp16":
-            assert run.scaler.get_scale() == 32.0
-        run.position = 5
-        forward_backward(run, batch, True)
-        optimizer_step(run)
+    run, batch = small_run(config, precision, "TRAIN.max_norm", max_norm)
+    if optimizer is not None:
+        run.optimizer = optimizer(run.model.parameters(), lr=0.1)
+    step(run, batch)
+    before = learnt(run)
+    assert run.faults.tolist() == [0, 0, 0]
+    step(run, batch, fault=fault)
+    assert_same(learnt(run), before)
+    assert run.faults.tolist() == [1, 1, 2]
+    if precision == "fp16":
+        assert run.scaler.get_scale() == 32.0
+    step(run, batch)
     after = learnt(run)["weights"]
     assert any(not torch.equal(after[name], value) for name, value in before["weights"].items())
     assert all(torch.isfinite(value).all() for value in after.values())
-    assert run.faults.tolist() == [1, 0, 5]
+    assert run.faults.tolist() == [1, 0, 2]
 
 
 def faulty(monkeypatch, is_faulty) -> None:
@@ -128,36 +142,16 @@ def test_a_fault_that_stays_ends_the_run_with_its_refs(config, monkeypatch, star
     assert all(f"ref {ref_id} “" in line for ref_id in refs_of_step(config, last))
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
-def test_any_optimiser_leaves_out_a_step(config, optimizer):
-    run = build_run(config)
-    run.optimizer = optimizer(run.model.parameters(), lr=0.1)
-    batch = next(iter(run.train_loader))
-    step(run, batch)
-    before = learnt(run)
-    with on_cpu():
-        forward_backward(run, batch, True)
-        next(p for p in run.model.parameters() if p.grad is not None).grad.flatten()[0] = math.nan
-        optimizer_step(run)
-    assert_same(learnt(run), before)
-    step(run, batch)
-    after = learnt(run)["weights"]
-    assert any(not torch.equal(after[name], value) for name, value in before["weights"].items())
-
-
 def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):
     run = build_run(config, "TRAIN.precision", "fp16")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    with on_cpu():
-        for batch in list(run.train_loader)[:2]:
-            before = statistics(run)
-            forward_backward(run, batch, True)
-            optimizer_step(run)
-            # The pass itself was sound: it counts, as published.
-            assert all(not torch.equal(v, before[name]) for name, v in statistics(run).items())
-            run.step, run.position = run.step + 1, run.position + 1
-        assert guard.log_skipped_steps(run) == 2
-        assert guard.log_skipped_steps(run) == 0
+    for batch in list(run.train_loader)[:2]:
+        before = statistics(run)
+        step(run, batch)
+        # The pass itself was sound: it counts, as published.
+        assert all(not torch.equal(v, before[name]) for name, v in statistics(run).items())
+    assert guard.log_skipped_steps(run) == 2
+    assert guard.log_skipped_steps(run) == 0
     assert run.scaler.get_scale() == 2.0**58
 
 
@@ -188,14 +182,6 @@ def statistics(run: Run) -> dict[str, torch.Tensor]:
     return {name: b.clone() for name, b in buffers if name.rsplit(".")[-1].startswith("running_")}
 
 
-def step(run: Run, *batches: dict) -> None:
-    """A training step over so many micro-batches."""
-    with on_cpu():
-        for number, batch in enumerate(batches, start=1):
-            trainer.forward_backward(run, batch, number == len(batches))
-        optimizer_step(run)
-
-
 @pytest.mark.parametrize(
     ("precision", "fault"), [("fp32", math.nan), ("bf16", math.inf), ("fp16", math.nan)]
 )
@@ -203,9 +189,7 @@ def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_were(
     config, monkeypatch, precision, fault
 ):
     poison(monkeypatch, lambda call, _: call == 2, fault)
-    run = build_run(config, "TRAIN.precision", precision)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
-    batch = next(iter(run.train_loader))
+    run, batch = small_run(config, precision)
     step(run, batch)
     before = learnt(run) | {"statistics": statistics(run)}
     step(run, batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     ROOT,
     assert_equal_runs,
@@ -45,7 +46,8 @@ def recipe(folder: Path, data: Path, **train_keys) -> Path:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     """The config of two ranks' run that nothing happened to."""
-    config = recipe(tmp_path_factory.mktemp("whole"), data, epochs=EPOCHS)
+    keys = {"epochs": EPOCHS, "workers": 1, "workers_val": 1}
+    config = recipe(tmp_path_factory.mktemp("whole"), data, **keys)
     ending = torchrun(2, "train.py", "--config", config)
     assert ending.returncode == 0, ending.stderr
     return config
@@ -146,6 +148,12 @@ def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_pat
     config = recipe(tmp_path, data, epochs=EPOCHS)
     assert finish_after_kill(start, config).count(RESUMED) == 1
     assert_equal_runs(folder_of(config), folder_of(whole))
+    epochs = [r["epoch"] for r in read_metrics(folder_of(config)) if r["kind"] == "epoch"]
+    assert epochs == [1, 2, 3, 4]
+    state = load(folder_of(config) / "last_model.pth")
+    first, second = (rng["torch"] for rng in state["rng"])
+    assert not torch.equal(first, second)
+    assert not any(key.startswith("module.") for key in state["state_dict"])
 
 
 def test_a_forced_run_that_is_restarted_goes_on_from_what_it_has_saved(
