@@ -9,11 +9,10 @@ server encodes an image once and asks as many sentences of it as come.
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,20 +101,16 @@ def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
     for num_images, num_sentences in ((1, 1), (1, 4), (3, 5)):
         tokens = np.zeros((num_sentences, length), np.int64)
         for row in tokens:
-            words = int(rng.integers(0, length - 1))
-            row[: words + 2] = [START_ID, *rng.integers(1, START_ID, words), END_ID]
-        case = Case(
-            f"random, images {num_images}, sentences {num_sentences}",
-            rng.integers(0, 256, (num_images, side, side, 3), np.uint8),
-            rng.integers(0, num_images, num_sentences),
-            tokens,
-        )
-        cases.append(case)
+            words = rng.integers(1, START_ID, rng.integers(0, length - 1))
+            row[: len(words) + 2] = [START_ID, *words, END_ID]
+        name = f"random, images {num_images}, sentences {num_sentences}"
+        images = rng.integers(0, 256, (num_images, side, side, 3), np.uint8)
+        cases.append(Case(name, images, rng.integers(0, num_images, num_sentences), tokens))
     return cases
 
 
 def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> None:
-    """Write both graphs.
+    """Trace and write both graphs; the first axis of each input may have any size.
 
     Args:
         model: on the CPU, in evaluation mode.
@@ -132,86 +127,70 @@ def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> N
         "protocol": protocol_name,
         "threshold": protocol.threshold,
     }
+    encoder, head = ImageEncoder(model).eval(), TextHead(model, side, protocol).eval()
     # Two images and three sentences: a batch of one would be taken for a constant.
     images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        features = ImageEncoder(model)(images)
+    image_index = torch.tensor([0, 1, 1])
     tokens = torch.zeros(3, length, dtype=torch.int64)
     tokens[:, 0], tokens[:, 1] = START_ID, END_ID
-    index = torch.tensor([0, 1, 1])
-    _export(ImageEncoder(model), (images,), (("images",),), IMAGE_ENCODER, paths, about)
-    rows = (("images",),) * 3 + (("sentences",),) * 2
-    head = TextHead(model, side, protocol)
-    _export(head, (*features, index, tokens), rows, TEXT_HEAD, paths, about)
-
-
-def _export(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    rows: Sequence[tuple[str]],
-    kind: str,
-    paths: Mapping[str, Path],
-    about: Mapping[str, Any],
-) -> None:
-    """Trace a module and write the graph; the first axis of each input may have any size."""
-    names, outputs = NAMES[kind]
-    sizes = {name: torch.export.Dim(name, min=1, max=1 << 16) for (name,) in rows}
-    with _quiet():
-        program = torch.onnx.export(
-            module.eval(),
-            inputs,
-            input_names=names,
-            output_names=outputs,
-            dynamic_shapes=[{0: sizes[name]} for (name,) in rows],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    program.model.metadata_props.update({key: str(value) for key, value in about.items()})
-    program.save(paths[kind], external_data=False)
+    with torch.no_grad():
+        features = encoder(images)
+    traced = {
+        IMAGE_ENCODER: (encoder, (images,)),
+        TEXT_HEAD: (head, (*features, image_index, tokens)),
+    }
+    of_images, of_sentences = (
+        torch.export.Dim(name, min=1, max=1 << 16) for name in ("images", "sentences")
+    )
+    # What is wrong with a graph is measured; the exporter's remarks on its own insides are not.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for kind, (module, inputs) in traced.items():
+        names, outputs = NAMES[kind]
+        per_sentence = ("image_index", "tokens")
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                module,
+                inputs,
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes=[
+                    {0: of_sentences if name in per_sentence else of_images} for name in names
+                ],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        program.model.metadata_props.update({key: str(value) for key, value in about.items()})
+        program.save(paths[kind], external_data=False)
 
 
 def compare(
     model: Segmenter, cfg: Config, paths: Mapping[str, Path], cases: Sequence[Case]
 ) -> Iterator[Difference]:
     """Run the graphs by ONNX Runtime, one after the other as a server does, beside PyTorch."""
-    ((_, protocol),) = validation_protocol(cfg).items()
-    encode, segment = (session(paths[kind]) for kind in (IMAGE_ENCODER, TEXT_HEAD))
-    head = TextHead(model, cfg.TRAIN.input_size, protocol)
-    for case in cases:
-        found = _run(encode, {"images": case.images})
-        asked = {"image_index": case.image_index, "tokens": case.tokens}
-        found |= _run(segment, found | asked)
-        with torch.inference_mode():
-            features = ImageEncoder(model)(torch.from_numpy(case.images))
-            rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
-        for name, expected in zip(found, (*features, *rest), strict=True):
-            yield _difference(case.name, name, found[name], expected.numpy())
-
-
-def _run(graph: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A graph's outputs by name."""
-    names = [output.name for output in graph.get_outputs()]
-    return dict(zip(names, graph.run(names, inputs), strict=True))
-
-
-def _difference(case: str, output: str, found: np.ndarray, expected: np.ndarray) -> Difference:
-    if found.shape != expected.shape:
-        raise UserError(f"{case}: {output} is {found.shape}, PyTorch's {expected.shape}")
-    largest = np.abs(found - expected).max()
-    # What is no number equals nothing.
-    largest = float(largest) if np.isfinite(largest) else float("inf")
-    return Difference(case, output, largest, float(np.abs(expected).max()))
-
-
-def session(path: Path):
-    """A graph by ONNX Runtime on the CPU, in as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    encode, segment = (
+        onnxruntime.InferenceSession(paths[kind], options, providers=["CPUExecutionProvider"])
+        for kind in (IMAGE_ENCODER, TEXT_HEAD)
+    )
+    ((_, protocol),) = validation_protocol(cfg).items()
+    encoder, head = ImageEncoder(model), TextHead(model, cfg.TRAIN.input_size, protocol)
+    outputs = (*NAMES[IMAGE_ENCODER][1], *NAMES[TEXT_HEAD][1])
+    for case in cases:
+        found = encode.run(None, {"images": case.images})
+        asked = dict(zip(NAMES[TEXT_HEAD][0], (*found, case.image_index, case.tokens), strict=True))
+        found += segment.run(None, asked)
+        with torch.inference_mode():
+            features = encoder(torch.from_numpy(case.images))
+            rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
+        for name, got, expected in zip(outputs, found, (*features, *rest), strict=True):
+            assert got.shape == expected.shape, f"{name}: {got.shape}, {expected.shape}"
+            largest = np.abs(got - expected.numpy()).max()
+            yield Difference(case.name, name, float(largest), float(expected.abs().max()))
 
 
 def check_packages() -> None:
@@ -221,16 +200,3 @@ def check_packages() -> None:
             raise UserError(
                 f"--format onnx needs the package {package}: pip install -r requirements.txt"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own insides; what is wrong with a graph is measured."""
-    log = logging.getLogger("onnxscript")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        log.setLevel(level)

@@ -60,10 +60,7 @@ def test_safetensors_predict_and_are_scored_like_the_checkpoint(saved, cfg, tmp_
     opts = ["TEST.weights", saved, "TRAIN.output_folder", tmp_path / "scored"]
     run_program("test.py", saved.with_name("config.yaml"), *opts)
     assert (tmp_path / "scored/tiny/test_shapes_val.threshold0.15.json").is_file()
-
-
-def test_safetensors_of_another_length_of_sentences_are_refused(saved, trained):
-    other = load_config(trained, ["TRAIN.word_len", "9"])
+    other = load_config(saved.with_name("config.yaml"), ["TRAIN.word_len", "9"])
     with pytest.raises(UserError, match=r"was trained with TRAIN\.word_len 17, the config says 9"):
         Predictor(other, saved)
 
@@ -80,9 +77,8 @@ def test_foreign_safetensors_without_a_config_are_read(tmp_path, cfg):
 @pytest.mark.parametrize("size", [5, 9, 500, -1])
 def test_torn_safetensors_are_one_line(saved, size):
     saved.write_bytes(saved.read_bytes()[:size])
-    with pytest.raises(UserError, match="is cut off, damaged or no checkpoint") as error:
+    with pytest.raises(UserError, match=r"is cut off, damaged or no checkpoint[^\n]*$"):
         read_checkpoint(saved, "TEST.weights")
-    assert "\n" not in str(error.value)
 
 
 def test_weights_that_cannot_be_used_leave_no_folder(tmp_path, trained):
