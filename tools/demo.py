@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from loguru import logger
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.predictor import EncodedImage, Prediction, Predictor, check_sentence
+from utils.arguments import model_parser, parse_with_opts
 from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
 from utils.logger import setup_logging
@@ -41,7 +42,7 @@ other host, so it works without a network. Photos are kept for an hour, or until
 EXAMPLES = 6
 SHOWN_SIDE = 1280  # pixels; what is shown and kept of a photo is no larger
 PHOTOS, MAPS = 16, 32  # kept in memory, of all people together; at most some 0.5 GB
-KEPT_FOR = 3600  # seconds, of an uploaded file
+CLEANING = (300, 3600)  # seconds: how often uploaded files are looked through, and their age then
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,15 +95,12 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
     def show(path: str | None, sentence: str, threshold: float) -> tuple:
         try:
             return answer(path, sentence, threshold)
-        except (UserError, OSError, MemoryError) as error:
+        except (UserError, OSError) as error:
             # A person knows an uploaded photo by its own name.
-            text = str(error) or "there is not enough memory: make the photo smaller"
-            text = text.replace(str(path), Path(path).name) if path else text
+            text = str(error).replace(path, Path(path).name) if path else str(error)
             raise gr.Error(html.escape(text), print_exception=False) from None
 
-    with gr.Blocks(
-        title="CRIS", analytics_enabled=False, delete_cache=(KEPT_FOR // 12, KEPT_FOR)
-    ) as page:
+    with gr.Blocks(title="CRIS", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.Markdown(f"# CRIS\n`{predictor.weights}`")
         with gr.Row():
             with gr.Column(scale=2):
@@ -148,11 +146,9 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
     def encode(path: str) -> tuple[np.ndarray, EncodedImage]:
         photo = read_photo(path)
         encoded = predictor.encode(photo)
-        scale = SHOWN_SIDE / max(photo.shape[:2])
-        if scale < 1:
-            height, width = (max(1, round(side * scale)) for side in photo.shape[:2])
-            photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
-        return photo, replace(encoded, size=photo.shape[:2])
+        shown = Image.fromarray(photo)
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))  # if it is larger
+        return np.asarray(shown), replace(encoded, size=shown.size[::-1])
 
     @lru_cache(MAPS)
     def find(path: str, sentence: str) -> Prediction:
@@ -184,39 +180,26 @@ def find_examples(config: Config, folder: Path) -> list[list[str]]:
     try:
         reader = RecordReader(config.DATA.val_lmdb)
         refs = [reader.ref(number * len(reader) // EXAMPLES) for number in range(EXAMPLES)]
-        found = {ref.image_key: ref.sentences[0] for ref in refs}
+        sentences = {ref.image_key: ref.sentences[0] for ref in refs}
         folder.mkdir()
-        paths = [folder / f"{n}{Path(key).suffix}" for n, key in enumerate(found)]
-        for key, path in zip(found, paths, strict=True):
+        examples = []
+        for number, (key, sentence) in enumerate(sentences.items()):
+            path = folder / f"{number}{Path(key).suffix}"
             path.write_bytes(reader.image(key))
-        return [[str(path), text] for path, text in zip(paths, found.values(), strict=True)]
+            examples.append([str(path), sentence])
+        return examples
     except (UserError, OSError) as error:
         logger.warning(f"no examples: {error}")
         return []
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="checkpoint (default: TEST.weights, or the run's best)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to answer at (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="default: %(default)s; 0: a free one"
-    )
-    parser.add_argument(
-        "--max-upload", type=int, default=20, metavar="MB", help="of a photo (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
-        help="override config values; last on the line, such as --opts TEST.threshold 0.5",
-    )  # fmt: skip
-    return parser.parse_args(argv)
+    parser = model_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to answer at (default: %(default)s)")
+    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s; 0: a free one")
+    add("--max-upload", type=int, default=20, metavar="MB", help="of a photo (default: 20)")
+    return parse_with_opts(parser, argv)
 
 
 if __name__ == "__main__":
