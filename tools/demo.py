@@ -52,21 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("the demo needs gradio: pip install -r requirements-demo.txt")
     port = find_port(args.host, args.port)
     setup_logging(None, is_main=True)
-    config = load_config(args.config, args.opts)
-    predictor = Predictor(config, args.weights)
+    predictor = Predictor(load_config(args.config, args.opts), args.weights)
     # Being told to end by the system is like Ctrl-C: the folder of photos goes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="cris-demo-") as folder:
         # gradio reads these when it is imported; it asks for its own page before it goes on.
-        os.environ |= {
-            "GRADIO_TEMP_DIR": folder,
-            "GRADIO_ANALYTICS_ENABLED": "False",
-            "HF_HUB_OFFLINE": "1",
-            "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), args.host])),
-        }
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},{args.host}".strip(",")
         import gradio as gr
 
-        page = build_page(predictor, find_examples(config, Path(folder) / "examples"))
+        page = build_page(predictor, find_examples(predictor.config, Path(folder) / "examples"))
         page.launch(
             server_name=args.host, server_port=port, max_file_size=args.max_upload << 20,
             theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"),
@@ -100,7 +96,7 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
             text = str(error).replace(path, Path(path).name) if path else str(error)
             raise gr.Error(html.escape(text), print_exception=False) from None
 
-    with gr.Blocks(title="CRIS", analytics_enabled=False, delete_cache=CLEANING) as page:
+    with gr.Blocks(title="CRIS", delete_cache=CLEANING) as page:
         gr.Markdown(f"# CRIS\n`{predictor.weights}`")
         with gr.Row():
             with gr.Column(scale=2):
@@ -108,9 +104,8 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
                     label="Photo", type="filepath", image_mode=None, height=320, elem_id="photo",
                     sources=["upload", "clipboard"],
                 )  # fmt: skip
-                sentence = gr.Textbox(
-                    label="Sentence", placeholder="the man on the left", elem_id="sentence"
-                )
+                hint = "the man on the left"
+                sentence = gr.Textbox(label="Sentence", placeholder=hint, elem_id="sentence")
                 button = gr.Button("Find it", variant="primary", elem_id="ask")
                 slider = gr.Slider(
                     0.01, 0.99, predictor.threshold, step=0.01, label="Threshold",
@@ -169,8 +164,8 @@ def _numbers(found: Prediction) -> str:
         best = found.probability.max()
         what = f"nothing is above {found.threshold:.2f}; the highest probability is {best:.2f}"
     else:
-        share = 100 * found.area / found.mask.size
-        what = f"{share:.1f} % of the photo, mean probability {found.mean_probability:.2f}"
+        share = found.area / found.mask.size
+        what = f"{share:.1%} of the photo, mean probability {found.mean_probability:.2f}"
     cut = ". The sentence is too long: its end was not read" if found.is_cut else ""
     return f"“{html.escape(found.sentence[:300])}”: {what}{cut}"
 

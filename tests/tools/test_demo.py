@@ -31,7 +31,7 @@ def test_an_answer_is_the_predictors_and_the_network_runs_once(tmp_path, predict
         shown, heat, text = answer(path, "red circle", 0.15)
         assert np.array_equal(shown, overlay(demo.read_photo(path), found.mask, PRED_COLOR))
         assert np.array_equal(heat, heat_map(found.probability))
-        assert text.startswith(f"“red circle”: {100 * found.area / found.mask.size:.1f} %")
+        assert text.startswith(f"“red circle”: {found.area / found.mask.size:.1%} of")
         monkeypatch.setattr(predictor, "encode", None)
         answer(path, "blue square", 0.15)  # another sentence encodes no photo
         monkeypatch.setattr(predictor, "predict", None)
