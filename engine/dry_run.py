@@ -6,12 +6,11 @@ from itertools import islice
 import torch
 from loguru import logger
 
-from engine.evaluator import evaluate, summarize_scores
 from engine.guard import optimizer_step
 from engine.run import Run
-from engine.trainer import forward_backward, means
+from engine.trainer import forward_backward, means, validate
 from utils.config import Config
-from utils.distributed import gather_objects, share_buffers, unwrap
+from utils.distributed import gather_objects
 from utils.machine import GIB, peak_memory
 
 
@@ -33,7 +32,7 @@ def dry_run(run: Run) -> None:
         f"loss {score['loss']:.4f}{skipped}; {trained}"
     )
     start = time.monotonic()
-    scores = _one_batch(run)
+    scores = validate(run, batches=1)
     logger.info(
         f"one validation batch, {scores['sentences']} sentences, in "
         f"{time.monotonic() - start:.1f} s: mIoU {100 * scores['mIoU']:.2f}; {_memory(run)}"
@@ -55,21 +54,6 @@ def _one_step(run: Run) -> tuple[dict[str, float], float]:
         total += forward_backward(run, batch, synchronize=count == passes)
     optimizer_step(run)
     return means(total, passes), time.monotonic() - start
-
-
-def _one_batch(run: Run) -> dict[str, float]:
-    """Scores of each rank's first batch of the validation split."""
-    share_buffers(run.model)
-    scores = evaluate(
-        unwrap(run.model),
-        run.val_loader,
-        run.ranks.device,
-        run.protocols,
-        sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
-        batches=1,
-    )
-    lines = next(iter(scores.values()))
-    return summarize_scores(lines) | {"sentences": len(lines)}
 
 
 def _memory(run: Run) -> str:

@@ -80,9 +80,6 @@ class SentenceScore:
         return line | {"iou": self.iou, "pred_rle": rle}
 
 
-Scores = dict[str, list[SentenceScore]]
-
-
 def resolve_protocols(name: str, threshold: float | None = None) -> dict[str, Protocol]:
     """The protocols that a config asks for, by name: one, or both with aligned first.
 
@@ -113,7 +110,7 @@ def evaluate(
     rle: Container[tuple[int, int]] = (),
     progress: Iterable | None = None,
     batches: int | None = None,
-) -> Scores:
+) -> dict[str, list[SentenceScore]]:
     """Score every sentence of a split exactly once, in float32, on all ranks together.
 
     Args:

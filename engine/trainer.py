@@ -163,15 +163,18 @@ def describe_step(values: dict[str, float]) -> str:
     )
 
 
-def validate(run: Run) -> dict[str, float]:
+def validate(run: Run, batches: int | None = None) -> dict[str, float]:
     """Score the validation split on all ranks, and show the sentences that are watched.
 
+    Args:
+        batches: score each rank's first so many alone, and show nothing.
     Returns:
         mIoU, oIoU and Pr@X, and the number of sentences.
     """
     share_buffers(run.model)
     loader = run.val_loader
-    watched = watched_sentences(loader.dataset, run.cfg.TRAIN.val_pictures)
+    shown = 0 if batches else run.cfg.TRAIN.val_pictures
+    watched = watched_sentences(loader.dataset, shown)
     bar = progress(loader, len(loader), "validation", run.ranks.is_main)
     scores = evaluate(
         unwrap(run.model),
@@ -181,6 +184,7 @@ def validate(run: Run) -> dict[str, float]:
         sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
         rle=watched,
         progress=stoppable(run, bar, min(gather_objects(len(loader)))),
+        batches=batches,
     )
     lines = next(iter(scores.values()))
     if run.ranks.is_main:
