@@ -364,12 +364,16 @@ def torchrun(num_ranks: int, *command: object) -> subprocess.CompletedProcess[st
     return run_command(*launcher, f"--nproc_per_node={num_ranks}", *command)
 
 
-def spawn(num_ranks: int, function: Callable, *args: object) -> None:
-    """Call `function(ranks, *args)` in processes joined by gloo; a failure in one is raised."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_join, (num_ranks, port, function, args), nprocs=num_ranks)
+        return free.getsockname()[1]
+
+
+def spawn(num_ranks: int, function: Callable, *args: object) -> None:
+    """Call `function(ranks, *args)` in processes joined by gloo; a failure in one is raised."""
+    torch.multiprocessing.spawn(_join, (num_ranks, free_port(), function, args), nprocs=num_ranks)
 
 
 def _join(rank: int, num_ranks: int, port: int, function: Callable, args: tuple) -> None:

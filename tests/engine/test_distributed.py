@@ -5,6 +5,7 @@ import math
 import random
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
@@ -116,31 +117,28 @@ class Losses(list):
 
 
 def descend(
-    ranks: Ranks, config: Path, *opts: object, optimizer: type = torch.optim.SGD, lr: float = 0.01
+    ranks: Ranks,
+    config: Path,
+    *opts: object,
+    optimizer: type = torch.optim.SGD,
+    lr: float = 0.01,
+    build: Callable = build_double,
+    normalize: Callable = normalize_double,
 ) -> tuple[list[float], Run]:
     """The first steps of a training, by plain gradient descent or another: losses, and the run."""
-    with mock.patch("engine.resume.build_model", build_double):
+    with mock.patch("engine.resume.build_model", build):
         run = build_run(config, *opts, ranks=ranks)
     parameters = {"params": run.model.parameters(), "name": "all"}
     run.optimizer = optimizer([parameters], lr=lr, fused=True)
     run.tracker = Losses()
     batches = itertools.islice(run.train_loader, STEPS * run.cfg.TRAIN.accumulation_steps)
     run.train_loader = Batches(batches)
-    with on_cpu(), mock.patch("engine.trainer.normalize_images", normalize_double):
+    with on_cpu(), mock.patch("engine.trainer.normalize_images", normalize):
         train_one_epoch(run)
     return list(run.tracker), run
 
 
-def descend_single(ranks: Ranks, config: Path, **recipe) -> tuple[list[float], dict]:
-    """The first steps in float32: losses and state."""
-    with (
-        mock.patch(f"{__name__}.build_double", build_single),
-        mock.patch(f"{__name__}.normalize_double", normalize_images),
-    ):
-        losses, run = descend(ranks, config, **recipe)
-    return losses, unwrap(run.model).state_dict()
-
-
+descend_single = partial(descend, build=build_single, normalize=normalize_images)
 ADAM = {
     "float64": partial(descend, optimizer=torch.optim.Adam, lr=1e-4),
     "float32": partial(descend_single, optimizer=torch.optim.Adam, lr=1e-6),
@@ -190,9 +188,10 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
         with warnings.catch_warnings(action="error", category=UserWarning):
             losses, run = descend(ranks, config, *opts)
         results[name] = (losses, unwrap(run.model).state_dict())
-    for name, run_adam in ADAM.items():
-        results[name], _ = run_adam(ranks, config)
-    results["single"] = descend_single(ranks, config, lr=SMALL)
+    losses, run = descend_single(ranks, config, lr=SMALL)
+    results["single"] = (losses, unwrap(run.model).state_dict())
+    for name, train_by_adam in ADAM.items():
+        results[name], _ = train_by_adam(ranks, config)
     results["spoilt"] = statistics_after_bad_images(ranks, config)
     results["agree"] = synchronised_only_when_complete(ranks, config)
     torch.save(results, out / f"{ranks.rank}.pt")
@@ -248,14 +247,14 @@ def test_two_ranks_have_the_losses_of_one_process_with_adam_too(two_ranks, confi
 
 
 def test_two_ranks_train_like_one_process_in_float32_too(two_ranks, config):
-    losses, state = descend_single(ALONE, config, lr=SMALL)
+    losses, run = descend_single(ALONE, config, lr=SMALL)
     still, _ = descend_single(ALONE, config, lr=0.0)
     # What is compared has moved by more than twenty times the tolerance.
     assert max(abs(a / b - 1) for a, b in zip(losses, still, strict=True)) > 2e-4
     for results in two_ranks:
         got_losses, got_state = results["single"]
         assert got_losses == pytest.approx(losses, rel=1e-5)
-        for key, value in state.items():
+        for key, value in run.model.state_dict().items():
             difference = (got_state[key] - value).double().norm()
             assert difference <= 1e-5 * value.double().norm(), key
 

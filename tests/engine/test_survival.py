@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from helpers import (
     assert_equal_runs,
     assert_same,
     encoded,
+    free_port,
     load,
     load_state,
     read_metrics,
@@ -85,17 +85,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
 
 def start_two(start: Callable, config: Path, *options: object) -> list[subprocess.Popen]:
     """Two launchers with a rank each, which meet at a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = (
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        "--rdzv_id=test",
-        *options,
-    )
-    options = (*options, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
+    meeting = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
+    options = ("--nnodes=2", "--nproc_per_node=1", *meeting, "--local_addr=127.0.0.1", *options)
     return [start(config, *options) for _ in range(2)]
 
 
