@@ -177,13 +177,14 @@ def _choose(cfg: Config, is_restarted: bool, is_dry: bool) -> str | None:
     if named == AUTO or (is_restarted and there):
         newest = find_newest(folder)
         # What was refused is restarted, too: so only what this very config has saved.
-        if named == AUTO or read_checkpoint(newest, AUTO).get("config") == to_dict(cfg):
+        if named == AUTO or read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
             return None if newest is None else str(newest)
     if there and not (is_own_checkpoint(cfg, named) or cfg.TRAIN.force or is_dry):
+        kind = f"training from {named}" if named else "new training"
         raise UserError(
-            f"{there[0]} is there, and a {f'training from {named}' if named else 'new training'} "
-            "would write over it: set TRAIN.resume auto to go on with that run, give "
-            "TRAIN.exp_name another name, or remove its checkpoints by TRAIN.force True"
+            f"{there[0]} is there, and a {kind} would write over it: set TRAIN.resume auto to go "
+            "on with that run, give TRAIN.exp_name another name, or remove its checkpoints by "
+            "TRAIN.force True"
         )
     return named
 

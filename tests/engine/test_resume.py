@@ -388,6 +388,15 @@ def test_the_remedies_of_an_earlier_training_work(straight, config, ended, capfd
     assert [p.name for p in (ended / "pictures").iterdir()] == ["epoch_0001.jpg"]
 
 
+def test_ranks_that_are_restarted_go_on_only_from_what_this_very_config_has_saved(
+    config, monkeypatch
+):
+    run_program("train.py", config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert build_run(config).epoch == EPOCHS
+    assert "would write over it" in error_of("train.py", config, "TRAIN.base_lr", 0.5)
+
+
 # ------------------------------------------------------------- from a checkpoint of another run
 
 
