@@ -27,7 +27,7 @@ def check_records(cfg: Config, lmdb: str, split: str) -> None:
         UserError: they differ; or the LMDB cannot be read.
     """
     meta = RecordReader(lmdb).meta
-    dataset = cfg.DATA.dataset if len(cfg.DATA.train_files) == 1 else meta["dataset"]
+    dataset = cfg.DATA.dataset if len(cfg.DATA.train_lmdb) == 1 else meta["dataset"]
     held, expected = (meta["dataset"], meta["split"]), (dataset, split)
     if held != expected:
         _refuse(cfg, f"{lmdb} holds {' '.join(held)}, the config says {' '.join(expected)}")

@@ -119,7 +119,7 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     Call `loader.batch_sampler.set_epoch` before each pass.
     """
     train = cfg.TRAIN
-    readers = [RecordReader(path) for path in cfg.DATA.train_files]
+    readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
     records = training_records(cfg, readers)
     by_image = train.batch_by == "images"
     groups = group_by_image(records) if by_image else [[i] for i in range(len(records))]
@@ -167,7 +167,7 @@ def build_loaders(cfg: Config, micro_batch: int, ranks: Ranks) -> tuple[DataLoad
         UserError: they are not, or cannot be read, or are fewer than a batch.
     """
     data = cfg.DATA
-    for lmdb in data.train_files:
+    for lmdb in data.train_lmdb:
         check_records(cfg, lmdb, data.train_split)
     check_records(cfg, data.val_lmdb, data.val_split)
     sentences = cfg.TRAIN.val_sentences

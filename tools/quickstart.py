@@ -109,7 +109,7 @@ def training_step(config: str, cfg: Config) -> Step:
 
     command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
     last, best = folder / LAST, folder / BEST
-    if is_fresh([last, best], [*map(Path, cfg.DATA.train_files), Path(cfg.DATA.val_lmdb)]):
+    if is_fresh([last, best], [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]):
         state = read_checkpoint(last, "quickstart")
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
             resume = f"{command} --opts TRAIN.resume {last}"

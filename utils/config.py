@@ -11,10 +11,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -33,7 +31,6 @@ from utils.files import atomic_path
 
 BASE_KEY = "_base_"
 AUTO = "auto"  # of TRAIN.resume: the newest whole checkpoint of the run, if there is one
-SPLIT_ALIASES = {"val-test": "val"}  # the name for val in the release's test configs
 GUESSES = {"lr": "TRAIN.base_lr", "learning_rate": "TRAIN.base_lr"}  # names in other projects
 
 # Keys of the release that are accepted everywhere and do nothing: why.
@@ -42,16 +39,10 @@ NO_EFFECT = {
     "TRAIN.evaluate": "validation follows every TRAIN.val_freq epochs",
     "TRAIN.save_freq": "the last and the best checkpoint are written as training goes",
     "TRAIN.intermediate": "the decoder returns its last layer only",
-} | dict.fromkeys(
-    (
-        "Distributed.dist_url",
-        "Distributed.dist_backend",
-        "Distributed.multiprocessing_distributed",
-        "Distributed.world_size",
-        "Distributed.rank",
-    ),
-    "ranks and addresses come from torchrun, the backend from the device",
-)
+} | {
+    f"Distributed.{name}": "ranks and addresses come from torchrun, the backend from the device"
+    for name in ("dist_url", "dist_backend", "multiprocessing_distributed", "world_size", "rank")
+}
 
 
 def _as_text(value: Any) -> Any:
@@ -66,14 +57,20 @@ def _as_number(value: Any) -> Any:
     return value
 
 
-def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
-    if any(a >= b for a, b in pairwise(values)):
-        raise ValueError("must increase")
-    return values
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _distinct(files: tuple[str, ...]) -> tuple[str, ...]:
+    if not files or len(set(files)) < len(files):
+        raise ValueError("must name one LMDB or several, each once")
+    return files
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
-Split = Annotated[Text, AfterValidator(lambda name: SPLIT_ALIASES.get(name, name))]
+# The release's test configs call val so.
+Split = Annotated[Text, AfterValidator(lambda name: "val" if name == "val-test" else name)]
+Files = Annotated[tuple[Text, ...], BeforeValidator(_as_list), AfterValidator(_distinct)]
 Integer = Annotated[int, Field(strict=True)]
 Size = Annotated[Integer, Field(ge=1)]
 Count = Annotated[Integer, Field(ge=0)]
@@ -108,7 +105,7 @@ class ClipArch(_Group):
         if self.transformer_width != 64 * self.transformer_heads:
             raise UserError(
                 f"TRAIN.clip_arch.transformer_width {self.transformer_width} must be 64 times "
-                f"transformer_heads {self.transformer_heads}, as in every CLIP"
+                f"transformer_heads {self.transformer_heads}"
             )
         return self
 
@@ -117,28 +114,13 @@ class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
     dataset: Text = "refcoco"
-    train_lmdb: Text | tuple[Text, ...] = "datasets/lmdb/refcoco/train.lmdb"
+    train_lmdb: Files = ("datasets/lmdb/refcoco/train.lmdb",)
     train_split: Text = "train"
     exclude_lmdb: tuple[Text, ...] = ()
     val_lmdb: Text = "datasets/lmdb/refcoco/val.lmdb"
     val_split: Text = "val"
     cache: Text | None = None
     allow_mismatch: StrictBool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        files = self.train_files
-        if not files:
-            raise UserError("DATA.train_lmdb is an empty list; name one LMDB or several")
-        twice = next((file for file in files if files.count(file) > 1), None)
-        if twice is not None:
-            raise UserError(f"DATA.train_lmdb names {twice} twice")
-        return self
-
-    @property
-    def train_files(self) -> tuple[str, ...]:
-        """`train_lmdb` as a list, which may have a single entry."""
-        return (self.train_lmdb,) if isinstance(self.train_lmdb, str) else self.train_lmdb
 
 
 class TrainConfig(_Group):
@@ -160,7 +142,7 @@ class TrainConfig(_Group):
     workers: Count = 32
     workers_val: Count = 16
     epochs: Size = 50
-    milestones: Annotated[tuple[Size, ...], AfterValidator(_increasing)] = (35,)
+    milestones: tuple[Size, ...] = (35,)
     start_epoch: Count = 0
     batch_size: Size = 64
     batch_size_val: Size = 64
@@ -211,11 +193,6 @@ class TrainConfig(_Group):
     def _check(self) -> Self:
         if self.vis_dim is not None:
             _check_heads(self.vis_dim, self.num_head)
-        if None not in (self.fpn_out, self.vis_dim) and self.fpn_out[1] != self.vis_dim:
-            raise UserError(
-                f"TRAIN.fpn_out[1] {self.fpn_out[1]} is the width that the neck hands to the "
-                f"decoder and must equal TRAIN.vis_dim {self.vis_dim}"
-            )
         if self.weight is not None and self.resume not in (None, AUTO):
             raise UserError(
                 f"TRAIN.weight {self.weight} and TRAIN.resume {self.resume} are both set: weight "
@@ -226,14 +203,11 @@ class TrainConfig(_Group):
                 f"TRAIN.start_epoch {self.start_epoch} must be below TRAIN.epochs {self.epochs}"
             )
         if self.compile and (self.recompute_backbone or self.recompute_decoder):
-            raise UserError(
-                "TRAIN.compile and TRAIN.recompute_backbone or recompute_decoder are both set: "
-                "compiling the two together takes minutes even for a tiny model; choose one"
-            )
+            raise UserError("TRAIN.compile and TRAIN.recompute_* are both true: choose one")
         if self.compile and self.batch_by == "images":
             raise UserError(
-                "TRAIN.compile needs batches of one shape, and with TRAIN.batch_by images each has "
-                "its own number of photos; set batch_by to refs"
+                "TRAIN.compile needs batches of one shape, which TRAIN.batch_by images has not; "
+                "set batch_by to refs"
             )
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
@@ -270,12 +244,21 @@ class Config(_Group):
     DATA: DataConfig = DataConfig()
     TRAIN: TrainConfig = TrainConfig()
     TEST: TestConfig = TestConfig()
-    _notices: tuple[str, ...] = ()
+    _ignored: tuple[str, ...] = ()
 
     @property
     def notices(self) -> tuple[str, ...]:
         """Lines about keys without effect and values that rarely go together."""
-        return self._notices
+        train, protocol, lines = self.TRAIN, self.TEST.protocol, list(self._ignored)
+        late = [epoch for epoch in train.milestones if epoch >= train.epochs]
+        if late and train.schedule == "milestones":
+            lines.append(f"TRAIN.milestones {late} are never reached in {train.epochs} epochs")
+        fitting = {"nearest": "published", "area": "aligned"}[train.target]
+        if protocol not in (fitting, "both"):
+            lines.append(
+                f"TRAIN.target {train.target} goes with TEST.protocol {fitting}, not {protocol}"
+            )
+        return tuple(lines)
 
     @property
     def run_folder(self) -> Path:
@@ -284,8 +267,6 @@ class Config(_Group):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and to_dict(self) == to_dict(other)
-
-    __hash__ = None
 
 
 def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
@@ -305,8 +286,7 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
         raise UserError(f"--opts takes KEY VALUE pairs; {opts[-1]} has no value")
     values, sources = {}, {}
     for source, tree in _read_files(Path(path)):
-        content = {name: {} if keys is None else keys for name, keys in tree.items()}
-        _merge(values, content, source, sources)
+        _merge(values, tree, source, sources)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         key = _full_key(key)
         tree = _parse_opt(text, KEYS.get(key))
@@ -315,13 +295,13 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
         _merge(values, tree, "--opts", sources)
         if key == "TEST.test_split":  # the one split asked for, whatever list the file has
             _merge(values, {"TEST": {"splits": []}}, "--opts", sources)
-    notices = _remove_without_effect(values)
+    ignored = _remove_without_effect(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         whole = f"{path}{' with --opts' if opts else ''}"
         raise UserError(_first_fault(error, sources, whole)) from None
-    config._notices = (*notices, *_doubtful(config))
+    config._ignored = tuple(ignored)
     return config
 
 
@@ -338,11 +318,10 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def check_batch(train: TrainConfig, world_size: int) -> int:
-    """Samples per rank and forward pass: batch_size / (ranks x accumulation_steps).
+    """Return the samples a rank and forward pass: batch_size / (ranks x accumulation_steps).
 
     Raises:
-        UserError: it does not divide, or a batch norm would see a single sample, which has no
-            variance.
+        UserError: it does not divide, or a batch norm would see a single sample.
     """
     shares = world_size * train.accumulation_steps
     micro_batch, rest = divmod(train.batch_size, shares)
@@ -360,28 +339,19 @@ def check_batch(train: TrainConfig, world_size: int) -> int:
 def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
     """Refuse widths and lengths that do not fit the CLIP.
 
-    `TRAIN.clip_arch` is checked on loading; call this with an archive's sizes once it is read
-    (`model.clip_archive.ClipSizes` has the attributes of a `ClipArch`).
+    Args:
+        arch: `TRAIN.clip_arch`, or an archive's sizes (`model.clip_archive.ClipSizes`).
     """
-    fits = {
-        "fpn_in": (8 * arch.vision_width, 16 * arch.vision_width, arch.embed_dim),
-        "word_dim": arch.embed_dim,
-    }
-    for name, value in fits.items():
-        given = getattr(train, name)
-        if given not in (None, value):
-            raise UserError(
-                f"TRAIN.{name} {_show(given)} does not fit the CLIP: use {_show(value)} or null"
-            )
     width = arch.transformer_width
-    for name, given in (
-        ("vis_dim", train.vis_dim),
-        ("fpn_out[1]", train.fpn_out and train.fpn_out[1]),
+    for name, given, fitting in (
+        ("fpn_in", train.fpn_in, (8 * arch.vision_width, 16 * arch.vision_width, arch.embed_dim)),
+        ("word_dim", train.word_dim, arch.embed_dim),
+        ("vis_dim", train.vis_dim, width),
+        ("fpn_out[1]", train.fpn_out and train.fpn_out[1], width),
     ):
-        if given not in (None, width):
+        if given not in (None, fitting):
             raise UserError(
-                f"TRAIN.{name} {given} must equal the width of CLIP's text transformer, {width} "
-                "(or be null): the decoder attends to its tokens as they are"
+                f"TRAIN.{name} {_show(given)} does not fit the CLIP: use {_show(fitting)} or null"
             )
     _check_heads(width, train.num_head)
     if train.word_len > arch.context_length:
@@ -448,7 +418,7 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected the sections DATA, TRAIN and TEST, got {tree!r:.60}")
-    return tree
+    return {name: {} if keys is None else keys for name, keys in tree.items()}
 
 
 def _full_key(key: str) -> str:
@@ -462,18 +432,9 @@ def _full_key(key: str) -> str:
     return matches[0]
 
 
-def _takes_text(hint: Any) -> bool:
-    """Tell whether a key of type `hint` holds a name, which no parser may turn into a number."""
-    if get_origin(hint) in (Union, UnionType):
-        return all(arm is NoneType or _takes_text(arm) for arm in get_args(hint))
-    if get_origin(hint) is Annotated:
-        return _takes_text(get_args(hint)[0])
-    return hint is str or get_origin(hint) is Literal
-
-
 def _parse_opt(text: str, hint: Any) -> Any:
     """Return what `text` spells for a key of type `hint`: Python literal, YAML, or text."""
-    takes_text = _takes_text(hint)
+    takes_text = hint in (str, Text | None) or get_origin(hint) is Literal
     with suppress(ValueError, SyntaxError, TypeError):
         value = ast.literal_eval(text)
         if not takes_text or value is None or isinstance(value, str):
@@ -489,12 +450,11 @@ def _merge(values: dict, tree: Mapping, source: str, sources: dict, prefix: str 
     """Write the keys of `tree` over those of `values`, and note their source."""
     for name, value in tree.items():
         name = str(name)
-        key = f"{prefix}{name}"
-        sources[key] = source
+        sources[prefix + name] = source
         if isinstance(value, Mapping):
-            below = values.get(name)
-            values[name] = below if isinstance(below, dict) else {}
-            _merge(values[name], value, source, sources, f"{key}.")
+            if not isinstance(values.get(name), dict):
+                values[name] = {}
+            _merge(values[name], value, source, sources, f"{prefix}{name}.")
         else:
             values[name] = value
 
@@ -522,50 +482,26 @@ def _suggestion(key: str) -> str:
 def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str) -> str:
     """Return one line that names the source, the key and what is wrong with its value."""
     faults = error.errors(include_url=False)
-    # Of the types of a union, the one that goes deepest is the one meant.
-    fault = max(faults, key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
-    key, entry = "", ""
-    for part in fault["loc"]:
-        if isinstance(part, int):
-            entry += f"[{part}]"
-        elif key not in KEYS or any(known.startswith(f"{key}.") for known in KEYS):
-            key = f"{key}.{part}".lstrip(".")  # else it says which type of a union was tried
+    fault = max(faults, key=lambda fault: fault["type"] == "extra_forbidden")
+    kind, value = fault["type"], fault["input"]
+    key = ".".join(part for part in fault["loc"] if isinstance(part, str))
+    entry = "".join(f"[{part}]" for part in fault["loc"] if isinstance(part, int))
     where = f"{sources.get(key, whole)}: "
-    text = fault["msg"].replace("Input should be", "must be").replace("a valid tuple", "a list")
-    text = text.removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return f"{where}unknown key {key}; {_suggestion(key)}"
-    if fault["type"] == "missing" and not entry:
-        names = [str(fault["loc"][-1]) for fault in faults if fault["type"] == "missing"]
-        return f"{whole}: {key.rpartition('.')[0]} lacks {', '.join(names)}"
+    if kind == "missing":
+        return f"{where}{key}{entry} is missing"
+    text = fault["msg"].removeprefix("Value error, ")
     if isinstance(fault.get("ctx", {}).get("error"), UserError):
         return f"{whole}: {text}"  # of several keys, which it names
-    if fault["type"] == "missing":
-        return f"{where}{key}{entry} is missing from the list"
-    if fault["type"] == "string_pattern_mismatch":  # of an Interval
+    if kind == "string_pattern_mismatch":  # of an Interval
         text = "must be a number of steps, or of minutes such as '10 minutes'"
-    if fault["type"] == "model_type":
+    if kind == "model_type":
         text = "must be a mapping of its keys"
-    return f"{where}{key}{entry} {text}, not {_show(fault['input'])}"
+    text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
+    return f"{where}{key}{entry} {text}, not {_show(value)}"
 
 
 def _show(value: Any) -> str:
     """Return `value` as a YAML file would have it."""
     return "null" if value is None else repr(list(value) if isinstance(value, tuple) else value)
-
-
-def _doubtful(config: Config) -> tuple[str, ...]:
-    """Return one line for each pair of values that may be together and rarely should be."""
-    train, test, lines = config.TRAIN, config.TEST, []
-    beyond = [epoch for epoch in train.milestones if epoch >= train.epochs]
-    if beyond and train.schedule == "milestones":
-        lines.append(
-            f"TRAIN.milestones {_show(beyond)} are never reached in TRAIN.epochs {train.epochs}"
-        )
-    fitting = {"nearest": "published", "area": "aligned"}[train.target]
-    if test.protocol not in (fitting, "both"):
-        lines.append(
-            f"TRAIN.target {train.target} goes with TEST.protocol {fitting}, "
-            f"and this is {test.protocol}: scores suffer"
-        )
-    return tuple(lines)

@@ -126,7 +126,7 @@ def test_everything_else_is_trained_on_once_an_epoch(files):
 
 def test_what_is_left_out_is_counted(files, log_lines):
     cfg = joined(files)
-    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_files]))
+    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
     one = [3, 7, 8]  # each with 1 + number % 3 refs
     two = [7, 8, 15]
     for name, numbers in (("one", one), ("two", two)):
@@ -162,7 +162,7 @@ def test_two_ids_decide_whatever_the_names_say(tmp_path):
 
 def test_an_overlap_with_val_that_is_not_excluded_is_a_warning(files, log_lines):
     cfg = loader_config(files["val"], files=[str(files["one"]), str(files["two"])])
-    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_files]))
+    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
     shared = 1 + 3 % 3 + 2 * (1 + 7 % 3)
     assert log_lines[-1] == (
         f"{shared} of {2 * 12 + 27} training refs are on images of {files['val']}; "
@@ -318,7 +318,7 @@ def test_spawned_workers_read_several_files(files):
 def test_the_combined_config_leaves_out_every_val_and_test_split_that_is_published(model):
     cfg = load_config(ROOT / f"config/combined/cris_{model}.yaml")
     names = ("refcoco", "refcoco+", "refcocog_u")
-    assert cfg.DATA.train_files == tuple(f"datasets/lmdb/{name}/train.lmdb" for name in names)
+    assert cfg.DATA.train_lmdb == tuple(f"datasets/lmdb/{name}/train.lmdb" for name in names)
     assert set(cfg.DATA.exclude_lmdb) == {
         f"datasets/lmdb/{name}/{split}.lmdb"
         for name, splits in PUBLISHED.items()
@@ -342,20 +342,20 @@ def test_the_combined_config_leaves_out_every_val_and_test_split_that_is_publish
 )
 def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
     cfg = load_config(ROOT / "config/base.yaml", ["DATA.train_lmdb", text])
-    assert cfg.DATA.train_files == expected
+    assert cfg.DATA.train_lmdb == expected
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"DATA": {"train_lmdb": list(expected)}}))
-    assert load_config(path).DATA.train_files == expected
+    assert load_config(path).DATA.train_lmdb == expected
 
 
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("DATA.train_lmdb", "[]", "DATA.train_lmdb is an empty list; name one LMDB or several"),
-        ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "DATA.train_lmdb names a.lmdb twice"),
+        ("DATA.train_lmdb", "[]", "DATA.train_lmdb must name one LMDB or several, each once"),
+        ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "each once, not ['a.lmdb', 'a.lmdb']"),
         ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be a valid string"),
-        ("DATA.train_lmdb", "null", "DATA.train_lmdb must be a valid string, not null"),
-        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb must be a valid string"),
+        ("DATA.train_lmdb", "null", "DATA.train_lmdb[0] must be a valid string, not null"),
+        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb[0] must be a valid string"),
         ("DATA.exclude_lmdb", "a.lmdb", "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
     ],
 )

@@ -46,7 +46,6 @@ DATA:
   val_split: val
   mask_root: datasets/masks/refcocog_g
 TRAIN:
-  # model
   clip_pretrain: pretrain/RN101.pt
   input_size: 416
   word_len: 22
@@ -55,13 +54,11 @@ TRAIN:
   fpn_in: [512, 1024, 512]
   fpn_out: [256, 512, 1024]
   sync_bn: True
-  # decoder
   num_layers: 3
   num_head: 8
   dim_ffn: 2048
   dropout: 0.1
   intermediate: False
-  # training
   workers: 32
   workers_val: 16
   epochs: 50
@@ -76,7 +73,6 @@ TRAIN:
   max_norm: 0.
   manual_seed: 0
   print_freq: 100
-  # run
   exp_name: CRIS_R101
   output_folder: exp/refcocog_g
   save_freq: 1
@@ -96,42 +92,18 @@ TEST:
 """
 
 
-# What we added, at the value that leaves CRIS as published (validation scores all sentences).
-ADDED = {
-    "DATA": {"exclude_lmdb": (), "cache": None, "allow_mismatch": False},
+# The switches that CRIS does not have, at the value that leaves it as published.
+SWITCHES = {
     "TRAIN": {
         "backbone_start": "published",
         "schedule": "milestones",
         "freeze_token_embedding": False,
-        "clip_arch": None,
         "accumulation_steps": 1,
         "batch_by": "refs",
-        "val_freq": 1,
         "warmup_steps": 0,
-        "recompute_backbone": False,
-        "recompute_decoder": False,
-        "compile": False,
-        "deterministic": False,
-        "precision": "auto",
         "target": "nearest",
-        "val_sentences": "all",
-        "val_pictures": 4,
-        "save_every": None,
-        "keep_checkpoints": 2,
-        "force": False,
-        "wandb": "disabled",
     },
-    "TEST": {
-        "splits": (),
-        "weights": None,
-        "protocol": "published",
-        "threshold": None,
-        "visualize_limit": None,
-        "report": False,
-        "report_limit": None,
-        "report_photo_size": 384,
-        "swap_sentences": False,
-    },
+    "TEST": {"protocol": "published", "threshold": None, "swap_sentences": False},
 }
 
 
@@ -172,6 +144,14 @@ class TestShippedFiles:
         same = {key for key, value in yaml_leaves(tree).items() if base.get(key, ...) == value}
         assert not same
 
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+    def test_each_file_raises_no_doubt_and_is_saved_and_read_back_equal(self, path, tmp_path):
+        assert load_config(path).notices == ()
+        config = load_config(path, ["exp_name", "5", "threshold", "0.4", "base_lr", "1e-7"])
+        save_config(config, tmp_path / "run" / "config.yaml")
+        assert load_config(tmp_path / "run" / "config.yaml") == config
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
     @pytest.mark.parametrize("name", ["cris_tiny", "cris_small"])
     def test_refshapes_trains_from_scratch_and_scores_three_splits(self, name):
         config = load_config(CONFIG_DIR / "refshapes" / f"{name}.yaml")
@@ -180,7 +160,6 @@ class TestShippedFiles:
         assert config.TRAIN.exp_name == name
         assert (config.DATA.dataset, config.TEST.protocol) == ("refshapes", "both")
         assert config.TEST.splits == ("val", "testA", "testB")
-        assert check_batch(config.TRAIN, 1) == config.TRAIN.batch_size
         assert check_batch(config.TRAIN, 2) == config.TRAIN.batch_size // 2
 
 
@@ -215,9 +194,8 @@ class TestOfficialFiles:
         ours = load_config(CONFIG_DIR / dataset / f"cris_{model}.yaml")
         assert config.TRAIN == ours.TRAIN
         assert ours.notices == ()
-        for section, values in ADDED.items():
-            found = to_dict(ours)[section]
-            assert {key: found[key] for key in values} == values
+        for section, values in SWITCHES.items():
+            assert values.items() <= to_dict(ours)[section].items()
         if dataset != "refcoco+":
             assert config == ours
             return
@@ -256,10 +234,6 @@ class TestOfficialFiles:
 
 
 class TestValuesThatMayBeMistakes:
-    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
-    def test_shipped_configs_raise_no_doubt(self, path):
-        assert load_config(path).notices == ()
-
     def test_the_small_gpu_config_is_the_published_recipe_but_for_what_saves_memory(self):
         small = load_config(R50.with_name("cris_r50_small_gpu.yaml"))
         ours, published = (to_dict(config)["TRAIN"] for config in (small, load_config(R50)))
@@ -270,21 +244,9 @@ class TestValuesThatMayBeMistakes:
         assert small.TRAIN.batch_size == 64
         assert check_batch(small.TRAIN, world_size=1) >= 8
 
-    @pytest.mark.parametrize(
-        ("opts", "remedy"),
-        [
-            (["TRAIN.recompute_backbone", "true"], "choose one"),
-            (["TRAIN.recompute_decoder", "true"], "choose one"),
-            (["TRAIN.batch_by", "images"], "set batch_by to refs"),
-        ],
-    )
-    def test_what_does_not_go_with_compilation_is_refused(self, opts, remedy):
-        with pytest.raises(UserError, match=remedy):
-            load_config(R50, ["TRAIN.compile", "true", *opts])
-
     def test_milestones_that_are_never_reached_are_named(self):
         (line,) = load_config(R50, ["TRAIN.epochs", "20", "milestones", "[10, 20, 35]"]).notices
-        assert line == "TRAIN.milestones [20, 35] are never reached in TRAIN.epochs 20"
+        assert line == "TRAIN.milestones [20, 35] are never reached in 20 epochs"
 
     @pytest.mark.parametrize(
         ("target", "protocol"), [("area", "published"), ("nearest", "aligned")]
@@ -295,12 +257,6 @@ class TestValuesThatMayBeMistakes:
         assert line.startswith(f"TRAIN.target {target} goes with TEST.protocol ")
         assert load_config(R50, [*opts, "TEST.protocol", "both"]).notices == ()
 
-    def test_weights_to_start_from_and_a_run_to_continue_contradict_each_other(self):
-        with pytest.raises(UserError, match=r"TRAIN\.weight a\.pth and TRAIN\.resume b\.pth"):
-            load_config(R50, ["TRAIN.weight", "a.pth", "TRAIN.resume", "b.pth"])
-
-
-class TestSizesThatFollow:
     def test_widths_follow_any_clip_when_they_are_left_out(self):
         x4 = RN50_ARCH.replace("transformer_width: 512", "transformer_width: 640")
         x4 = x4.replace("transformer_heads: 8", "transformer_heads: 10")
@@ -310,21 +266,13 @@ class TestSizesThatFollow:
         with torch.device("meta"):
             model = build_segmenter(config)
         assert model.decoder.norm.normalized_shape == (640,)
-        assert [model.neck.f3_v_proj[0].out_channels, model.neck.f1_v_proj[0].out_channels] == [
-            *(320, 1280)
-        ]
-        with pytest.raises(UserError, match=r"fpn_out\[1\] 512 must equal"):
+        neck = model.neck
+        assert (neck.f3_v_proj[0].out_channels, neck.f1_v_proj[0].out_channels) == (320, 1280)
+        with pytest.raises(UserError, match=r"fpn_out\[1\] 512 does not fit the CLIP: use 640"):
             load_config(CONFIG_DIR / "base.yaml", [*names, "fpn_out", "[256, 512, 1024]"])
 
 
 class TestSaving:
-    @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
-    def test_saved_config_reads_back_equal(self, path, tmp_path):
-        config = load_config(path, ["exp_name", "5", "threshold", "0.4", "base_lr", "1e-7"])
-        save_config(config, tmp_path / "run" / "config.yaml")
-        assert load_config(tmp_path / "run" / "config.yaml") == config
-        assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
-
     def test_notices_are_neither_compared_nor_saved(self, tmp_path):
         config = load_config(R50, ["TRAIN.save_freq", "2"])
         assert config.notices
@@ -342,10 +290,8 @@ class TestOpts:
     @pytest.mark.parametrize(
         ("key", "text", "expected"),
         [
-            ("TRAIN.batch_size", "16", 16),
             ("batch_size", "16", 16),
             ("TRAIN.base_lr", "1e-4", 1e-4),
-            ("TRAIN.base_lr", "1", 1.0),
             ("TRAIN.max_norm", "1", 1.0),
             ("TRAIN.milestones", "(35,)", (35,)),
             ("TRAIN.milestones", "[20, 30]", (20, 30)),
@@ -363,7 +309,6 @@ class TestOpts:
             ("TRAIN.exp_name", "a: b #c", "a: b #c"),
             ("TRAIN.sync_bn", "false", False),
             ("TRAIN.sync_bn", "False", False),
-            ("TEST.threshold", "0.5", 0.5),
             ("TEST.visualize_limit", "3", 3),
             ("TEST.splits", "[val, testA]", ("val", "testA")),
             ("TEST.splits", "('val',)", ("val",)),
@@ -409,7 +354,7 @@ class TestOpts:
     def test_null_removes_all_of_clip_arch(self):
         opts = ["TRAIN.clip_arch", "null"]
         assert load_config(TINY, opts).TRAIN.clip_arch is None
-        with pytest.raises(UserError, match=r"TRAIN\.clip_arch lacks image_resolution, .*layers$"):
+        with pytest.raises(UserError, match=r"TRAIN\.clip_arch\.image_resolution is missing$"):
             load_config(TINY, [*opts, "TRAIN.clip_arch.embed_dim", "96"])
 
 
@@ -417,69 +362,55 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("TRAIN:\n  bach_size: 4\n", "unknown key TRAIN.bach_size; did you mean TRAIN.batch_"),
-            ("TRIAN:\n  batch_size: 4\n", "unknown key TRIAN; did you mean TRAIN?"),
-            ("TEST:\n  batch_size: 4\n", "unknown key TEST.batch_size; did you mean TRAIN.batch_"),
-            ("TRAIN:\n  zzz: 4\n", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
-            ("TRAIN:\n  clip_arch: {depth: 4}\n", "unknown key TRAIN.clip_arch.depth"),
-            ("TRAIN:\n  clip_arch: RN50\n", "TRAIN.clip_arch must be a mapping of its keys, not"),
-            ("TRAIN: 4\n", "TRAIN must be a mapping of its keys, not 4"),
             (
-                "TRAIN:\n  batch_size: many\n",
-                "batch_size must be a valid integer, not 'many'",
+                "TRAIN: {bach_size: 4}",
+                "unknown key TRAIN.bach_size; did you mean TRAIN.batch_size?",
             ),
-            ("TRAIN:\n  batch_size: 64.0\n", "TRAIN.batch_size must be a valid integer, not 64.0"),
-            ("TRAIN:\n  batch_size: true\n", "TRAIN.batch_size must be a valid integer, not True"),
-            ("TRAIN:\n  batch_size:\n", "TRAIN.batch_size must be a valid integer, not null"),
-            (
-                "TRAIN:\n  batch_size: 0\n",
-                "batch_size must be greater than or equal to 1, not 0",
-            ),
-            ("TRAIN:\n  base_lr: fast\n", "TRAIN.base_lr must be a valid number, not 'fast'"),
-            ("TRAIN:\n  base_lr: true\n", "TRAIN.base_lr must be a valid number, not True"),
-            ("TRAIN:\n  base_lr: .nan\n", "TRAIN.base_lr must be a finite number, not nan"),
-            (
-                "TRAIN:\n  max_norm: -1\n",
-                "max_norm must be greater than or equal to 0, not -1",
-            ),
-            ("TRAIN:\n  dropout: 1\n", "TRAIN.dropout must be less than 1, not 1"),
-            ("TRAIN:\n  sync_bn: 1\n", "TRAIN.sync_bn must be a valid boolean, not 1"),
-            ("TRAIN:\n  exp_name: no\n", "TRAIN.exp_name must be a valid string, not False"),
-            ("TRAIN:\n  exp_name: [a]\n", "TRAIN.exp_name must be a valid string, not ['a']"),
-            ("TRAIN:\n  precision: fp8\n", "must be 'auto', 'fp16', 'bf16' or 'fp32', not 'fp8'"),
-            ("TRAIN:\n  wandb: off\n", "must be 'disabled', 'offline' or 'online', not False"),
-            ("TRAIN:\n  input_size: 400\n", "input_size must be a multiple of 32, not 40"),
-            ("TRAIN:\n  word_len: 1\n", "TRAIN.word_len must be greater than or equal to 2"),
-            ("TRAIN:\n  fpn_in: [1, 2]\n", "TRAIN.fpn_in[2] is missing from the list"),
-            ("TRAIN:\n  fpn_in: [1, 2, x]\n", "TRAIN.fpn_in[2] must be a valid integer, not 'x'"),
-            ("TRAIN:\n  milestones: 35\n", "TRAIN.milestones must be a list, not 35"),
-            ("TRAIN:\n  milestones: [35, 20]\n", "milestones must increase, not [35, 20]"),
-            ("TRAIN:\n  start_epoch: 50\n", "start_epoch 50 must be below TRAIN.epochs 50"),
-            (
-                "TRAIN:\n  num_head: 7\n  vis_dim: 512\n",
-                "TRAIN.vis_dim 512 does not divide by TRAIN.num_head 7",
-            ),
-            ("TRAIN:\n  vis_dim: 510\n", "TRAIN.vis_dim must be a multiple of 4, not 510"),
-            (
-                "TRAIN:\n  vis_dim: 256\n  fpn_out: [256, 512, 1024]\n",
-                "fpn_out[1] 512 is the width that the neck hands to the",
-            ),
-            (
-                "TRAIN:\n  epochs: 5\nTRAIN:\n  epochs: 6\n",
-                ":3: not valid YAML: TRAIN is there twice",
-            ),
+            ("TRIAN: {batch_size: 4}", "unknown key TRIAN; did you mean TRAIN?"),
+            ("TEST: {batch_size: 4}", "key TEST.batch_size; did you mean TRAIN.batch_size?"),
+            ("TRAIN: {lr: 0.1}", "unknown key TRAIN.lr; did you mean TRAIN.base_lr?"),
+            ("TRAIN: {zzz: 4}", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
+            ("TRAIN: {clip_arch: {depth: 4}}", "unknown key TRAIN.clip_arch.depth"),
+            ("TRAIN: {clip_arch: RN50}", "TRAIN.clip_arch must be a mapping of its keys, not"),
+            ("TRAIN: 4", "TRAIN must be a mapping of its keys, not 4"),
+            ("TRAIN: {batch_size: 64.0}", "TRAIN.batch_size must be a valid integer, not 64.0"),
+            ("TRAIN: {batch_size: true}", "TRAIN.batch_size must be a valid integer, not True"),
+            ("TRAIN: {batch_size: }", "TRAIN.batch_size must be a valid integer, not null"),
+            ("TRAIN: {batch_size: 0}", "batch_size must be greater than or equal to 1, not 0"),
+            ("TRAIN: {base_lr: fast}", "TRAIN.base_lr must be a valid number, not 'fast'"),
+            ("TRAIN: {base_lr: true}", "TRAIN.base_lr must be a valid number, not True"),
+            ("TRAIN: {base_lr: .nan}", "TRAIN.base_lr must be a finite number, not nan"),
+            ("TRAIN: {max_norm: -1}", "max_norm must be greater than or equal to 0, not -1"),
+            ("TRAIN: {dropout: 1}", "TRAIN.dropout must be less than 1, not 1"),
+            ("TRAIN: {sync_bn: 1}", "TRAIN.sync_bn must be a valid boolean, not 1"),
+            ("TRAIN: {exp_name: no}", "TRAIN.exp_name must be a valid string, not False"),
+            ("TRAIN: {exp_name: [a]}", "TRAIN.exp_name must be a valid string, not ['a']"),
+            ("TRAIN: {precision: fp8}", "must be 'auto', 'fp16', 'bf16' or 'fp32', not 'fp8'"),
+            ("TRAIN: {wandb: off}", "must be 'disabled', 'offline' or 'online', not False"),
+            ("TRAIN: {input_size: 400}", "input_size must be a multiple of 32, not 40"),
+            ("TRAIN: {word_len: 1}", "TRAIN.word_len must be greater than or equal to 2"),
+            ("TRAIN: {fpn_in: [1, 2]}", "TRAIN.fpn_in[2] is missing"),
+            ("TRAIN: {fpn_in: [1, 2, x]}", "TRAIN.fpn_in[2] must be a valid integer, not 'x'"),
+            ("TRAIN: {milestones: 35}", "TRAIN.milestones must be a list, not 35"),
+            ("TRAIN: {start_epoch: 50}", "start_epoch 50 must be below TRAIN.epochs 50"),
+            ("TRAIN: {num_head: 7, vis_dim: 512}", "512 does not divide by TRAIN.num_head 7"),
+            ("TRAIN: {vis_dim: 510}", "TRAIN.vis_dim must be a multiple of 4, not 510"),
+            ("TRAIN: {weight: a, resume: b}", "TRAIN.weight a and TRAIN.resume b are both set"),
+            ("TRAIN: {compile: true, recompute_backbone: true}", "choose one"),
+            ("TRAIN: {compile: true, recompute_decoder: true}", "choose one"),
+            ("TRAIN: {compile: true, batch_by: images}", "set batch_by to refs"),
+            ("TRAIN: {save_every: 5 hours}", "save_every must be a number of steps, or of minutes"),
+            ("TRAIN:\n  epochs: 5\nTRAIN:\n", ":3: not valid YAML: TRAIN is there twice"),
             ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
-            ("TEST:\n  threshold: 1.5\n", "TEST.threshold must be less than 1, not 1.5"),
-            ("TEST:\n  splits: val\n", "TEST.splits must be a list, not 'val'"),
+            ("TEST: {threshold: 1.5}", "TEST.threshold must be less than 1, not 1.5"),
+            ("TEST: {splits: val}", "TEST.splits must be a list, not 'val'"),
             ("TRAIN:\n  - a\n :", ":3: not valid YAML: "),
-            ("TRAIN: {epochs: 3\n", ": not valid YAML: "),
-            ("TRAIN:\n  exp_name: 2024-13-99\n", ": not valid YAML: "),
+            ("TRAIN: {exp_name: 2024-13-99}", ": not valid YAML: "),
             ("\x00", "not valid YAML: "),
             ("", "expected the sections DATA, TRAIN and TEST, got None"),
-            ("- TRAIN\n", "expected the sections DATA, TRAIN and TEST, got ['TRAIN']"),
-            ("_base_: nope.yaml\n", "nope.yaml does not exist"),
-            ("_base_: other.yaml\n", "its _base_ leads back to it"),
-            ("TRAIN:\n  lr: 0.1\n", "unknown key TRAIN.lr; did you mean TRAIN.base_lr?"),
+            ("- TRAIN", "expected the sections DATA, TRAIN and TEST, got ['TRAIN']"),
+            ("_base_: nope.yaml", "nope.yaml does not exist"),
+            ("_base_: other.yaml", "its _base_ leads back to it"),
         ],
     )
     def test_a_bad_file_is_one_line_that_names_it(self, text, message, tmp_path):
@@ -505,7 +436,6 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("opts", "message"),
         [
-            (["TRAIN.epochs"], "--opts takes KEY VALUE pairs; TRAIN.epochs has no value"),
             (["TRAIN.epochs", "1", "x"], "--opts takes KEY VALUE pairs; x has no value"),
             (["epocs", "3"], "--opts: unknown key epocs; did you mean TRAIN.epochs?"),
             (["train.epochs", "3"], "unknown key train.epochs; did you mean TRAIN.epochs?"),
@@ -519,10 +449,7 @@ class TestErrors:
             ([*FROM_SCRATCH, "context_length", "16"], "word_len 17 exceeds CLIP's context_length"),
             ([*FROM_SCRATCH, "transformer_heads", "4"], "512 must be 64 times transformer_heads 4"),
             ([*FROM_SCRATCH, "vision_width", "63"], "vision_width must be a multiple of 2"),
-            (
-                [*FROM_SCRATCH, "vis_dim", "256", "fpn_out", "[256, 256, 1024]"],
-                "TRAIN.vis_dim 256 must equal the width of CLIP's text transformer, 512",
-            ),
+            ([*FROM_SCRATCH, "vis_dim", "256"], "vis_dim 256 does not fit the CLIP: use 512"),
         ],
     )
     def test_bad_opts_are_one_line(self, opts, message):
@@ -538,15 +465,10 @@ class TestErrors:
 
 
 class TestChecks:
-    @pytest.mark.parametrize(
-        ("batch_size", "ranks", "accumulation", "sync_bn", "micro_batch"),
-        [(64, 1, 1, True, 64), (64, 8, 1, True, 8), (64, 4, 2, False, 8), (2, 2, 1, True, 1)],
-    )
-    def test_batch_is_shared_by_ranks_and_accumulation(
-        self, batch_size, ranks, accumulation, sync_bn, micro_batch
-    ):
-        train = TrainConfig(batch_size=batch_size, accumulation_steps=accumulation, sync_bn=sync_bn)
-        assert check_batch(train, ranks) == micro_batch
+    def test_batch_is_shared_by_ranks_and_accumulation(self):
+        assert check_batch(TrainConfig(), 1) == 64
+        assert check_batch(TrainConfig(accumulation_steps=2, sync_bn=False), 4) == 8
+        assert check_batch(TrainConfig(batch_size=2), 2) == 1
 
     @pytest.mark.parametrize(
         ("batch_size", "ranks", "accumulation", "sync_bn", "nearest"),
@@ -566,10 +488,8 @@ class TestChecks:
         train = TrainConfig(batch_size=batch_size, accumulation_steps=accumulation, sync_bn=sync_bn)
         with pytest.raises(UserError) as caught:
             check_batch(train, ranks)
-        text = str(caught.value)
-        assert text.startswith(f"TRAIN.batch_size {batch_size} ")
-        assert f"{ranks} x {accumulation}" in text
-        assert text.endswith(f": {nearest}")
+        pattern = rf"TRAIN\.batch_size {batch_size} .* {ranks} x {accumulation} .*: {nearest}"
+        assert re.fullmatch(pattern, str(caught.value))
         for value in nearest.split(" or "):
             check_batch(train.model_copy(update={"batch_size": int(value)}), ranks)
 
