@@ -17,7 +17,7 @@ from utils.tokenizer import END_ID
 
 
 def build_model(cfg: Config, device: torch.device) -> Segmenter:
-    """The config's model as training starts it: CLIP's weights, the rest at its initialisation.
+    """Build the config's model as training starts it: CLIP's weights, the rest initialised.
 
     Raises:
         UserError: no CLIP is named, its archive cannot be used, or the config's widths do not fit
@@ -39,7 +39,7 @@ def build_model(cfg: Config, device: torch.device) -> Segmenter:
 def restore_model(
     cfg: Config, device: torch.device, path: str, purpose: str
 ) -> tuple[Segmenter, dict]:
-    """The config's model with a checkpoint's weights; no CLIP archive is needed for it.
+    """Build the config's model with a checkpoint's weights; no CLIP archive is needed for it.
 
     Args:
         path: a checkpoint, ours or the release's.
@@ -66,7 +66,7 @@ def restore_model(
 def restore_trained(
     cfg: Config, device: torch.device, weights: str | Path | None, purpose: str
 ) -> tuple[Segmenter, str]:
-    """The config's trained model, and the path of its checkpoint.
+    """Return the config's trained model, and the path of its checkpoint.
 
     Args:
         weights: of the checkpoint; None: `TEST.weights`, or else the best one of the run.
@@ -81,7 +81,7 @@ def restore_trained(
 
 
 def find_device(name: str | torch.device | None, purpose: str) -> torch.device:
-    """The device asked for, or the first GPU, if there is one.
+    """Return the device asked for, or the first GPU, if there is one.
 
     Args:
         purpose: what asks for it, for the error.
@@ -102,25 +102,22 @@ def find_device(name: str | torch.device | None, purpose: str) -> torch.device:
 
 
 def settle_memory(cfg: Config, device: torch.device) -> None:
-    """Before training on a CPU: keep freed memory, unless the config recomputes to have more."""
+    """Keep freed memory for training on a CPU, unless the config recomputes to need less."""
     recomputes = cfg.TRAIN.recompute_backbone or cfg.TRAIN.recompute_decoder
     if device.type == "cpu" and not recomputes:
         keep_freed_memory()
 
 
 def compile_model(model: Segmenter, device: torch.device) -> None:
-    """Let `model(...)` be compiled when it is first called, for one shape of batch.
+    """Let `model(...)` be compiled in place when it is first called, for one shape of batch.
 
-    DistributedDataParallel goes around it, and so hooks onto the parameters as ever.
-
-    In place, so that names of weights stay. `encode_image` and `segment`, which evaluation calls
-    with as many sentences as a photo has, stay as they are: a score does not depend on it.
+    `encode_image` and `segment`, which evaluation calls, stay as they are: scores do not change.
 
     Raises:
         UserError: there is no compiler here; found by compiling a line.
     """
     try:
-        torch.compile(_double, dynamic=False)(torch.ones(1, device=device))
+        torch.compile(lambda x: x + x, dynamic=False)(torch.ones(1, device=device))
     except Exception as error:  # compilers fail in many ways
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -128,10 +125,6 @@ def compile_model(model: Segmenter, device: torch.device) -> None:
             "(g++, or name one in CXX), or set TRAIN.compile to false"
         ) from None
     model.compile(dynamic=False)
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return x + x
 
 
 def _place(model: Segmenter, cfg: Config, device: torch.device) -> Segmenter:

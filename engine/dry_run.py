@@ -15,15 +15,12 @@ from utils.machine import GIB, peak_memory
 
 
 def without_writing(cfg: Config) -> Config:
-    """The config that a dry run builds from: photos are decoded, not put into `DATA.cache`."""
+    """Return the config without `DATA.cache`, so that photos are decoded and none is stored."""
     return cfg.model_copy(update={"DATA": cfg.DATA.model_copy(update={"cache": None})})
 
 
 def dry_run(run: Run) -> None:
-    """Take the next step of `run`, with all its micro-batches, score one batch, and tell of both.
-
-    All ranks call it. The memory is that of the rank that took most.
-    """
+    """Take the next step of `run`, score one batch, and log both; all ranks call it."""
     score, seconds = _one_step(run)
     trained = _memory(run)
     skipped = "; the step was left out: its gradients are not finite" if run.faults[0] else ""
@@ -41,7 +38,7 @@ def dry_run(run: Run) -> None:
 
 
 def _one_step(run: Run) -> tuple[dict[str, float], float]:
-    """Means over the step by name, and the seconds it took, loading included."""
+    """Return means over the step by name, and the seconds it took, loading included."""
     start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
     epoch, position = run.epoch, run.position
     if position >= len(run.train_loader) // passes:  # it was stopped in the validation
@@ -57,6 +54,7 @@ def _one_step(run: Run) -> tuple[dict[str, float], float]:
 
 
 def _memory(run: Run) -> str:
+    """Describe the memory of the rank that took most."""
     device = run.ranks.device
     if device.type != "cuda":
         return f"peak memory of the process {max(gather_objects(peak_memory())) / GIB:.2f} GiB"

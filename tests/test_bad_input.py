@@ -15,7 +15,7 @@ from pathlib import Path
 import lmdb
 import pytest
 import torch
-from helpers import error_of, run_command, run_program, with_bad_image, write_config
+from helpers import all_refs, error_of, run_command, run_program, with_bad_image, write_config
 
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RecordWriter
@@ -49,6 +49,12 @@ def train_error(config: Path, *opts: object) -> str:
 ANY_SPLIT = ("DATA.allow_mismatch", True)
 
 
+def scoring_error(config: Path, lmdb_path: Path, checkpoint: Path, *opts: object) -> str:
+    """How the scoring of these records ends."""
+    keys = ("TEST.weights", checkpoint, "TEST.test_lmdb", lmdb_path)
+    return error_of("test.py", config, *keys, *ANY_SPLIT, *opts)
+
+
 def put(path: Path, entries: dict[bytes, bytes]) -> Path:
     with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
         for key, value in entries.items():
@@ -68,13 +74,8 @@ def test_a_missing_config(program, tmp_path):
     ("opts", "messages"),
     [
         (["TRAIN.epoch", 3], ["unknown key TRAIN.epoch", "did you mean TRAIN.epochs?"]),
-        (["TRAIN.epochs"], ["--opts takes KEY VALUE pairs; TRAIN.epochs has no value"]),
-        (["TRAIN.epochs", "many"], ["TRAIN.epochs must be a valid integer, not 'many'"]),
         (["TRAIN.batch_size", 9000], ["training split has", "one batch of 9000", "batch_size"]),
         (["TRAIN.batch_size", 1], ["TRAIN.batch_size 1", "single sample"]),
-        (["TRAIN.accumulation_steps", 3], ["TRAIN.batch_size 8 does not divide by 1 x 3"]),
-        (["TRAIN.word_dim", 100], ["TRAIN.word_dim 100 does not fit the CLIP: use 64"]),
-        (["TRAIN.fpn_in", "[64,64,64]"], ["TRAIN.fpn_in", "use [64, 128, 64]"]),
         (["TRAIN.clip_arch", None], ["TRAIN.clip_pretrain and TRAIN.clip_arch are both null"]),
         (["TRAIN.clip_arch.vocab_size", 512], ["has 512 tokens", "TRAIN.clip_arch.vocab_size"]),
         (["TRAIN.weight", "no.pth"], ["TRAIN.weight: there is no checkpoint no.pth"]),
@@ -106,6 +107,14 @@ def saved(content: object) -> bytes:
     return buffer.getvalue()
 
 
+def archive_error(config: Path, content: bytes | None, *opts: object) -> str:
+    """How training ends that starts from an archive of that content."""
+    path = config.with_name("archive.pt")
+    if content is not None:
+        path.write_bytes(content)
+    return train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path, *opts)
+
+
 VIT = {"visual.class_embedding": torch.ones(8), "visual.conv1.weight": torch.ones(768, 3, 32, 32)}
 
 
@@ -121,18 +130,15 @@ VIT = {"visual.class_embedding": torch.ones(8), "visual.conv1.weight": torch.one
     ],
     ids=["page", "cut", "checkpoint", "vit", "empty", "other"],
 )
-def test_an_archive_that_is_none(config, tmp_path, checkpoint, content: Callable, message):
-    path = tmp_path / "archive.pt"
-    path.write_bytes(content(checkpoint))
-    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
-    assert line.startswith(f"TRAIN.clip_pretrain: {path}: ")
+def test_an_archive_that_is_none(config, checkpoint, content: Callable, message):
+    line = archive_error(config, content(checkpoint))
+    assert line.startswith(f"TRAIN.clip_pretrain: {config.with_name('archive.pt')}: ")
     assert message in line
 
 
 def test_a_missing_archive(config, tmp_path):
-    path = tmp_path / "RN50.pt"
-    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
-    assert f"no CLIP archive at {path}" in line
+    line = archive_error(config, None)
+    assert f"no CLIP archive at {tmp_path / 'archive.pt'}" in line
     assert "tools/prepare_datasets.md" in line
 
 
@@ -146,20 +152,13 @@ def clip_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_widths_that_do_not_fit_the_archive(config, tmp_path, checkpoint):
-    path = tmp_path / "archive.pt"
-    torch.save(clip_of(checkpoint), path)
-    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
-    line = train_error(config, *opts, "TRAIN.word_dim", 1024)
+def test_an_archive_that_does_not_fit(config, checkpoint):
+    clip = clip_of(checkpoint)
+    line = archive_error(config, saved(clip), "TRAIN.word_dim", 1024)
     assert "TRAIN.word_dim 1024 does not fit the CLIP: use 64 or null" in line
-    line = train_error(config, *opts, "TRAIN.word_len", 30)
+    line = archive_error(config, saved(clip), "TRAIN.word_len", 30)
     assert "TRAIN.word_len 30 exceeds CLIP's context_length 20" in line
-
-
-def test_an_archive_with_something_that_no_clip_has(config, tmp_path, checkpoint):
-    path = tmp_path / "archive.pt"
-    torch.save(clip_of(checkpoint) | {"visual.adapter": torch.ones(3)}, path)
-    line = train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path)
+    line = archive_error(config, saved(clip | {"visual.adapter": torch.ones(3)}))
     assert "unexpected ['visual.adapter']" in line
 
 
@@ -191,15 +190,13 @@ def test_records_that_are_none(config, tmp_path, checkpoint, make: Callable, mes
     path = make(tmp_path / "split.lmdb")
     for key in ("DATA.train_lmdb", "DATA.val_lmdb"):
         assert message in train_error(config, key, path)
-    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", path)
-    line = error_of("test.py", config, *opts)
+    line = scoring_error(config, path, checkpoint)
     assert message in line
     assert str(path) in line
     assert left_behind(tmp_path) == set()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 no photo"], ids=["empty", "corrupt"])
+@pytest.mark.parametrize(("workers", "content"), [(0, b"\xff\xd8\xff\xe0 no photo"), (1, b"")])
 def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, content):
     config = write_config(tmp_path, data, workers=workers, workers_val=workers)
     source = data / "lmdb/shapes/val.lmdb"
@@ -212,14 +209,11 @@ def test_an_image_that_cannot_be_decoded(data, tmp_path, checkpoint, workers, co
         assert error_of("train.py", config, opt, bad, *ANY_SPLIT).startswith(message)
     assert not any(name.endswith((".pth", ".partial")) for name in left_behind(tmp_path))
 
-    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad, *ANY_SPLIT)
-    assert error_of("test.py", config, *opts).startswith(message)
+    assert scoring_error(config, bad, checkpoint).startswith(message)
     assert not any(name.startswith("test_") for name in left_behind(tmp_path))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_records_that_lack_an_image(data, tmp_path, checkpoint, workers):
-    config = write_config(tmp_path, data, workers=workers, workers_val=workers)
+def test_records_that_lack_an_image(config, data, tmp_path, checkpoint):
     bad = tmp_path / "bad.lmdb"
     shutil.copyfile(data / "lmdb/shapes/val.lmdb", bad)
     key = RecordReader(bad).index.image_keys[-1]
@@ -227,30 +221,27 @@ def test_records_that_lack_an_image(data, tmp_path, checkpoint, workers):
         txn.delete(b"image:" + key.encode())
     message = f"{bad} has no image {key}: re-pack with python tools/folder2lmdb.py"
     assert error_of("train.py", config, "DATA.train_lmdb", bad, *ANY_SPLIT).startswith(message)
-    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad, *ANY_SPLIT)
-    assert error_of("test.py", config, *opts).startswith(message)
+    assert scoring_error(config, bad, checkpoint).startswith(message)
 
 
 def test_a_mask_that_cannot_be_decoded(config, data, tmp_path, checkpoint):
     reader, bad = RecordReader(data / "lmdb/shapes/val.lmdb"), tmp_path / "bad.lmdb"
     with RecordWriter(bad, "shapes", "bad") as writer:
-        for ref in (reader.ref(position) for position in range(len(reader))):
+        for ref in all_refs(data / "lmdb/shapes/val.lmdb"):
             writer.add_image(ref.image_key, reader.image(ref.image_key))
             writer.add_ref(replace(ref, mask=b"no PNG"), [4] * len(ref.sentences))
-    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", bad, *ANY_SPLIT)
     message = r"mask of ref \d+ cannot be decoded \(6 bytes"
-    assert re.match(message, error_of("test.py", config, *opts))
+    assert re.match(message, scoring_error(config, bad, checkpoint))
     assert re.match(message, error_of("train.py", config, "DATA.train_lmdb", bad, *ANY_SPLIT))
 
 
-def test_sentences_cannot_be_swapped_where_images_have_one_ref(data, tmp_path, checkpoint):
+def test_sentences_cannot_be_swapped_where_images_have_one_ref(config, data, tmp_path, checkpoint):
     reader, path = RecordReader(data / "lmdb/shapes/val.lmdb"), tmp_path / "single.lmdb"
     ref = reader.ref(0)
     with RecordWriter(path, "shapes", "single") as writer:
         writer.add_image(ref.image_key, reader.image(ref.image_key))
         writer.add_ref(ref, [4] * len(ref.sentences))
-    opts = ("TEST.weights", checkpoint, "TEST.test_lmdb", path, "TEST.swap_sentences", True)
-    line = error_of("test.py", write_config(tmp_path, data), *opts, *ANY_SPLIT)
+    line = scoring_error(config, path, checkpoint, "TEST.swap_sentences", True)
     assert "no image has two refs" in line
 
 
@@ -305,12 +296,9 @@ def one_line(ending, message: str) -> None:
     assert lines[0] == ending.stderr.splitlines()[-1]
 
 
-def test_the_terminal_shows_one_line(config, tmp_path):
-    archive = tmp_path / "RN50.pt"
-    archive.write_text("<html></html>")
-    opts = ("--opts", "TRAIN.clip_arch", "None", "TRAIN.clip_pretrain", archive)
-    ending = run_command(sys.executable, "-u", "train.py", "--config", config, *opts)
-    one_line(ending, "a web page")
+def test_the_terminal_shows_one_line(tmp_path):
+    ending = run_command(sys.executable, "-u", "train.py", "--config", tmp_path / "no.yaml")
+    one_line(ending, "no.yaml")
     assert len(ending.stderr.splitlines()) == 1
 
 

@@ -36,9 +36,8 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
     logger.remove()
     if not is_main:
         return
-    # Through tqdm, so that a line does not tear the progress bar.
     logger.add(
-        lambda line: tqdm.write(line, file=sys.stderr, end=""),
+        lambda line: tqdm.write(line, file=sys.stderr, end=""),  # above a progress bar
         format=TERMINAL_FORMAT,
         colorize=sys.stderr.isatty(),
     )
@@ -49,21 +48,18 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
 
 
 def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
-    """A bar with rate and ETA on a terminal; elsewhere nothing, the log lines carry the progress.
+    """Go through `iterable` with a bar of rate and ETA; without a terminal there is no bar.
 
     Args:
-        iterable: what to go through; `bar.set_postfix_str` shows numbers beside it.
-        total: its length.
-        description: in front of the bar.
         show: False on ranks other than 0.
-        done: how much of it was gone through before.
+        done: how much of `total` was gone through before.
     """
     hidden = not (show and sys.stderr.isatty())
     return tqdm(iterable, total=total, desc=description, disable=hidden, leave=False, initial=done)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `47 s`, `12 min`, `3 h 05 min`."""
+    """Return seconds as a person says them: `47 s`, `12 min`, `3 h 05 min`."""
     minutes, hours = round(seconds / 60), int(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -71,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def _keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
-    """Drop the other records, what a killed process wrote of one, and what is none."""
+    """Drop all other lines, among them the one that a killed process left unfinished."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -88,7 +84,7 @@ class Tracker:
         folder: of the run; None makes a tracker that does nothing (ranks other than 0).
         wandb_mode: "disabled", "offline" or "online".
         name, config: what Weights & Biases shows.
-        keep: of a run that is resumed, which of its records to go on from; None starts anew.
+        keep: says which records of a resumed run stay; None starts anew.
     """
 
     def __init__(
@@ -123,8 +119,7 @@ class Tracker:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
         if self._file is None:
             return
-        # JSON has no NaN and no infinity.
-        plain = {
+        plain = {  # JSON has no NaN and no infinity
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
@@ -138,8 +133,7 @@ class Tracker:
             return
         from wandb import Image
 
-        # A name each: pictures under one name must be of one size.
-        images = {
+        images = {  # a name each, as pictures under one name must be of one size
             f"epoch/sentence_{number}": Image(picture, caption=caption)
             for number, (caption, picture) in enumerate(pictures, start=1)
         }
@@ -156,10 +150,8 @@ def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_o
         import wandb
     except ModuleNotFoundError as error:
         raise UserError(
-            f"TRAIN.wandb {mode}: the package {error.name} is not here; pip install -r "
-            "requirements.txt, or set TRAIN.wandb to disabled"
+            f"TRAIN.wandb {mode}: the package {error.name} is not here; pip install {error.name}"
         ) from None
-
     file = folder / WANDB_RUN
     known = file.read_text().strip() if goes_on and file.exists() else None
     try:
@@ -175,10 +167,7 @@ def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_o
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(
-            f"TRAIN.wandb {mode}: {reason}; offline needs no account, and `wandb sync` can upload "
-            "it later"
-        ) from None
+        raise UserError(f"TRAIN.wandb {mode}: {reason}; offline needs no account") from None
     # Its own counter of calls is no axis, and goes on from another number after a resume.
     for kind in ("step", "epoch"):
         run.define_metric(f"{kind}/*", step_metric=f"{kind}/{kind}")

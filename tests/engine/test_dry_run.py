@@ -30,9 +30,7 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def check_report(text: str) -> None:
-    step = re.search(
-        r"one step of 8 refs in [\d.]+ s: loss [\d.]+; peak memory .* ([\d.]+) GiB", text
-    )
+    step = re.search(r"step of 8 refs in [\d.]+ s: loss [\d.]+; peak memory .* ([\d.]+) GiB", text)
     assert step, text
     assert 0.1 < float(step[1]) < 8
     assert re.search(r"one validation batch, \d+ sentences, in [\d.]+ s: mIoU [\d.]+;", text)
@@ -85,7 +83,7 @@ def test_it_is_the_step_that_training_would_take(data, tmp_path, capfd):
     assert float(told[1]) == pytest.approx(losses[0], abs=1e-4)
 
 
-def test_a_run_that_is_in_the_folder_already_stays(data, tmp_path):
+def test_a_run_that_is_in_the_folder_already_stays(data, tmp_path, capfd):
     config = write_config(tmp_path, data)
     old = tmp_path / "exp" / "tiny" / "last_model.pth"
     old.parent.mkdir(parents=True)
@@ -93,6 +91,7 @@ def test_a_run_that_is_in_the_folder_already_stays(data, tmp_path):
     before = files(tmp_path)
     run_program("train.py", config, switches=("--dry-run",))
     assert files(tmp_path) == before
+    assert "TRAIN.force" not in capfd.readouterr().err  # the options are those that were given
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -105,11 +104,6 @@ def test_a_run_that_was_stopped_in_its_validation_takes_a_step_of_the_next_epoch
         dry_run(run)
     loss = re.search(r"loss ([\d.]+)", capfd.readouterr().err)
     assert float(loss[1]) > 0
-
-
-def test_options_are_those_that_were_given(data, tmp_path, capfd):
-    run_program("train.py", write_config(tmp_path, data), switches=("--dry-run",))
-    assert "TRAIN.force" not in capfd.readouterr().err
 
 
 def test_errors_are_those_of_a_training(data, tmp_path):
