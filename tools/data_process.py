@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.refer import Refer
+from tools.refer import Ref, Refer
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.tokenizer import token_lengths
@@ -90,30 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def make_entry(refer: Refer, ref: dict) -> dict:
-    """Make a ref's entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels.
-
-    Raises:
-        UserError: instances.json lacks its annotation, image or category, or the bbox is broken.
-    """
-    try:
-        x, y, width, height = map(int, refer.annotation(ref)["bbox"])
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{refer.instances_path}: annotation {ref['ann_id']} (ref {ref['ref_id']}) has a bbox "
-            f"that is not four numbers: {refer.annotation(ref)['bbox']!r:.80}"
-        ) from None
-    sentences = [
-        {"idx": idx, "sent_id": sentence["sent_id"], "sent": sentence["sent"].strip()}
-        for idx, sentence in enumerate(ref["sentences"])
-    ]
+def make_entry(refer: Refer, ref: Ref) -> dict:
+    """Make a ref's entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels."""
+    x, y, width, height = map(int, refer.annotation(ref)["bbox"])
     return {
         "bbox": [x, y, x + width, y + height],
         "cat": refer.category(ref),
         "segment_id": ref["ref_id"],
         "img_name": refer.image(ref)["file_name"],
-        "sentences": sentences,
-        "sentences_num": len(sentences),
+        "sentences": [
+            {"idx": idx, "sent_id": sentence["sent_id"], "sent": sentence["sent"].strip()}
+            for idx, sentence in enumerate(ref["sentences"])
+        ],
+        "sentences_num": len(ref["sentences"]),
     }
 
 
@@ -145,7 +134,7 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return cv2.imencode(".png", mask, _PNG_OPTIONS)[1].tobytes()
 
 
-def _write_masks(refer: Refer, refs: Mapping[int, dict], folder: Path) -> None:
+def _write_masks(refer: Refer, refs: Mapping[int, Ref], folder: Path) -> None:
     """Draw all masks beside `folder`, then move them in: a bad annotation leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:

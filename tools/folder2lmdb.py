@@ -3,18 +3,22 @@
 import argparse
 import hashlib
 import io
-import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import cv2
+import numpy as np
+from pydantic import Field, TypeAdapter
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
-from tools.refer import check_fields, load_plain
+from tools.refer import load_plain, must, read_as
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode
 from utils.records import (
@@ -33,9 +37,6 @@ from utils.tokenizer import has_words, token_lengths
 EPILOG = """examples:
   python tools/folder2lmdb.py -j datasets/anns/refcoco/val.json -i datasets/images/train2014 \\
       -m datasets/masks/refcoco -o datasets/lmdb/refcoco
-  for split in train val testA testB; do python tools/folder2lmdb.py \\
-      -j datasets/anns/refcoco/$split.json -i datasets/images/train2014 \\
-      -m datasets/masks/refcoco -o datasets/lmdb/refcoco; done
   python tools/folder2lmdb.py --from-lmdb old/lmdb/refcoco/val.lmdb -o datasets/lmdb/refcoco
 
 writes OUTPUT_DIR/<split>.lmdb when it is complete, named after the JSON; several JSON files make
@@ -44,17 +45,50 @@ one LMDB, such as val+testA.lmdb"""
 _REDO = "make it again with python tools/data_process.py"
 _REDO_MASKS = f"{_REDO} --generate_mask"
 _IMAGE_REMEDY = "check -i, or get the image again (tools/prepare_datasets.md)"
-_ENTRY_FIELDS = {"segment_id": int, "img_name": str, "sentences": list, "cat": int | None}
-_SENTENCE_FIELDS = {"sent": str, "sent_id": int}
-_RELEASE_FIELDS = {
-    "img": bytes,
-    "mask": bytes,
-    "cat": int | None,
-    "seg_id": int,
-    "img_name": str,
-    "num_sents": int,
-    "sents": list,
-}
+
+Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+# With a limit of its length, a text is refused that holds half a character (a lone surrogate).
+Text = Annotated[str, Field(min_length=1), must(has_words, "a text with words")]
+ImageKey = Annotated[
+    str,
+    Field(min_length=1),
+    must(
+        lambda key: "\0" not in key and len(key.encode()) <= LONGEST_KEY,
+        f"a path of at most {LONGEST_KEY} bytes",
+    ),
+]
+
+
+class Sentence(TypedDict):
+    """Describe a sentence in the JSON of a split."""
+
+    sent: Text
+    sent_id: Number
+
+
+class Entry(TypedDict):
+    """Describe a ref in the JSON of a split."""
+
+    segment_id: Number
+    img_name: ImageKey
+    cat: Number | None
+    sentences: Annotated[list[Sentence], must(bool, "one or more")]
+
+
+class ReleaseItem(TypedDict):
+    """Describe a ref in an LMDB of the release."""
+
+    img: bytes
+    mask: bytes
+    cat: Number | None
+    seg_id: Number
+    img_name: ImageKey
+    num_sents: int
+    sents: Annotated[list[Text], must(bool, "one or more")]
+
+
+_ENTRIES = TypeAdapter(list[Entry])
+_RELEASE_ITEM = TypeAdapter(ReleaseItem)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,128 +122,81 @@ def pack(args: argparse.Namespace) -> Path:
 
     sizes: dict[str, tuple[int, int]] = {}
     with RecordWriter(path, dataset, split) as writer:
-        for entry in _progress(entries, len(entries), f"{dataset} {split}"):
+        for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key = entry["img_name"]
             if key not in sizes:
-                data = read_file(args.img_dir / key, _IMAGE_REMEDY)
-                sizes[key] = _size_of(data, str(args.img_dir / key), _IMAGE_REMEDY)
+                image_path = args.img_dir / key
+                data = read_file(image_path, _IMAGE_REMEDY)
+                sizes[key] = image_size(data, str(image_path), _IMAGE_REMEDY)
                 writer.add_image(key, data)
             mask_path = args.mask_dir / f"{entry['segment_id']}.png"
             mask = read_file(mask_path, _REDO_MASKS)
-            record = _make_record(entry, sizes[key], mask, str(mask_path), _REDO_MASKS)
-            writer.add_ref(record, token_lengths(record.sentences))
+            _check_png(mask, sizes[key], str(mask_path), _REDO_MASKS)
+            add_ref(writer, entry, sizes[key], mask, image_id_of(key))
     return path
 
 
-def read_entries(paths: Sequence[Path]) -> list[dict]:
+def read_entries(paths: Sequence[Path]) -> list[Entry]:
     """Read and check the JSON of one split, or of several that are packed as one.
 
     Raises:
-        UserError: a file is missing, broken or empty, an entry cannot be packed, or two share a
-            ref id or sentence id.
+        UserError: a file is missing or broken, an entry cannot be packed, or two share an id.
     """
-    entries: list[dict] = []
-    ref_ids: dict[int, str] = {}
-    sent_ids: dict[int, str] = {}
+    entries: list[Entry] = []
     for path in paths:
-        for number, entry in enumerate(_load_list(path)):
-            where = f"{path}: entry {number}"
-            _check_entry(entry, where)
-            _claim_id(ref_ids, "segment_id", entry["segment_id"], where)
-            for sentence in entry["sentences"]:
-                _claim_id(sent_ids, "sent_id", sentence["sent_id"], where)
-            entries.append(entry)
+        entries += read_as(_ENTRIES, read_file(path, _REDO), str(path), _REDO)
+    names = " or ".join(map(str, paths))
+    _refuse_twice((entry["segment_id"] for entry in entries), f"{names}: segment_id", _REDO)
+    sentences = (sentence for entry in entries for sentence in entry["sentences"])
+    _refuse_twice((sentence["sent_id"] for sentence in sentences), f"{names}: sent_id", _REDO)
     return entries
 
 
-def _load_list(path: Path) -> list:
-    """Read a JSON file that holds one list, which is not empty."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: make it with python tools/data_process.py")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): {_REDO}") from None
-    if not isinstance(entries, list):
-        raise UserError(f"{path} is not a list of refs: {_REDO}")
-    if not entries:
-        raise UserError(f"{path} has no refs: the split is empty and needs no LMDB")
-    return entries
+def _refuse_twice(ids: Iterable[int], what: str, remedy: str) -> None:
+    """Refuse ids that are not all different."""
+    for number, count in Counter(ids).items():
+        if count > 1:
+            raise UserError(f"{what} {number} is there {count} times: {remedy}")
 
 
-def _claim_id(
-    owners: dict[int, str], field: str, number: int, where: str, remedy: str = _REDO
+def add_ref(
+    writer: RecordWriter, entry: Entry, size: tuple[int, int], mask: bytes, image_id: int | None
 ) -> None:
-    """Note who has an id, and refuse one that is out of range or that another entry has."""
-    if not -LARGEST <= number <= LARGEST:
-        raise UserError(f"{where}: {field} {number!r:.40} is out of range: {remedy}")
-    if number in owners:
-        raise UserError(f"{where} has {field} {number}, as {owners[number]} has: {remedy}")
-    owners[number] = where
-
-
-def _check_entry(entry: object, where: str, remedy: str = _REDO) -> None:
-    """Refuse an entry that no record can hold.
-
-    Raises:
-        UserError: it lacks a field, or a field has a value that cannot be.
-    """
-    check_fields(entry, _ENTRY_FIELDS, where, remedy)
-    key, category = entry["img_name"], entry["cat"]
-    if not _is_text(key) or "\0" in key or len(key.encode()) > LONGEST_KEY:
-        raise UserError(
-            f"{where}: img_name cannot be {key!r:.80} (at most {LONGEST_KEY} bytes): {remedy}"
-        )
-    if category is not None and not -LARGEST <= category <= LARGEST:
-        raise UserError(f"{where}: cat {category!r:.40} is out of range: {remedy}")
-    if not entry["sentences"]:
-        raise UserError(f"{where}: sentences is empty")
-    for i, sentence in enumerate(entry["sentences"]):
-        check_fields(sentence, _SENTENCE_FIELDS, f"{where}, sentence {i}", remedy)
-        text = sentence["sent"]
-        if not _is_text(text):
-            raise UserError(f"{where}, sentence {i}: {text!r:.80} holds half a character: {remedy}")
-        if not has_words(text):
-            raise UserError(f"{where}, sentence {i}: {text!r:.80} has no words: {remedy}")
-
-
-def _is_text(value: str) -> bool:
-    """Return whether a text can be written down: half a surrogate pair cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _make_record(
-    entry: dict, size: tuple[int, int], mask: bytes, mask_name: str, remedy: str
-) -> RefRecord:
-    """Make the record of an entry whose image has `size` (height, width).
-
-    Raises:
-        UserError: the mask cannot be decoded, is empty or not of that size.
-    """
-    ref_id, image_key = entry["segment_id"], entry["img_name"]
-    pixels = decode(mask, cv2.IMREAD_GRAYSCALE, mask_name, remedy)
-    if pixels.shape != size:
-        raise UserError(
-            f"{mask_name} is {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {image_key} "
-            f"{size[0]} x {size[1]} (height x width): -i or -m is the folder of another data set"
-        )
-    if not pixels.any():
-        raise UserError(f"{mask_name} is an empty mask (ref {ref_id}): {remedy}")
-    return RefRecord(
-        ref_id=ref_id,
-        image_key=image_key,
-        image_id=image_id_of(image_key),
+    """Add an entry whose image has been added and has `size` (height, width)."""
+    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
+    record = RefRecord(
+        ref_id=entry["segment_id"],
+        image_key=entry["img_name"],
+        image_id=image_id,
         category=entry["cat"],
         height=size[0],
         width=size[1],
         mask=mask,
-        sentences=tuple(sentence["sent"] for sentence in entry["sentences"]),
+        sentences=sentences,
         sent_ids=tuple(sentence["sent_id"] for sentence in entry["sentences"]),
     )
+    writer.add_ref(record, token_lengths(sentences))
+
+
+def _check_png(data: bytes, size: tuple[int, int], name: str, remedy: str) -> None:
+    """Refuse a mask's file that cannot be decoded, is empty or not of its image's size."""
+    check_mask(decode(data, cv2.IMREAD_GRAYSCALE, name, remedy), size, name, remedy)
+
+
+def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) -> None:
+    """Refuse a mask (H, W) that is empty, or not of its image's size (height, width).
+
+    Raises:
+        UserError: it is; the text begins with `name`.
+    """
+    if mask.shape != size:
+        is_turned = mask.shape == size[::-1]
+        raise UserError(
+            f"{name} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
+            f"{' (turned by its EXIF orientation?)' if is_turned else ''}: {remedy}"
+        )
+    if not mask.any():
+        raise UserError(f"{name} is an empty mask: {remedy}")
 
 
 def image_id_of(image_key: str) -> int | None:
@@ -229,7 +216,7 @@ def read_file(path: Path, remedy: str) -> bytes:
     return path.read_bytes()
 
 
-def _size_of(data: bytes, name: str, remedy: str) -> tuple[int, int]:
+def image_size(data: bytes, name: str, remedy: str) -> tuple[int, int]:
     """Return an image file's (height, width); all of it is decoded, to be sure that it can be."""
     return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
 
@@ -254,38 +241,35 @@ def convert(args: argparse.Namespace) -> Path:
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     remedy = f"{source} is damaged, {repack_command(source)}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
-    ref_ids: dict[int, str] = {}
+    ref_ids: list[int] = []
     count = 0  # of sentences
     with RecordWriter(path, dataset, source.stem) as writer:
-        total, items = release_items(source)
-        items = _progress(items, total, f"{dataset} {source.stem}")
-        for number, item in enumerate(items):
-            where = f"{source}: entry {number}"
-            _claim_id(ref_ids, "seg_id", item["seg_id"], where, remedy)
+        for item in tqdm(release_items(source), desc=str(source), unit="ref", disable=None):
+            where = f"{source}: entry {len(ref_ids)}"
             key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
-            texts = item["sents"]
-            entry = {
-                "segment_id": item["seg_id"],
-                "img_name": key,
-                "cat": item["cat"],
-                "sentences": [{"sent": t, "sent_id": i} for i, t in enumerate(texts, count)],
-            }
-            _check_entry(entry, where, remedy)
             if key not in images:
-                size = _size_of(item["img"], f"{where}, image {key}", remedy)
-                images[key] = size, digest
+                images[key] = image_size(item["img"], f"{where}, image {key}", remedy), digest
                 writer.add_image(key, item["img"])
             elif images[key][1] != digest:
                 raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
-            count += len(texts)
-            record = _make_record(entry, images[key][0], item["mask"], f"{where}, mask", remedy)
-            writer.add_ref(record, token_lengths(record.sentences))
+            size = images[key][0]
+            _check_png(item["mask"], size, f"{where}, mask", remedy)
+            sentences = [
+                Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
+            ]
+            entry = Entry(
+                segment_id=item["seg_id"], img_name=key, cat=item["cat"], sentences=sentences
+            )
+            add_ref(writer, entry, size, item["mask"], image_id_of(key))
+            ref_ids.append(item["seg_id"])
+            count += len(sentences)
+        _refuse_twice(ref_ids, f"{source}: seg_id", remedy)
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 
 
-def release_items(path: Path) -> tuple[int, Iterator[dict]]:
-    """Return the number of items in an LMDB of the release, and the checked items in order.
+def release_items(path: Path) -> Iterator[ReleaseItem]:
+    """Yield the checked items of an LMDB of the release in their order.
 
     Raises:
         UserError: it is no LMDB of the release, was written with pyarrow, or holds anything but
@@ -293,51 +277,31 @@ def release_items(path: Path) -> tuple[int, Iterator[dict]]:
     """
     if not path.exists():
         raise UserError(f"--from-lmdb {path} does not exist")
-    file = path / "data.mdb" if path.is_dir() else path
-    env = open_lmdb(file)
-
-    def get(key: bytes) -> bytes | None:
-        with env.begin() as txn:
-            return txn.get(key)
-
-    if get(META_KEY) is not None:
-        raise UserError(f"{path} is in this repository's format already: use it as it is")
-    if get(RELEASE_KEY) is None:
-        raise UserError(f"{path} is no LMDB of the release: {repack_command(path)}")
-    count = _unpickle(get(b"__len__"), path, "__len__")
-    if not isinstance(count, int):
-        raise UserError(f"{path}: __len__ is {count!r:.40}, no number: {repack_command(path)}")
-
-    def items() -> Iterator[dict]:
-        for number in range(count):
-            item = _unpickle(get(b"%d" % number), path, f"entry {number}")
-            _check_item(item, f"{path}: entry {number}", repack_command(path))
+    remedy = repack_command(path)
+    with open_lmdb(path / "data.mdb" if path.is_dir() else path).begin() as txn:
+        if txn.get(META_KEY) is not None:
+            raise UserError(f"{path} is in this repository's format already: use it as it is")
+        if txn.get(RELEASE_KEY) is None:
+            raise UserError(f"{path} is no LMDB of the release: {remedy}")
+        count = _unpickle(txn.get(b"__len__"), f"{path}: __len__", remedy)
+        for number in range(read_as(TypeAdapter(int), count, f"{path}: __len__", remedy)):
+            where = f"{path}: entry {number}"
+            item = _unpickle(txn.get(b"%d" % number), where, remedy)
+            item = read_as(_RELEASE_ITEM, item, where, remedy)
+            if len(item["sents"]) != item["num_sents"]:
+                raise UserError(f"{where} has not num_sents {item['num_sents']} sents: {remedy}")
             yield item
 
-    return count, items()
 
-
-def _unpickle(data: bytes | None, path: Path, what: str) -> object:
+def _unpickle(data: bytes | None, where: str, remedy: str) -> object:
     if data is None:
-        raise UserError(f"{path} has no {what}: {repack_command(path)}")
+        raise UserError(f"{where} is missing: {remedy}")
     if data[:1] != b"\x80":  # how every pickle begins since protocol 2
         raise UserError(
-            f"{path}: {what} is no pickle; written with pyarrow.serialize, it cannot be read any "
-            f"more: {repack_command(path)}"
+            f"{where} is no pickle; written with pyarrow.serialize, it cannot be read any more: "
+            f"{remedy}"
         )
-    return load_plain(io.BytesIO(data), f"{path}: {what}")
-
-
-def _check_item(item: object, where: str, remedy: str) -> None:
-    check_fields(item, _RELEASE_FIELDS, where, remedy)
-    texts = item["sents"]
-    if not texts or len(texts) != item["num_sents"]:
-        raise UserError(f"{where} has {len(texts)} sents, num_sents {item['num_sents']}: {remedy}")
-
-
-def _progress(items: Iterable, total: int, name: str) -> Iterable:
-    """Show a bar with an ETA, on a terminal."""
-    return tqdm(items, total=total, desc=name, unit="ref", disable=None)
+    return load_plain(io.BytesIO(data), where)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

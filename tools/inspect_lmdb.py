@@ -6,19 +6,20 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
+from tools.folder2lmdb import check_mask
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RefRecord
-from utils.tokenizer import token_lengths
+from utils.tokenizer import has_words, token_lengths
 from utils.transforms import decode_image, decode_mask
 from utils.visualize import TRUTH_COLOR, grid, overlay, save_picture
 
@@ -65,19 +66,19 @@ PUBLISHED = {
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
 CELL, COLUMNS, GAP = (384, 380), 4, 16  # of the contact sheet; (width, height) in pixels
 HEAD = 92  # of a cell, above the photo
-MAX_LINES = 3  # of sentences in a cell
 
 
-class Check(NamedTuple):
+@dataclass
+class Check:
     """Holds the faults and the counts of all records."""
 
-    faults: list[str]
-    sizes: list[tuple[int, int]]  # (height, width), one an image
-    image_bytes: list[int]  # one an image
-    mask_bytes: list[int]  # one a ref
-    shares: list[float]  # of the image that a mask covers, in (0, 1]; one a ref
-    token_lengths: Counter[int]
-    categories: Counter[int | None]
+    faults: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of an image
+    image_ids: dict[str, int | None] = field(default_factory=dict)  # of every image that refs name
+    shares: list[float] = field(default_factory=list)  # of the image that a mask covers, (0, 1]
+    token_lengths: Counter[int] = field(default_factory=Counter)
+    categories: Counter[int | None] = field(default_factory=Counter)
+    seen: Counter[tuple[str, int]] = field(default_factory=Counter)  # ids
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,18 +98,15 @@ def inspect(
     word_len: int = 17,
     is_subset: bool = False,
 ) -> list[str]:
-    """Print what a file holds, check all of it, write a picture of some of it.
+    """Print what a file holds, check all of it, and write a picture of some of it.
 
     Args:
-        path: an LMDB of ours.
-        sheet: where the contact sheet goes (PNG or JPEG); nothing is written for 0 samples.
-        samples, seed: how many refs are on it, and what chooses them.
-        word_len: tokens; how many sentences it would cut is counted.
+        sheet: where the picture goes (PNG or JPEG); none is written for 0 samples.
+        seed: chooses the refs on it.
+        word_len: how many sentences it would cut is counted.
         is_subset: do not compare with the published numbers.
     Returns:
         A line for each fault.
-    Raises:
-        UserError: the file cannot be read at all.
     """
     reader = RecordReader(path)
     meta = reader.meta
@@ -122,7 +120,7 @@ def inspect(
         print(f"  {line}")
     if not is_subset and meta["dataset"] in PUBLISHED:
         differing = differences(meta)
-        check.faults.extend(differing)
+        check.faults += differing
         print(f"  published {'differs' if differing else 'the same numbers'}")
     if samples:
         save_sheet(reader, sheet, samples, seed)
@@ -154,32 +152,22 @@ def differences(meta: Mapping) -> list[str]:
 
 def check_records(reader: RecordReader) -> Check:
     """Read every record, decode its photo and mask, and compare and count them."""
-    check = Check([], [], [], [], [], Counter(), Counter())
-    sizes: dict[str, tuple[int, int] | None] = {}
-    image_ids: dict[str, int | None] = {}
-    seen: dict[str, set[int]] = {"ref_id": set(), "sent_id": set()}
+    check = Check()
     for position in tqdm(range(len(reader)), desc="check", unit="ref", disable=None, leave=False):
         try:
             ref = reader.ref(position)
         except UserError as error:
             check.faults.append(f"position {position}: {error}")
             continue
+        problems = [
+            *_index_problems(reader, position, ref),
+            *_image_problems(reader, ref, check),
+            *_mask_problems(ref, check),
+            *_sentence_problems(ref, check),
+        ]
         check.categories[ref.category] += 1
-        problems = [*_index_problems(reader, position, ref), *_id_problems(ref, seen)]
-        if image_ids.setdefault(ref.image_key, ref.image_id) != ref.image_id:
-            problems.append(f"another ref gives its image {ref.image_key} another image_id")
-        if ref.image_key not in sizes:
-            sizes[ref.image_key] = None
-            problems += _image_problems(reader, ref, sizes, check)
-        if sizes[ref.image_key] not in (None, (ref.height, ref.width)):
-            height, width = sizes[ref.image_key]
-            problems.append(
-                f"says {ref.height} x {ref.width} pixels, its image has {height} x {width}"
-            )
-        problems += _mask_problems(ref, check)
-        problems += _sentence_problems(ref, check)
-        check.faults.extend(f"ref {ref.ref_id} (position {position}): {p}" for p in problems)
-    check.faults.extend(_count_problems(reader.meta, sizes, check))
+        check.faults += [f"ref {ref.ref_id} (position {position}): {p}" for p in problems]
+    check.faults += _count_problems(reader.meta, check)
     return check
 
 
@@ -195,54 +183,46 @@ def _index_problems(reader: RecordReader, position: int, ref: RefRecord) -> Iter
             yield f"the index says {what} {kept[position]}, the record {own}"
 
 
-def _id_problems(ref: RefRecord, seen: dict[str, set[int]]) -> Iterator[str]:
-    for kind, ids in (("ref_id", [ref.ref_id]), ("sent_id", ref.sent_ids)):
-        for number in ids:
-            if number in seen[kind]:
-                yield f"{kind} {number} is there twice"
-            seen[kind].add(number)
-
-
-def _image_problems(
-    reader: RecordReader, ref: RefRecord, sizes: dict, check: Check
-) -> Iterator[str]:
-    try:
-        data = reader.image(ref.image_key)
-        size = decode_image(data, f"image {ref.image_key}").shape[:2]
-    except UserError as error:
-        yield str(error)
-    else:
-        sizes[ref.image_key] = size
-        check.sizes.append(size)
-        check.image_bytes.append(len(data))
+def _image_problems(reader: RecordReader, ref: RefRecord, check: Check) -> Iterator[str]:
+    key = ref.image_key
+    if key not in check.image_ids:
+        check.image_ids[key] = ref.image_id
+        try:
+            check.sizes[key] = decode_image(reader.image(key), f"image {key}").shape[:2]
+        except UserError as error:
+            yield str(error)
+    if check.image_ids[key] != ref.image_id:
+        yield f"another ref gives its image {key} another image_id"
+    height, width = check.sizes.get(key, (ref.height, ref.width))
+    if (height, width) != (ref.height, ref.width):
+        yield f"says {ref.height} x {ref.width} pixels, its image has {height} x {width}"
 
 
 def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
     try:
         mask = decode_mask(ref.mask, "mask")
+        check_mask(mask, (ref.height, ref.width), "its mask", "replace it")
+        check.shares.append(float((mask > 0).mean()))
     except UserError as error:
         yield str(error)
-        return
-    check.mask_bytes.append(len(ref.mask))
-    if mask.shape != (ref.height, ref.width):
-        yield f"its mask is {mask.shape[0]} x {mask.shape[1]}, not {ref.height} x {ref.width}"
-    if not mask.any():
-        yield "its mask is empty"
-    else:
-        check.shares.append(float((mask > 0).mean()))
 
 
 def _sentence_problems(ref: RefRecord, check: Check) -> Iterator[str]:
+    for kind, ids in (("ref_id", [ref.ref_id]), ("sent_id", ref.sent_ids)):
+        for number in ids:
+            check.seen[kind, number] += 1
+            if check.seen[kind, number] > 1:
+                yield f"{kind} {number} is there twice"
     if not ref.sentences or len(ref.sentences) != len(ref.sent_ids):
         yield f"it has {len(ref.sentences)} sentences and {len(ref.sent_ids)} sentence ids"
-    for sentence, length in zip(ref.sentences, token_lengths(ref.sentences), strict=True):
-        check.token_lengths[length] += 1
-        if length <= 2:  # start and end
+    check.token_lengths.update(token_lengths(ref.sentences))
+    for sentence in ref.sentences:
+        if not has_words(sentence):
             yield f"its sentence {sentence!r} has no words"
 
 
-def _count_problems(meta: Mapping, sizes: Mapping, check: Check) -> Iterator[str]:
-    found = {"sentences": check.token_lengths.total(), "images": len(sizes)}
+def _count_problems(meta: Mapping, check: Check) -> Iterator[str]:
+    found = {"sentences": check.token_lengths.total(), "images": len(check.image_ids)}
     for what, count in found.items():
         if meta[what] != count:
             yield f"the file says that it holds {meta[what]:,} {what}, but {count:,} were found"
@@ -254,19 +234,17 @@ def statistics(check: Check, word_len: int) -> list[str]:
     """Return the statistics of a file, a line each."""
     lines = []
     if check.sizes:
-        common = Counter(check.sizes).most_common(1)[0][0]
-        heights, widths = zip(*check.sizes, strict=True)
+        heights, widths = zip(*check.sizes.values(), strict=True)
+        (height, width), _ = Counter(check.sizes.values()).most_common(1)[0]
         lines.append(
             f"photos   {min(heights)}-{max(heights)} high, {min(widths)}-{max(widths)} wide, "
-            f"mostly {common[0]} x {common[1]}; "
-            f"{sum(check.image_bytes) / len(check.image_bytes) / 1e3:,.1f} kB each"
+            f"mostly {height} x {width}"
         )
     if check.shares:
         shares = np.quantile(check.shares, QUANTILES, method="nearest")
         values = "  ".join(f"{100 * share:.1f}" for share in shares)
         names = " ".join(f"{100 * q:g}" for q in QUANTILES)
-        lines.append(f"masks    {sum(check.mask_bytes) / len(check.mask_bytes) / 1e3:,.1f} kB each")
-        lines.append(f"         % of the photo they cover, at quantiles {names} %: {values}")
+        lines.append(f"masks    % of the photo they cover, at quantiles {names} %: {values}")
     known = [category for category in check.categories if category is not None]
     lines.append(f"classes  {len(known)} categories" if known else "classes  no categories")
     cut = sum(n for length, n in check.token_lengths.items() if length > word_len)
@@ -294,22 +272,19 @@ def _cell(reader: RecordReader, position: int) -> Image.Image:
         ref = reader.ref(position)
         photo = decode_image(reader.image(ref.image_key), ref.image_key)
         mask = decode_mask(ref.mask, "mask") > 0
-        share = mask.mean()
-        scale = min(CELL[0] / ref.width, (CELL[1] - HEAD) / ref.height)
-        size = max(1, round(ref.width * scale)), max(1, round(ref.height * scale))
-        photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
-        mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
-        picture = overlay(photo, mask, TRUTH_COLOR, is_tinted=False)
+        room = CELL[0], CELL[1] - HEAD
+        small_photo, small_mask = (
+            np.array(ImageOps.contain(Image.fromarray(pixels), room)) for pixels in (photo, mask)
+        )
+        picture = overlay(small_photo, small_mask, TRUTH_COLOR, is_tinted=False)
     except Exception as error:  # the fault itself is in the list
         draw.text((0, HEAD), "\n".join(textwrap.wrap(f"{error!r}", 50)), "crimson", small)
         return cell
-    lines = [line for sentence in ref.sentences for line in textwrap.wrap(f"“{sentence}”", 42)]
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], f"… ({len(ref.sentences)} sentences)"]
-    for row, line in enumerate(lines):
-        draw.text((0, 21 * row), line, "black", normal)
-    key = ref.image_key if len(ref.image_key) <= 36 else f"…{ref.image_key[-35:]}"
-    draw.text((0, 68), f"ref {ref.ref_id}, {100 * share:.1f} % of {key}", "dimgray", small)
+    text = " ".join(f"“{sentence}”" for sentence in ref.sentences)
+    lines = textwrap.wrap(text, 42, max_lines=3, placeholder=" …")
+    draw.text((0, 0), "\n".join(lines), "black", normal)
+    share = f"{100 * mask.mean():.1f} % of {ref.image_key[-36:]}"
+    draw.text((0, 68), f"ref {ref.ref_id}, {share}", "dimgray", small)
     cell.paste(Image.fromarray(picture), (0, HEAD))
     return cell
 

@@ -7,7 +7,7 @@ import argparse
 import posixpath
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,23 +20,30 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     StringConstraints,
-    Tag,
     ValidationError,
 )
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
-from tools.folder2lmdb import packed_summary, read_file
-from tools.refer import draw_segmentation
+from tools.folder2lmdb import (
+    Entry,
+    ImageKey,
+    Sentence,
+    add_ref,
+    check_mask,
+    image_size,
+    packed_summary,
+    read_file,
+)
+from tools.refer import draw_segmentation, must
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
 from utils.photos import decode
-from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
-from utils.tokenizer import has_words, token_lengths
+from utils.records import LARGEST, LONGEST_KEY, RecordWriter
+from utils.tokenizer import has_words
 
 EPILOG = """a line, an object of one image (spread out here):
   {"image": "photos/7.jpg",
@@ -55,84 +62,40 @@ docs/own_data.md has a worked example."""
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
-
-def _must(holds: Callable[[Any], bool], what: str = "") -> AfterValidator:
-    """Make a validator that refuses all values but those for which `holds`."""
-
-    def check(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(what)
-        return value
-
-    return AfterValidator(check)
-
-
-def _form_of(mask: object) -> str | None:
-    """Name the form of a mask, by which its type is chosen."""
-    if isinstance(mask, list) and any(not isinstance(polygon, list) for polygon in mask):
-        return "flat"
-    return {str: "path", dict: "runs", list: "polygons"}.get(type(mask))
-
-
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
-AnyPath = Annotated[str, _must(lambda path: path.strip() and "\0" not in path)]
-ImageKey = Annotated[
-    AnyPath,
-    _must(lambda path: len(path.encode()) <= LONGEST_KEY),
-    AfterValidator(posixpath.normpath),
-]
-Polygon = Annotated[list[Coordinate], Field(min_length=6), _must(lambda p: len(p) % 2 == 0)]
-Polygons = Annotated[
-    list[Polygon],
-    Field(min_length=1),
-    _must(
-        lambda polygons: not all(0 <= number <= 1 for polygon in polygons for number in polygon),
-        "in pixels (these polygons lie in [0, 1])",
-    ),
-]
+Polygons = Annotated[list[list[float]], Field(min_length=1)]
 
 
-class RunLengths(BaseModel):
-    """Holds a run-length mask as COCO writes it."""
-
-    model_config = ConfigDict(strict=True)
-    size: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    counts: str | list[Count]
+def _is_in_pixels(mask: str | dict | list) -> bool:
+    """Tell whether a mask is none of polygons that lie in [0, 1]."""
+    is_drawn = isinstance(mask, list)
+    return not is_drawn or any(not 0 <= x <= 1 for polygon in mask for x in polygon)
 
 
-Mask = Annotated[
-    Annotated[AnyPath, Tag("path")]
-    | Annotated[RunLengths, Tag("runs")]
-    | Annotated[Polygons, Tag("polygons")]
-    | Annotated[
-        list,
-        _must(lambda _: False, "a list of polygons: [[x, y, ...], ...] even for one"),
-        Tag("flat"),
-    ],
-    Discriminator(_form_of),
-]
-
-
-class Entry(BaseModel):
-    """Holds one line: an object, the sentences that denote it, and its split.
+class Line(BaseModel):
+    """Holds a line of the file: an object, the sentences that denote it, and its split.
 
     A field's description completes "must be", where no validator says more.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    image: ImageKey = Field(description=f"a path of at most {LONGEST_KEY} bytes")
-    mask: Mask = Field(
-        description="a path, {size: [height, width], counts: text or whole numbers from 0}, or "
-        "polygons [[x, y, ...], ...] of three or more pairs x, y"
+    image: Annotated[ImageKey, must(str.strip), AfterValidator(posixpath.normpath)] = Field(
+        description=f"a path of at most {LONGEST_KEY} bytes"
+    )
+    mask: Annotated[
+        Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons,
+        must(_is_in_pixels, "in pixels (these polygons lie in [0, 1])"),
+    ] = Field(
+        description="a path, {size: [height, width], counts: ...}, or a list of polygons in "
+        "pixels: [[x, y, ...], ...] even for one"
     )
     sentences: Annotated[
         list[Text],
         Field(min_length=1, description="a list of one or more texts"),
-        _must(lambda texts: all(map(has_words, texts)), "texts with words in each"),
+        must(lambda texts: all(map(has_words, texts)), "texts with words in each"),
     ]
-    split: Annotated[str, _must(is_plain_name)] = Field(description="a name such as train")
+    split: Annotated[str, must(is_plain_name)] = Field(description="a name such as train")
     ref_id: Count = Field(default=None, description="a whole number from 0")
     image_id: Count | None = Field(default=None, description="a whole number from 0")
     category: Count | None = Field(default=None, description="a whole number from 0")
@@ -148,7 +111,7 @@ class Contents:
 
     images: Path
     masks: Path
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Line] = field(default_factory=list)
     sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
     ref_ids: dict[int, int] = field(default_factory=dict)
@@ -196,7 +159,7 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
     has_ref_ids = None  # as the first sound line says
     for number, line in tqdm(lines, desc="check", unit="ref", disable=None, leave=False):
         try:
-            entry = Entry.model_validate_json(line)
+            entry = Line.model_validate_json(line)
         except ValidationError as error:
             problems += [f"{number}: {problem}" for problem in _field_problems(error, line)]
             continue
@@ -228,29 +191,28 @@ def _field_problems(error: ValidationError, line: str) -> Iterator[str]:
         elif kind == "missing" and is_field:
             yield f"has no {name}"
         elif kind == "extra_forbidden" and is_field:
-            near = get_close_matches(name, Entry.model_fields, 1)
+            near = get_close_matches(name, Line.model_fields, 1)
             yield f"has an unknown field {name}" + (f"; did you mean {near[0]}?" if near else "")
         else:
-            must = str(reason) or Entry.model_fields[name].description
-            yield f"{name} must be {must}, not {fault['input']!r:.80}"
+            needed = str(reason) or Line.model_fields[name].description
+            yield f"{name} must be {needed}, not {fault['input']!r:.80}"
 
 
-def _content_problems(entry: Entry, number: int, contents: Contents) -> Iterator[str]:
+def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[str]:
     """Say what is wrong with the image, the mask and the ids of a line whose fields are sound."""
     key = entry.image
     if key not in contents.sizes:
         contents.sizes[key] = None
         try:
             path, remedy = contents.images / key, "check image"
-            pixels = decode(read_file(path, remedy), cv2.IMREAD_COLOR, str(path), remedy)
-            contents.sizes[key] = pixels.shape[:2]
+            contents.sizes[key] = image_size(read_file(path, remedy), str(path), remedy)
         except (UserError, OSError) as error:
             yield str(error)
     elif contents.sizes[key] is None:
         yield f"its image {key} cannot be used, see above"
     if contents.sizes[key] is not None:
         try:
-            load_mask(entry.mask, *contents.sizes[key], contents.masks)
+            load_mask(entry.mask, contents.sizes[key], contents.masks)
         except (UserError, OSError) as error:
             yield str(error) if isinstance(entry.mask, str) else f"its mask is {error}"
     known, first = contents.image_ids.setdefault(key, (entry.image_id, number))
@@ -281,60 +243,47 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
             if (entry.split, entry.image) not in stored:
                 stored.add((entry.split, entry.image))
                 writer.add_image(entry.image, (contents.images / entry.image).read_bytes())
-            height, width = contents.sizes[entry.image]
-            mask = load_mask(entry.mask, height, width, contents.masks)
-            record = RefRecord(
-                ref_id=entry.ref_id,
-                image_key=entry.image,
-                image_id=entry.image_id,
-                category=entry.category,
-                height=height,
-                width=width,
-                mask=encode_mask(mask),
-                sentences=tuple(entry.sentences),
-                sent_ids=tuple(range(sent_id, sent_id + len(entry.sentences))),
+            size = contents.sizes[entry.image]
+            mask = encode_mask(load_mask(entry.mask, size, contents.masks))
+            packed = Entry(
+                segment_id=entry.ref_id,
+                img_name=entry.image,
+                cat=entry.category,
+                sentences=[
+                    Sentence(sent=text, sent_id=i)
+                    for i, text in enumerate(entry.sentences, sent_id)
+                ],
             )
             sent_id += len(entry.sentences)
-            writer.add_ref(record, token_lengths(record.sentences))
+            add_ref(writer, packed, size, mask, entry.image_id)
     return [output / f"{split}.lmdb" for split in counts]
 
 
-def load_mask(mask: str | RunLengths | list, height: int, width: int, folder: Path) -> np.ndarray:
+def load_mask(mask: str | dict | list, size: tuple[int, int], folder: Path) -> np.ndarray:
     """Read or draw a mask: (height, width) uint8, 0 or 255.
 
     Args:
         mask: path of a PNG, a COCO run-length mask, or polygons.
-        height, width: of the image.
+        size: (height, width) of the image.
         folder: where a relative path starts.
     Raises:
         UserError: it cannot be read, is no PNG, is of another size, or is empty.
     """
-    if isinstance(mask, RunLengths):
-        mask = mask.model_dump()
-    if not isinstance(mask, str):
-        return np.where(draw_segmentation(mask, height, width) > 0, np.uint8(255), np.uint8(0))
-    path = folder / mask
-    remedy = "check mask"
-    data = read_file(path, remedy)
-    pixels = decode(data, cv2.IMREAD_UNCHANGED, str(path), remedy)
-    if not data.startswith(PNG_MAGIC):
-        raise UserError(f"{path} is no PNG, and other formats blur a mask: save it as a PNG")
-    if pixels.ndim == 3:
-        pixels = pixels[..., :3].any(axis=2)  # without transparency
-    if pixels.shape != (height, width):
-        turned = (
-            " (turned by the photo's EXIF orientation?)" if pixels.shape == (width, height) else ""
-        )
-        raise UserError(
-            f"{path} is {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {height} x {width}"
-            f"{turned}"
-        )
-    if not pixels.any():
-        raise UserError(f"{path} is an empty mask")
+    if isinstance(mask, str):
+        path, remedy = folder / mask, "check mask"
+        data = read_file(path, remedy)
+        pixels = decode(data, cv2.IMREAD_UNCHANGED, str(path), remedy)
+        if not data.startswith(PNG_MAGIC):
+            raise UserError(f"{path} is no PNG, and other formats blur a mask: save it as a PNG")
+        if pixels.ndim == 3:
+            pixels = pixels[..., :3].any(axis=2)  # without transparency
+        check_mask(pixels, size, str(path), remedy)
+    else:
+        pixels = draw_segmentation(mask, *size)
     return np.where(pixels > 0, np.uint8(255), np.uint8(0))
 
 
-def _note_shared_images(entries: Sequence[Entry]) -> None:
+def _note_shared_images(entries: Sequence[Line]) -> None:
     """Say how many images are in several splits, where scores would be too good to be true."""
     splits: dict[str, set[str]] = {}
     for entry in entries:

@@ -5,36 +5,82 @@ and numbers, and refuses everything else before any of it runs.
 """
 
 import codecs
-import json
 import pickle
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn, NotRequired, TypeVar
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from utils.errors import UserError
 from utils.files import is_plain_name
 
-_REF_FIELDS = {
-    "ref_id": int,
-    "ann_id": int,
-    "image_id": int,
-    "category_id": int,
-    "split": str,
-    "sentences": list,
-}
-_SENTENCE_FIELDS = {"sent": str, "sent_id": int}
-_INSTANCES_FIELDS = {
-    "images": {"id": int, "file_name": str, "height": int, "width": int},
-    "annotations": {"id": int, "bbox": list},
-    "categories": {"id": int},
-}
+T = TypeVar("T")
+
 _SHORT = reprlib.Repr()  # shared lists can be endless
-_SHORT.maxlevel, _SHORT.maxstring = 2, 80
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 _COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+def must(holds: Callable[[Any], bool], what: str = "") -> AfterValidator:
+    """Make a validator that refuses all values but those for which `holds`; they must be `what`."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(what)
+        return value
+
+    return AfterValidator(check)
+
+
+class Sentence(TypedDict):
+    """Describe one sentence of a ref."""
+
+    sent: str
+    sent_id: int
+
+
+class Ref(TypedDict):
+    """Describe one object that sentences denote."""
+
+    ref_id: int
+    ann_id: int
+    image_id: int
+    category_id: int
+    split: Annotated[str, must(is_plain_name, "a plain name")]
+    sentences: Annotated[list[Sentence], must(bool, "one or more")]
+
+
+class _Image(TypedDict):
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class _Annotation(TypedDict):
+    id: int
+    bbox: Annotated[list[FiniteFloat], must(lambda box: len(box) == 4, "x, y, width, height")]
+    segmentation: NotRequired[Any]
+
+
+class _Category(TypedDict):
+    id: int
+
+
+class _Instances(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+_REFS = TypeAdapter(Annotated[list[Ref], must(bool, "one or more refs")])
+_INSTANCES = TypeAdapter(_Instances)
 
 
 class Refer:
@@ -45,24 +91,29 @@ class Refer:
         dataset: the folder's name (refcoco, refcoco+, refcocog, refclef, or any other).
         split_by: what stands in brackets in refs(...).p (unc, umd, google, berkeley, ...).
 
-    Attributes:
-        refs: the refs in the order of the file: {ref_id, ann_id, image_id, category_id, split,
-            sentences [{sent, sent_id, ...}], ...}.
-
     Raises:
         UserError: a folder or file is missing, cannot be read, or lacks a field.
     """
 
     def __init__(self, data_root: str | Path, dataset: str, split_by: str) -> None:
-        folder = _dataset_folder(Path(data_root), dataset)
+        folder = Path(data_root, dataset)
         self.refs_path = folder / f"refs({split_by}).p"
         self.instances_path = folder / "instances.json"
         if not self.refs_path.is_file():
-            there = ", ".join(sorted(p.name[5:-3] for p in folder.glob("refs(*).p"))) or "none"
-            raise UserError(f"{folder} has no {self.refs_path.name}; split-by there: {there}")
-        self.refs = load_refs(self.refs_path)
-        self._check_refs()
-        self._images, self._annotations, category_ids = self._load_instances()
+            there = sorted(str(path) for path in Path(data_root).glob("*/refs(*).p"))
+            raise UserError(
+                f"{self.refs_path} does not exist; found {', '.join(there) or 'no such file'} "
+                f"in the folders of {data_root} (tools/prepare_datasets.md)"
+            )
+        # In the order of the file.
+        self.refs = load_refs(self.refs_path, self._remedy())
+        if not self.instances_path.is_file():
+            raise UserError(f"{self.instances_path} does not exist: {self._remedy()}")
+        content = self.instances_path.read_bytes()
+        instances = read_as(_INSTANCES, content, str(self.instances_path), self._remedy())
+        self._images = {image["id"]: image for image in instances["images"]}
+        self._annotations = {item["id"]: item for item in instances["annotations"]}
+        category_ids = {item["id"] for item in instances["categories"]}
         ordered = sorted(_COCO_IDS if category_ids <= _COCO_IDS else category_ids)
         self._categories = {category_id: i for i, category_id in enumerate(ordered)}
 
@@ -70,7 +121,7 @@ class Refer:
         """Return the names that the refs give their splits, in the order of the file."""
         return list(dict.fromkeys(ref["split"] for ref in self.refs))
 
-    def split_refs(self, split: str) -> list[dict]:
+    def split_refs(self, split: str) -> list[Ref]:
         """Return the refs of a split.
 
         testA, testB and testC go by their letter (a ref of "testAB" is in two of them), test
@@ -78,31 +129,19 @@ class Refer:
         """
         return [ref for ref in self.refs if _is_in_split(ref["split"], split)]
 
-    def annotation(self, ref: dict) -> dict:
-        """Return the object of a ref: {bbox [x, y, w, h], segmentation, ...}.
-
-        Raises:
-            UserError: instances.json has no such object.
-        """
+    def annotation(self, ref: Ref) -> _Annotation:
+        """Return the object of a ref; a `UserError` if instances.json has none."""
         return self._look_up(self._annotations, "annotation", ref["ann_id"], ref)
 
-    def image(self, ref: dict) -> dict:
-        """Return the image of a ref: {file_name, height, width, ...}.
-
-        Raises:
-            UserError: instances.json has no such image.
-        """
+    def image(self, ref: Ref) -> _Image:
+        """Return the image of a ref; a `UserError` if instances.json has none."""
         return self._look_up(self._images, "image", ref["image_id"], ref)
 
-    def category(self, ref: dict) -> int:
-        """Return the ref's category from 0: 0-79 for COCO's, else its place among the ids.
-
-        Raises:
-            UserError: instances.json has no such category.
-        """
+    def category(self, ref: Ref) -> int:
+        """Return the ref's category from 0: 0-79 for COCO's, else its place among the ids."""
         return self._look_up(self._categories, "category", ref["category_id"], ref)
 
-    def mask(self, ref: dict) -> np.ndarray:
+    def mask(self, ref: Ref) -> np.ndarray:
         """Draw a ref's object: (height, width) uint8, 0 outside, non-zero inside.
 
         Parts are summed in uint8 times 255 as in the release, so a pixel under two
@@ -121,39 +160,7 @@ class Refer:
         except UserError as error:
             raise UserError(f"{what} has {error}") from None
 
-    def _check_refs(self) -> None:
-        seen: set[int] = set()
-        remedy = self._remedy()
-        for number, ref in enumerate(self.refs):
-            where = f"{self.refs_path}: ref number {number}"
-            check_fields(ref, _REF_FIELDS, where, remedy)
-            for sentence in ref["sentences"]:
-                check_fields(sentence, _SENTENCE_FIELDS, f"{where}, a sentence", remedy)
-            if not ref["sentences"]:
-                raise UserError(f"{where} (ref_id {ref['ref_id']}) has no sentences: {remedy}")
-            if not is_plain_name(ref["split"]):
-                raise UserError(f"{where} has a split that is no plain name: {ref['split']!r:.80}")
-            if ref["ref_id"] in seen:
-                raise UserError(f"{where} has ref_id {ref['ref_id']}, as another ref has: {remedy}")
-            seen.add(ref["ref_id"])
-
-    def _load_instances(self) -> tuple[dict[int, dict], dict[int, dict], set[int]]:
-        path = self.instances_path
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: {self._remedy()}")
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not readable JSON ({error}): {self._remedy()}") from None
-        check_fields(content, dict.fromkeys(_INSTANCES_FIELDS, list), str(path), self._remedy())
-        for name, needs in _INSTANCES_FIELDS.items():
-            for number, item in enumerate(content[name]):
-                check_fields(item, needs, f"{path}: {name}[{number}]", self._remedy())
-        images = {image["id"]: image for image in content["images"]}
-        annotations = {item["id"]: item for item in content["annotations"]}
-        return images, annotations, {item["id"] for item in content["categories"]}
-
-    def _look_up(self, table: dict[int, Any], kind: str, key: int, ref: dict) -> Any:
+    def _look_up(self, table: dict[int, Any], kind: str, key: int, ref: Ref) -> Any:
         if key not in table:
             raise UserError(
                 f"{self.instances_path} has no {kind} {key}, which ref {ref['ref_id']} of "
@@ -165,20 +172,21 @@ class Refer:
         return f"unpack the folder {self.refs_path.parent} again from its REFER archive"
 
 
-def load_refs(path: str | Path) -> list[dict]:
-    """Read the list of refs in a pickle, running nothing that the file brings along.
+def load_refs(path: Path, remedy: str = "make it again") -> list[Ref]:
+    """Read the refs in a pickle, running nothing that the file brings along.
 
     Raises:
-        UserError: the file is no pickle, is cut off, asks for any class or function, or is not a
-            list of dicts.
+        UserError: the pickle cannot be loaded, or is not a list of refs with an id each.
     """
-    path = Path(path)
     with path.open("rb") as file:
-        refs = load_plain(file, str(path))
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-        raise UserError(f"{path} does not hold a list of refs")
-    if not refs:
-        raise UserError(f"{path} holds no refs")
+        refs = read_as(_REFS, load_plain(file, str(path)), str(path), remedy)
+    seen: set[int] = set()
+    for number, ref in enumerate(refs):
+        if ref["ref_id"] in seen:
+            raise UserError(
+                f"{path}[{number}] has ref_id {ref['ref_id']}, as another ref has: {remedy}"
+            )
+        seen.add(ref["ref_id"])
     return refs
 
 
@@ -195,40 +203,37 @@ def load_plain(file: BinaryIO, where: str) -> Any:
         return _PlainUnpickler(file, where).load()
     except UserError:
         raise
-    except Exception as error:
-        # A damaged pickle can fail with almost anything.
+    except Exception as error:  # a damaged pickle can fail with almost anything
         raise UserError(f"{where} is not a readable pickle, or cut off ({error!r})") from None
 
 
-def check_fields(item: Any, needs: dict[str, Any], where: str, remedy: str) -> None:
-    """Refuse an item of a data file that is no mapping or lacks a field of the given type.
+def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:
+    """Check plain containers, or a JSON file's bytes, and return them without unknown fields.
 
     Raises:
-        UserError: "`where` has no field x: `remedy`", or the like.
+        UserError: "`where`[3].field: what it must be: `remedy`", of the first fault.
     """
-    if not isinstance(item, dict):
-        raise UserError(f"{where} is {_SHORT.repr(item):.80}, not a mapping: {remedy}")
-    for field, kind in needs.items():
-        if field not in item:
-            raise UserError(f"{where} has no field {field}: {remedy}")
-        if not isinstance(item[field], kind):
-            raise UserError(f"{where}: {field} cannot be {_SHORT.repr(item[field]):.80}: {remedy}")
-
-
-def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Decode what is no UTF-8, up to the end of the string, as Latin-1."""
-    return error.object[error.start :].decode("latin-1"), len(error.object)
-
-
-_LATIN_1 = "latin-1 where it is no UTF-8"
+    try:
+        if isinstance(data, bytes):
+            return kind.validate_json(data.removeprefix(codecs.BOM_UTF8), strict=True)
+        return kind.validate_python(data, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+    text = fault["msg"].replace("Input should", "must").replace("Value error,", "must be")
+    if fault["type"] == "missing":
+        text = "is missing"
+    elif fault["type"] != "json_invalid":
+        text += f", not {_SHORT.repr(fault['input']):.80}"
+    raise UserError(f"{where}{place}: {text}: {remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        codecs.register_error(_LATIN_1, _decode_rest)
-        super().__init__(file, encoding="utf-8", errors=_LATIN_1)
+        codecs.register_error("rest as latin-1", _decode_rest)
+        super().__init__(file, encoding="utf-8", errors="rest as latin-1")
         self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -238,14 +243,9 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def _dataset_folder(data_root: Path, dataset: str) -> Path:
-    folder = data_root / dataset
-    if folder.is_dir():
-        return folder
-    if not data_root.is_dir():
-        raise UserError(f"--data_root {data_root} does not exist; see tools/prepare_datasets.md")
-    there = ", ".join(sorted({p.parent.name for p in data_root.glob("*/refs(*).p")})) or "none"
-    raise UserError(f"{data_root} has no folder {dataset}; REFER folders there: {there}")
+def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Decode what is no UTF-8, up to the end of the string, as Latin-1."""
+    return error.object[error.start :].decode("latin-1"), len(error.object)
 
 
 def _is_in_split(name: str, split: str) -> bool:

@@ -170,8 +170,8 @@ def test_a_folder_without_any_known_split_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"segmentation": []}, r"annotation 101 \(ref 1\) has no segmentation: unpack"),
-        ({"bbox": [1, 2, 3]}, r"annotation 101 \(ref 1\) has a bbox that is not four numbers"),
-        ({"bbox": [1, 2, 3, None]}, r"annotation 101 \(ref 1\) has a bbox that is not four"),
+        ({"bbox": [1, 2, 3]}, r"annotations\[1\].bbox: must be x, y, width, height"),
+        ({"bbox": [1, 2, 3, None]}, r"annotations\[1\].bbox\[3\]: must be a valid number"),
         ({"id": 555}, "has no annotation 101, which ref 1"),
     ],
 )

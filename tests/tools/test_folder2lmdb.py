@@ -107,6 +107,14 @@ def edit_json(change: Callable[[list], object]) -> Callable[[Path], None]:
     return apply
 
 
+def set_field(**fields: object) -> Callable[[Path], None]:
+    return edit_json(lambda entries: entries[1].update(fields))
+
+
+def set_sentence(**fields: object) -> Callable[[Path], None]:
+    return edit_json(lambda entries: entries[1]["sentences"][1].update(fields))
+
+
 def write(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda data: (data / name).write_bytes(content)
 
@@ -134,11 +142,8 @@ OTHER_SIZE = encoded(np.full((WIDTH, HEIGHT), 255, np.uint8))
         (remove("masks/toys/1.png"), r"1\.png does not exist: .*data_process.py --generate_mask"),
         (write("masks/toys/1.png", b""), r"1\.png is an empty file: .*data_process"),
         (cut("masks/toys/1.png"), r"1\.png cannot be decoded .*data_process"),
-        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask \(ref 1\)"),
-        (
-            write("masks/toys/1.png", OTHER_SIZE),
-            r"1\.png is 16 x 12 pixels, its image q\.png 12 x 16",
-        ),
+        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask: make"),
+        (write("masks/toys/1.png", OTHER_SIZE), r"1\.png is 16 x 12 pixels, its image 12 x 16"),
     ],
 )
 def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, message) -> None:
@@ -152,43 +157,27 @@ def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, mes
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("anns/toys/val.json"), "does not exist: make it with .*data_process"),
-        (cut("anns/toys/val.json"), "is not readable JSON"),
-        (write("anns/toys/val.json", b"[" * 100_000), "is not readable JSON"),
-        (edit_json(lambda e: {"refs": e}), "is not a list of refs"),
-        (edit_json(lambda e: []), r"val\.json has no refs: the split is empty"),
-        (edit_json(lambda e: e[1].pop("img_name") and None), "entry 1 has no field img_name"),
-        (edit_json(lambda e: e.insert(1, "ref")), "entry 1 is 'ref', not a mapping"),
-        (edit_json(lambda e: e[1].update(img_name=None)), "entry 1: img_name cannot be None"),
-        (edit_json(lambda e: e[1].update(sentences=[])), "entry 1: sentences is empty"),
+        (remove("anns/toys/val.json"), r"val\.json does not exist: make it again with .*data_proc"),
+        (cut("anns/toys/val.json"), r"val\.json: Invalid JSON"),
+        (write("anns/toys/val.json", b"[" * 100_000), r"val\.json: Invalid JSON: recursion limit"),
+        (edit_json(lambda e: {"refs": e}), r"val\.json: must be a valid \w+, not "),
         (
-            edit_json(lambda e: e[1]["sentences"][1].update(sent=3)),
-            "entry 1, sentence 1: sent cannot be 3",
+            edit_json(lambda e: e[1].pop("img_name") and None),
+            r"\[1\].img_name: is missing: make it",
         ),
-        (edit_json(lambda e: e[1].update(cat=10**30)), "entry 1: cat 1000.* is out of range"),
-        (
-            edit_json(lambda e: e[1].update(img_name="x" * 600)),
-            "entry 1: img_name cannot be 'xxx.*at most 500 bytes",
-        ),
-        (edit_json(lambda e: e[1].update(img_name="a\0.jpg")), r"img_name cannot be 'a\\x00"),
-        (edit_json(lambda e: e[1].update(img_name="\udc80")), r"img_name cannot be '\\udc80'"),
-        (
-            edit_json(lambda e: e[1]["sentences"][1].update(sent="mug \ud800")),
-            r"entry 1, sentence 1: 'mug \\ud800' holds half a char",
-        ),
-        (
-            edit_json(lambda e: e[1]["sentences"][1].update(sent=" &nbsp; ")),
-            "entry 1, sentence 1: ' &nbsp; ' has no words",
-        ),
-        (edit_json(lambda e: e[1].update(segment_id=10**30)), "entry 1: segment_id 1000.* is out"),
-        (
-            edit_json(lambda e: e[1].update(segment_id=0)),
-            "entry 1 has segment_id 0, as .*entry 0 has",
-        ),
-        (
-            edit_json(lambda e: e[1]["sentences"][1].update(sent_id=10)),
-            "entry 1 has sent_id 10, as .*entry 1 has",
-        ),
+        (edit_json(lambda e: e.insert(1, "ref")), r"val\.json\[1\]: must be an object, not 'ref'"),
+        (set_field(img_name=None), r"\[1\].img_name: must be a valid string, not None"),
+        (set_field(img_name="x" * 600), r"img_name: must be a path of at most 500 bytes, not 'xxx"),
+        (set_field(img_name="a\0.jpg"), r"img_name: must be a path .*, not 'a\\x00"),
+        (set_field(img_name="\udc80"), "Invalid JSON: lone leading surrogate"),
+        (set_field(sentences=[]), r"\[1\].sentences: must be one or more, not \[\]"),
+        (set_field(cat=10**30), r"\[1\].cat: must be less than or equal to .*, not 1000"),
+        (set_field(segment_id=10**30), r"\[1\].segment_id: must be less than"),
+        (set_field(segment_id=0), r"val\.json: segment_id 0 is there 2 times"),
+        (set_sentence(sent=3), r"\[1\].sentences\[1\].sent: must be a valid string, not 3"),
+        (set_sentence(sent="mug \ud800"), "Invalid JSON: .* hex escape"),
+        (set_sentence(sent=" &nbsp; "), r"sent: must be a text with words, not ' &nbsp; '"),
+        (set_sentence(sent_id=10), r"val\.json: sent_id 10 is there 2 times"),
     ],
 )
 def test_a_bad_json_is_refused_by_entry_and_field(data: Path, damage, message: str) -> None:
@@ -196,6 +185,13 @@ def test_a_bad_json_is_refused_by_entry_and_field(data: Path, damage, message: s
     with pytest.raises(UserError, match=message):
         pack(data)
     assert not (data / "lmdb").exists()
+
+
+def test_a_split_without_refs_is_not_written(data: Path) -> None:
+    edit_json(lambda e: [])(data)
+    with pytest.raises(UserError, match="split val of toys has no refs"):
+        pack(data)
+    assert os.listdir(data / "lmdb/toys") == []
 
 
 @pytest.mark.parametrize(("folder", "option"), [("images", "-i"), ("masks", "-m")])

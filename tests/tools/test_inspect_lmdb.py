@@ -194,8 +194,11 @@ def test_a_part_of_a_known_data_set_is_a_fault_unless_it_is_said(path, capsys):
     [
         ({"mask": b""}, "mask is an empty file: replace it"),
         ({"mask": b"PNG"}, "mask cannot be decoded (3 bytes; cut off or no image): replace it"),
-        ({"mask": encoded(np.zeros((72, 110), np.uint8))}, "its mask is empty"),
-        ({"mask": encoded(blob(50, 60))}, "its mask is 50 x 60, not 72 x 110"),
+        ({"mask": encoded(np.zeros((72, 110), np.uint8))}, "its mask is an empty mask: replace it"),
+        (
+            {"mask": encoded(blob(50, 60))},
+            "its mask is 50 x 60 pixels, its image 72 x 110: replace it",
+        ),
         ({"height": 71}, "says 71 x 110 pixels, its image has 72 x 110"),
         ({"sentences": (" ",)}, "its sentence ' ' has no words"),
         ({"ref_id": 101}, "ref_id 101 is there twice"),
