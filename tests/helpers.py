@@ -6,6 +6,7 @@ so that numbers can be compared to the bit.
 
 import json
 import os
+import pickle
 import resource
 import runpy
 import socket
@@ -222,6 +223,44 @@ def pack(refer_root: Path, out: Path, dataset: str, split_by: str, name: str) ->
         images, masks = refer_root / "images/train2014", out / "masks" / name
         args = ["-j", path, "-i", images, "-m", masks, "-o", out / "lmdb" / name]
         folder2lmdb.main([str(arg) for arg in args])
+
+
+def refer_ref(ref_id: int, split: str = "train", **changes: object) -> dict:
+    """A ref of a REFER folder."""
+    sentences = [
+        {"sent": text, "sent_id": 10 * ref_id + i, "raw": "?", "tokens": []}
+        for i, text in enumerate((" thing é ", "other"))
+    ]
+    ids = {"ref_id": ref_id, "ann_id": 100 + ref_id, "image_id": 7, "category_id": 13}
+    return ids | {"split": split, "sentences": sentences} | changes
+
+
+def refer_instances(refs: Sequence[dict]) -> dict:
+    """What instances.json says of these refs: a square each, on photos of 8 × 10 pixels."""
+    square = {"bbox": [2.9, 1.2, 4.7, 4.9], "segmentation": [[2, 1, 6, 1, 6, 5, 2, 5]]}
+    return {
+        "images": [
+            {"id": i, "file_name": f"a_{i}.jpg", "height": 8, "width": 10}
+            for i in sorted({ref["image_id"] for ref in refs})
+        ],
+        "annotations": [{"id": ref["ann_id"], **square} for ref in refs],
+        "categories": [{"id": i} for i in sorted({ref["category_id"] for ref in refs})],
+    }
+
+
+def write_refer(
+    root: Path,
+    refs: Sequence[dict],
+    instances: dict | None = None,
+    dataset: str = "toys",
+    split_by: str = "me",
+) -> Path:
+    """Write the REFER folder `root`/`dataset`, and return `root`."""
+    folder = root / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, 2))
+    (folder / "instances.json").write_text(json.dumps(instances or refer_instances(refs)))
+    return root
 
 
 def write_config(

@@ -1,56 +1,20 @@
 """tools/data_process.py: the release's JSON and masks from REFER folders, or a clear refusal."""
 
 import json
-import pickle
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from helpers import refer_ref, write_refer
 
 from tools import data_process
 from utils.errors import UserError
 
-BOX = [2.9, 1.2, 4.7, 4.9]
-SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]
-
-
-def make_ref(ref_id: int, split: str, image_id: int = 7) -> dict:
-    return {
-        "ref_id": ref_id,
-        "ann_id": 100 + ref_id,
-        "image_id": image_id,
-        "category_id": 13,
-        "split": split,
-        "file_name": f"a_{image_id}_{ref_id}.jpg",
-        "sentences": [
-            {"sent": " thing é ", "sent_id": 10 * ref_id, "raw": "?", "tokens": []},
-            {"sent": "other", "sent_id": 10 * ref_id + 1, "raw": "?", "tokens": []},
-        ],
-    }
-
 
 def write(root: Path, splits: list[str], dataset: str = "toys", split_by: str = "me") -> Path:
-    refs = [make_ref(i, split) for i, split in enumerate(splits)]
-    write_refs(root, refs, dataset, split_by)
-    return root
-
-
-def write_refs(root: Path, refs: list[dict], dataset: str, split_by: str) -> None:
-    folder = root / dataset
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "images": [
-            {"id": i, "file_name": f"a_{i}.jpg", "height": 8, "width": 10}
-            for i in sorted({ref["image_id"] for ref in refs})
-        ],
-        "annotations": [
-            {"id": ref["ann_id"], "bbox": BOX, "segmentation": [SQUARE]} for ref in refs
-        ],
-        "categories": [{"id": 13}],
-    }
-    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, 2))
-    (folder / "instances.json").write_text(json.dumps(content))
+    refs = [refer_ref(i, split) for i, split in enumerate(splits)]
+    return write_refer(root, refs, dataset=dataset, split_by=split_by)
 
 
 def prepare(root: Path, out: Path, *more: str, dataset: str = "toys", split: str = "me") -> None:
@@ -142,9 +106,9 @@ def test_a_failed_run_leaves_the_files_of_all_splits(tmp_path: Path) -> None:
 
 def test_refclef_takes_splits_by_letter_and_skips_the_bad_images(tmp_path: Path) -> None:
     splits = ["train", "val", "testA", "testAB", "testBC"]
-    refs = [make_ref(i, split) for i, split in enumerate(splits)]
-    refs += [make_ref(10 + i, "train", image) for i, image in enumerate([19579, 17975, 19575])]
-    write_refs(tmp_path / "in", refs, "refclef", "unc")
+    refs = [refer_ref(i, split) for i, split in enumerate(splits)]
+    refs += [refer_ref(i, image_id=i) for i in (19579, 17975, 19575)]
+    write_refer(tmp_path / "in", refs, dataset="refclef", split_by="unc")
     prepare(tmp_path / "in", tmp_path / "out", dataset="refclef", split="unc")
     found = {
         path.stem: [entry["segment_id"] for entry in json.loads(path.read_text())]

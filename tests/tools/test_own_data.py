@@ -106,12 +106,12 @@ def test_everything_lies_in_the_file_of_its_split(data, capsys):
 
 @pytest.mark.parametrize(
     "mask",
-    [[POLYGON], COMPRESSED, LISTED, "masks/1.png"],
-    ids=["polygons", "compressed runs", "listed runs", "png"],
+    [[POLYGON], [POLYGON, POLYGON], COMPRESSED, LISTED, "masks/1.png"],
+    ids=["polygons", "overlapping polygons", "compressed runs", "listed runs", "png"],
 )
 def test_each_way_to_give_a_mask_gives_the_same_mask(data, mask):
     (ref,) = all_refs(pack(data, line(mask=mask)) / "train.lmdb")
-    assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * DRAWN)
+    assert ref.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,6 @@ def test_whatever_is_not_black_in_a_png_is_the_object(data, pixels):
     cv2.imwrite(str(data / "masks/2.png"), pixels)
     (ref,) = all_refs(pack(data, line(mask="masks/2.png")) / "train.lmdb")
     assert np.array_equal(decode_mask(ref.mask, "mask") > 0, DRAWN)
-
-
-def test_masks_are_encoded_as_those_of_refer_are(data):
-    record = RecordReader(pack(data, line()) / "train.lmdb").ref(0)
-    assert record.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
-    assert record.mask != encoded(np.uint8(255) * DRAWN)
-
-
-def test_polygons_that_overlap_stay_the_object(data):
-    (ref,) = all_refs(pack(data, line(mask=[POLYGON, POLYGON])) / "train.lmdb")
-    assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * DRAWN)
 
 
 def test_a_photo_that_its_exif_tag_turns_is_turned_like_its_mask(data):
@@ -213,7 +202,6 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
     ("changes", "message"),
     [
         ({"image": ...}, "has no image"),
-        ({"image": 3}, "image must be a path of at most 500 bytes, not 3"),
         ({"image": " "}, "image must be a path of at most 500 bytes, not ' '"),
         ({"image": "a" * 600}, "image must be a path of at most 500 bytes"),
         ({"image": "photos"}, "photos does not exist: check image"),
@@ -226,33 +214,23 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
         ({"mask": "masks/9.png"}, r"masks/9\.png does not exist: check mask"),
         ({"mask": POLYGON}, r"a list of polygons in pixels: .* even for one, not"),
         ({"mask": [[1, 2, 3, 4]]}, "a polygon is three or more pairs"),
-        ({"mask": [[1, 2, 3, 4, 5, 6, 7]]}, "a polygon is three or more pairs"),
         ({"mask": [[1, 2, 3, 4, 5, "6"]]}, "mask must be .* or a list of polygons in pixels"),
-        ({"mask": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon is three or more pairs"),
         ({"mask": [[1, 2, 3, 4, 5, 10**400]]}, "a polygon is three or more pairs"),
         ({"mask": [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]}, r"must be in pixels \(these polygons lie in"),
         ({"mask": [[1e9, 1e9, 2e9, 3e9, 4e9, 1]]}, "its mask is a polygon far outside its image"),
-        ({"mask": [[70, 5, 80, 5, 80, 25]]}, "its mask is a segmentation that covers no pixel"),
         ({"mask": {"counts": "x"}}, r"unreadable segmentation .*'size'"),
         ({"mask": {"size": [WIDTH, HEIGHT], "counts": [0, 2400]}}, "of 60 x 40 pixels on an image"),
-        ({"mask": {"size": [HEIGHT, WIDTH]}}, "unreadable segmentation .*'counts'"),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [-1, 2401]}}, "no whole numbers"),
         (
             {"mask": {"size": [HEIGHT, WIDTH], "counts": [9, 9]}},
             "runs do not fill its image of 40 x 60",
         ),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": [2400]}}, "covers no pixel"),
-        ({"mask": {"size": [HEIGHT, WIDTH], "counts": "3"}}, "do not fill"),
         ({"mask": {"size": [HEIGHT, WIDTH], "counts": "é~"}}, "its mask is "),
         ({"sentences": ...}, "has no sentences"),
         ({"sentences": "the mug"}, "sentences must be a list of one or more texts"),
-        ({"sentences": []}, "sentences must be a list of one or more texts"),
         ({"sentences": ["mug", 3]}, "sentences must be a list of one or more texts"),
         ({"sentences": ["mug", " \t"]}, "sentences must be texts with words in each"),
         ({"split": ...}, "has no split"),
         ({"split": "../train"}, "split must be a name such as train"),
-        ({"split": ""}, "split must be a name such as train"),
-        ({"split": 1}, "split must be a name such as train"),
         ({"ref_id": "7"}, "ref_id must be a whole number from 0, not '7'"),
         ({"ref_id": 2**63}, "ref_id must be a whole number from 0"),
         ({"image_id": True}, "image_id must be a whole number from 0, not True"),

@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -103,31 +101,6 @@ def test_a_file_of_the_release_in_a_folder_is_converted_too(tmp_path):
     folder.mkdir(parents=True)
     source.rename(folder / "data.mdb")
     assert len(convert(folder, tmp_path / "new")) == 3
-
-
-def test_converting_gives_what_packing_gives(tmp_path, mini_root):
-    """But for the sentences' ids, which the release's file does not keep."""
-    from helpers import pack
-
-    pack(mini_root, tmp_path, "refcoco", "unc", "refcoco")
-    packed = RecordReader(tmp_path / "lmdb/refcoco/train.lmdb")
-    refs = [packed.ref(position) for position in range(len(packed))]
-    items = [
-        {
-            **release_item(
-                ref.ref_id, packed.image(ref.image_key), ref.image_key, ref.mask, [*ref.sentences]
-            ),
-            "cat": ref.category,
-        }
-        for ref in refs
-    ]
-    source = write_release(tmp_path / "old/refcoco/train.lmdb", items)
-    converted = convert(source, tmp_path / "new/refcoco")
-    for position, ref in enumerate(refs):
-        made = converted.ref(position)
-        assert len(made.sent_ids) == len(ref.sent_ids)
-        assert {**vars(made), "sent_ids": ref.sent_ids} == vars(ref)
-        assert converted.image(ref.image_key) == packed.image(ref.image_key)
 
 
 class Hostile:
@@ -343,36 +316,8 @@ def version_of(path: Path) -> int:
     return version
 
 
-def pack_for_ever(path: Path, small_batches: bool) -> None:
-    if small_batches:
-        records._BATCH_BYTES = 100_000
-    version = 1
-    while True:
-        version += 1
-        pack_version(path, version)
-
-
 def leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(".*.partial"))
-
-
-@pytest.mark.parametrize("small_batches", [False, True])
-def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path, small_batches):
-    path = pack_version(tmp_path / "val.lmdb", 1)
-    chance, seen, torn = random.Random(0), set(), 0
-    for _ in range(12):
-        child = get_context("fork").Process(target=pack_for_ever, args=(path, small_batches))
-        child.start()
-        time.sleep(chance.uniform(0.01, 0.12))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        seen.add(version_of(path))
-        torn += len(leftovers(tmp_path))
-        assert len(leftovers(tmp_path)) <= 1  # the next one removed those before
-    assert torn > 0  # some were killed in the middle
-    pack_version(path, 99)
-    assert version_of(path) == 99
-    assert os.listdir(tmp_path) == ["val.lmdb"]
 
 
 def die_at(moment: str, path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import collections
 import io
-import json
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import refer_instances, refer_ref, write_refer
 from pycocotools import mask as coco_mask
 
 from tools.refer import Refer, draw_segmentation, load_plain, load_refs
@@ -18,41 +18,11 @@ SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]
 OVERLAPPING = [4, 1, 8, 1, 8, 5, 4, 5]
 
 
-def ref(ref_id: int, split: str = "train", **changes) -> dict:
-    fields = {
-        "ref_id": ref_id,
-        "ann_id": 100 + ref_id,
-        "image_id": 7,
-        "category_id": 1,
-        "split": split,
-        "sentences": [{"sent": f"thing {ref_id}", "sent_id": ref_id}],
-    }
-    return {**fields, **changes}
-
-
-def instances(refs: list[dict]) -> dict:
-    return {
-        "images": [{"id": 7, "file_name": "a_7.jpg", "height": 8, "width": 10}],
-        "annotations": [
-            {"id": r["ann_id"], "bbox": [2, 1, 4, 4], "segmentation": [SQUARE]} for r in refs
-        ],
-        "categories": [{"id": 1}],
-    }
-
-
-def write(root: Path, refs: list[dict], content: dict | None = None) -> Path:
-    folder = root / "toys"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "refs(me).p").write_bytes(pickle.dumps(refs))
-    (folder / "instances.json").write_text(json.dumps(content or instances(refs)))
-    return root
-
-
 def with_segmentation(root: Path, segmentation) -> Refer:
-    refs = [ref(1)]
-    content = instances(refs)
+    refs = [refer_ref(1)]
+    content = refer_instances(refs)
     content["annotations"][0]["segmentation"] = segmentation
-    return Refer(write(root, refs, content), "toys", "me")
+    return Refer(write_refer(root, refs, content), "toys", "me")
 
 
 # -- the pickle ----------------------------------------------------------------------------------
@@ -139,7 +109,7 @@ def test_shared_lists_are_told_briefly(tmp_path: Path) -> None:
     for _ in range(10):
         shared = [shared] * 10
     shared.append(shared)
-    root = write(tmp_path, [ref(1, more=shared, sentences=[shared])])
+    root = write_refer(tmp_path, [refer_ref(1, more=shared, sentences=[shared])])
     with pytest.raises(
         UserError, match=r"sentences\[0\]: must be a valid dictionary, not \[\[\["
     ) as caught:
@@ -152,7 +122,9 @@ def test_shared_lists_are_told_briefly(tmp_path: Path) -> None:
 
 def test_splits_are_matched_as_refer_does(tmp_path: Path) -> None:
     names = ["train", "val", "testA", "testB", "testAB", "testC", "testBC"]
-    refer = Refer(write(tmp_path, [ref(i, name) for i, name in enumerate(names)]), "toys", "me")
+    refer = Refer(
+        write_refer(tmp_path, [refer_ref(i, name) for i, name in enumerate(names)]), "toys", "me"
+    )
 
     def found(split: str) -> list[str]:
         return [r["split"] for r in refer.split_refs(split)]
@@ -167,24 +139,19 @@ def test_splits_are_matched_as_refer_does(tmp_path: Path) -> None:
     assert found("tes") == []
 
 
-def test_coco_categories_count_from_0_to_79(tmp_path: Path) -> None:
-    ids = [1, 11, 13, 90]
-    refs = [ref(i, category_id=category) for i, category in enumerate(ids)]
-    content = {**instances(refs), "categories": [{"id": i} for i in ids]}
-    refer = Refer(write(tmp_path, refs, content), "toys", "me")
-    assert [refer.category(r) for r in refs] == [0, 10, 11, 79]
-
-
-def test_other_categories_are_numbered_in_the_order_of_their_ids(tmp_path: Path) -> None:
-    ids = [276, -1, 12]
-    refs = [ref(i, category_id=category) for i, category in enumerate(ids)]
-    content = {**instances(refs), "categories": [{"id": i} for i in ids]}
-    refer = Refer(write(tmp_path, refs, content), "toys", "me")
-    assert [refer.category(r) for r in refs] == [2, 0, 1]
+@pytest.mark.parametrize(
+    ("ids", "categories"),
+    [([1, 11, 13, 90], [0, 10, 11, 79]), ([276, -1, 12], [2, 0, 1])],
+    ids=["COCO's: 0 to 79", "others: in the order of their ids"],
+)
+def test_categories_count_from_0(tmp_path: Path, ids, categories) -> None:
+    refs = [refer_ref(i, category_id=category) for i, category in enumerate(ids)]
+    refer = Refer(write_refer(tmp_path, refs), "toys", "me")
+    assert [refer.category(r) for r in refs] == categories
 
 
 def test_overlapping_polygons_are_254_and_the_rest_255(tmp_path: Path) -> None:
-    mask = with_segmentation(tmp_path, [SQUARE, OVERLAPPING]).mask(ref(1))
+    mask = with_segmentation(tmp_path, [SQUARE, OVERLAPPING]).mask(refer_ref(1))
     expected = np.zeros((8, 10), np.uint8)
     expected[1:5, 2:8] = 255
     expected[1:5, 4:6] = 254
@@ -199,7 +166,7 @@ def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bo
     if compressed:
         runs = coco_mask.frPyObjects(runs, 8, 10)
         runs["counts"] = runs["counts"].decode()
-    mask = with_segmentation(tmp_path, [runs] if as_list else runs).mask(ref(1))
+    mask = with_segmentation(tmp_path, [runs] if as_list else runs).mask(refer_ref(1))
     expected = np.zeros((8, 10), np.uint8)
     expected[1:5, 2:4] = 255
     np.testing.assert_array_equal(mask, expected)
@@ -230,22 +197,22 @@ def test_run_length_masks_are_read(tmp_path: Path, compressed: bool, as_list: bo
 def test_a_useless_segmentation_is_refused(tmp_path: Path, segmentation, message: str) -> None:
     refer = with_segmentation(tmp_path, segmentation)
     with pytest.raises(UserError, match=rf"annotation 101 \(ref 1\) .*{message}"):
-        refer.mask(ref(1))
+        refer.mask(refer_ref(1))
 
 
 def test_an_annotation_image_or_category_that_is_missing_is_named(tmp_path: Path) -> None:
-    refer = Refer(write(tmp_path, [ref(1)]), "toys", "me")
+    refer = Refer(write_refer(tmp_path, [refer_ref(1)]), "toys", "me")
     for look_up, changes, message in (
         (refer.annotation, {"ann_id": 999}, r"instances\.json has no annotation 999, which ref 1"),
         (refer.image, {"image_id": 999}, r"instances\.json has no image 999, which ref 1"),
         (refer.category, {"category_id": 999}, r"instances\.json has no category 999, which ref"),
     ):
         with pytest.raises(UserError, match=message):
-            look_up(ref(1, **changes))
+            look_up(refer_ref(1, **changes))
 
 
 def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> None:
-    root = write(tmp_path / "root", [ref(1)])
+    root = write_refer(tmp_path / "root", [refer_ref(1)])
     with pytest.raises(
         UserError, match=r"toys/refs\(umd\)\.p does not exist; found .*refs\(me\)\.p"
     ):
@@ -272,11 +239,11 @@ def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> Non
 )
 def test_a_malformed_ref_is_named(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Refer(write(tmp_path, [ref(1), ref(2) | changes]), "toys", "me")
+        Refer(write_refer(tmp_path, [refer_ref(1), refer_ref(2) | changes]), "toys", "me")
 
 
 def test_broken_instances_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, [ref(1)]) / "toys" / "instances.json"
+    path = write_refer(tmp_path, [refer_ref(1)]) / "toys" / "instances.json"
     content = path.read_text()
     for text, message in (
         (content[:50], "Invalid JSON"),
