@@ -68,9 +68,9 @@ Polygons = Annotated[list[list[float]], Field(min_length=1)]
 
 
 def _is_in_pixels(mask: str | dict | list) -> bool:
-    """Tell whether a mask is none of polygons that lie in [0, 1]."""
-    is_drawn = isinstance(mask, list)
-    return not is_drawn or any(not 0 <= x <= 1 for polygon in mask for x in polygon)
+    """Tell whether a mask is anything but polygons that lie in [0, 1]."""
+    polygons = mask if isinstance(mask, list) else []
+    return not polygons or any(not 0 <= x <= 1 for polygon in polygons for x in polygon)
 
 
 class Line(BaseModel):
