@@ -472,12 +472,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def drop_measured(record: dict) -> None:
-    """Take out of a record of metrics.jsonl what differs from run to run: speed and memory."""
-    for name in MEASURED:
-        record.pop(name, None)
-
-
 def load(path: Path) -> dict:
     """A checkpoint's content."""
     return torch.load(path, weights_only=True)
@@ -491,9 +485,7 @@ def load_state(path: Path) -> dict:
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run but for what differs from run to run."""
     records = read_jsonl(folder / "metrics.jsonl")
-    for record in records:
-        drop_measured(record)
-    return records
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
 
 
 def assert_equal_runs(got: Path, expected: Path) -> None:
