@@ -69,21 +69,15 @@ class DenseAttentionPool(nn.Module):
         )
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The positional table resized to a map: (1, H·W, C)."""
-        table = self.positional_embedding[1:]
-        if torch.are_deterministic_algorithms_enabled():  # CUDA's bicubic backward pass is not
-            return (self._resizing(height, width) @ table)[None]
-        table = table.T.reshape(1, -1, self.grid, self.grid)
-        table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
-        return table.flatten(2).transpose(1, 2)
+        """Return the positional table resized to a map: (1, H·W, C).
 
-    def _resizing(self, height: int, width: int) -> Tensor:
-        """Return the matrix that resizes the table: (H·W, grid²)."""
-        cells = self.grid**2
-        identity = torch.eye(cells, device=self.positional_embedding.device)
-        identity = identity.reshape(1, cells, self.grid, self.grid)
-        resized = F.interpolate(identity, (height, width), mode="bicubic", align_corners=False)
-        return resized.reshape(cells, -1).T.to(self.positional_embedding.dtype)
+        By a matrix, because CUDA's backward pass of bicubic interpolation is not deterministic.
+        """
+        table = self.positional_embedding[1:]
+        identity = torch.eye(len(table), dtype=table.dtype, device=table.device)
+        cells = identity.view(1, -1, self.grid, self.grid)
+        resized = F.interpolate(cells, (height, width), mode="bicubic", align_corners=False)
+        return resized.flatten(2).transpose(1, 2) @ table
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
@@ -216,7 +210,7 @@ class DenseCLIP(nn.Module):
         context_length: rows of the text's positional table.
         vocab_size: tokens.
         transformer_width, transformer_heads, transformer_layers: the text encoder.
-        recompute: of both encoders, keep what enters each block alone, see `model.recompute.run`.
+        recompute: of both encoders, keep what enters each block alone, see `checkpointed`.
     """
 
     def __init__(

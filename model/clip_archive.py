@@ -9,6 +9,7 @@ something of ours that only stores; the program is never looked at. A plain stat
 
 import hashlib
 import io
+import math
 import pickle
 import re
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 # SHA-256 of the files as OpenAI publishes them; their addresses carry the same digests.
@@ -31,21 +33,6 @@ PUBLISHED_DIGESTS = {
 DOWNLOAD_HINT = "tools/prepare_datasets.md says where to download it"
 
 NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")
-REQUIRED_KEYS = (
-    "visual.conv1.weight",
-    *(f"visual.layer{stage}.0.conv1.weight" for stage in range(1, 5)),
-    "visual.attnpool.positional_embedding",
-    "token_embedding.weight",
-    "positional_embedding",
-    "transformer.resblocks.0.attn.in_proj_weight",
-    "ln_final.weight",
-    "text_projection",
-)
-# Convolutions, linear layers and attention, weights and biases.
-KEPT_IN_HALF = re.compile(
-    r"(^|\.)(conv\d|downsample\.0|[qkvc]_proj|out_proj|c_fc)\.(weight|bias)$"
-    r"|(^|\.)in_proj_(weight|bias)$|^text_projection$"
-)
 WEB_PAGE = re.compile(rb"\s*<(!doctype|!--|\?xml|html|head|body|error)", re.IGNORECASE)
 
 
@@ -68,13 +55,12 @@ class ClipSizes:
     transformer_layers: int
 
 
-def read_clip(path: str | Path, as_released: bool = True) -> dict[str, Tensor]:
+def read_clip(path: str | Path) -> dict[str, Tensor]:
     """Read CLIP's parameters and buffers by name.
 
     Args:
         path: OpenAI's TorchScript archive, a state dict saved by `torch.save` (bare or under
             `state_dict`), or `.safetensors`. Tensors saved on a GPU need none to be read.
-        as_released: apply `round_through_half`; changes nothing in OpenAI's own archives.
     Returns:
         Tensors on the CPU under CLIP's names (`visual.conv1.weight`, ...), float32 except for
         integer buffers; the entries that describe sizes are left out.
@@ -90,11 +76,26 @@ def read_clip(path: str | Path, as_released: bool = True) -> dict[str, Tensor]:
             "(or train without: TRAIN.clip_pretrain null and TRAIN.clip_arch)"
         )
     try:
-        state = _clip_entries(_read_tensors(path))
+        tensors = _read_tensors(path)
+        state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        derive_sizes(state)
     except ArchiveError as problem:
         raise ArchiveError(f"{path}: {problem}") from problem
-    _check_digest(path)
-    return round_through_half(state) if as_released else state
+    if path.name in PUBLISHED_DIGESTS:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != PUBLISHED_DIGESTS[path.name]:
+            warnings.warn(
+                f"{path} is not the published {path.name}: SHA-256 {digest} instead of "
+                f"{PUBLISHED_DIGESTS[path.name]} ({DOWNLOAD_HINT}; rename it if it is meant to "
+                "differ)",
+                stacklevel=2,
+            )
+    return {
+        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name not in NOT_PARAMETERS
+    }
 
 
 def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
@@ -103,104 +104,53 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
     Raises:
         ArchiveError: the tensors are not those of a CLIP with a ResNet image encoder.
     """
-    _check_is_resnet_clip(state)
-    # One row for the class token and one for each cell of a square map at stride 32.
-    num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
-    side = round(num_cells**0.5)
-    if side * side != num_cells:
+    if any(name.startswith(("backbone.", "neck.", "decoder.")) for name in state):
+        raise ArchiveError(
+            "a CRIS checkpoint, not a CLIP archive: give it as TRAIN.weight to start from it"
+        )
+    if "visual.class_embedding" in state:
+        raise ArchiveError(
+            "a CLIP with a ViT, which has no feature maps at stride 8, 16 and 32: use a ResNet "
+            f"({', '.join(PUBLISHED_DIGESTS)})"
+        )
+    try:
+        # One row for the class token and one for each cell of a square map at stride 32.
+        num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
+        transformer_width, embed_dim = state["text_projection"].shape
+        sizes = ClipSizes(
+            embed_dim=embed_dim,
+            image_resolution=math.isqrt(num_cells) * 32,
+            vision_layers=tuple(_count_blocks(state, f"visual.layer{n}.") for n in range(1, 5)),
+            vision_width=state["visual.layer1.0.conv1.weight"].shape[0],
+            context_length=state["positional_embedding"].shape[0],
+            vocab_size=state["token_embedding.weight"].shape[0],
+            transformer_width=transformer_width,
+            transformer_heads=transformer_width // 64,
+            transformer_layers=_count_blocks(state, "transformer.resblocks."),
+        )
+    except KeyError as missing:
+        held = ", ".join(list(state)[:3]) or "no tensors"
+        raise ArchiveError(
+            f"no CLIP: it has {held} ..., but no {missing}: {DOWNLOAD_HINT}"
+        ) from None
+    if num_cells != math.isqrt(num_cells) ** 2:
         raise ArchiveError(f"the attention pool has positions for {num_cells} cells, no square")
-    transformer_width = state["ln_final.weight"].shape[0]
-    return ClipSizes(
-        embed_dim=state["text_projection"].shape[1],
-        image_resolution=side * 32,
-        vision_layers=tuple(_count_blocks(state, f"visual.layer{n}.") for n in range(1, 5)),
-        vision_width=state["visual.layer1.0.conv1.weight"].shape[0],
-        context_length=state["positional_embedding"].shape[0],
-        vocab_size=state["token_embedding.weight"].shape[0],
-        transformer_width=transformer_width,
-        transformer_heads=transformer_width // 64,
-        transformer_layers=_count_blocks(state, "transformer.resblocks."),
-    )
-
-
-def round_through_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Round the weights that CLIP keeps in float16 to what float16 can hold, as released.
-
-    The official loader builds the model in float16 where CLIP is (convolutions, linear layers,
-    attention, `text_projection`), fills it and only then casts to float32, so even float32 files
-    pass through float16. Norms and embeddings do not. Returns a new dict of float32.
-    """
-    return {
-        name: tensor.half().float() if KEPT_IN_HALF.search(name) else tensor
-        for name, tensor in state.items()
-    }
+    return sizes
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def _check_digest(path: Path) -> None:
-    published = PUBLISHED_DIGESTS.get(path.name)
-    if published is None:
-        return
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != published:
-        warnings.warn(
-            f"{path} is not the published {path.name}: SHA-256 {digest} instead of {published} "
-            f"({DOWNLOAD_HINT}; rename it if it is meant to differ)",
-            stacklevel=3,
-        )
-
-
-def _clip_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that these are CLIP's tensors, drop what is no parameter, cast to float32."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    derive_sizes(state)
-    return {
-        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-        if name not in NOT_PARAMETERS
-    }
-
-
-def _check_is_resnet_clip(state: Mapping[str, Tensor]) -> None:
-    if any(name.startswith(("backbone.", "neck.", "decoder.")) for name in state):
-        raise ArchiveError(
-            "a CRIS checkpoint, not a CLIP archive: give it as TRAIN.weight to start from it"
-        )
-    if "visual.class_embedding" in state or "visual.proj" in state:
-        raise ArchiveError(
-            f"CLIP {_vit_name(state)}, whose image encoder has no feature maps at stride 8, 16 and "
-            f"32: use a ResNet ({', '.join(PUBLISHED_DIGESTS)})"
-        )
-    missing = [name for name in REQUIRED_KEYS if name not in state]
-    if missing:
-        raise ArchiveError(
-            f"{len(missing)} of the entries that make a CLIP are missing, {', '.join(missing[:3])} "
-            f"among them (it has {', '.join(list(state)[:3]) or 'no tensors'} ...): {DOWNLOAD_HINT}"
-        )
-
-
-def _vit_name(state: Mapping[str, Tensor]) -> str:
-    if "visual.conv1.weight" not in state:
-        return "ViT"
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    return f"ViT-{ {768: 'B', 1024: 'L', 1280: 'H'}.get(width, width) }/{patch}"
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read whatever named tensors the file holds, by its kind."""
     with path.open("rb") as file:
         head = file.read(512)
-    if not head:
-        raise ArchiveError(f"an empty file: {DOWNLOAD_HINT}")
     if WEB_PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
         raise ArchiveError(f"a web page, not the file behind the link: {DOWNLOAD_HINT}")
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+            return load_file(path, device="cpu")
         if head.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -208,14 +158,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return _read_state_dict(path)
     except ArchiveError:
         raise
-    except zipfile.BadZipFile as error:
-        raise ArchiveError(
-            f"cut off or damaged at {path.stat().st_size} bytes: {DOWNLOAD_HINT}"
-        ) from error
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         reason = (str(error).splitlines() or [""])[0][:120]
         raise ArchiveError(
-            f"damaged, or no file of weights ({type(error).__name__}: {reason}): {DOWNLOAD_HINT}"
+            f"cut off at {path.stat().st_size} bytes, damaged, or no file of weights "
+            f"({type(error).__name__}: {reason}): {DOWNLOAD_HINT}"
         ) from error
 
 
@@ -223,10 +170,9 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked is None:
-            raise
-        raise _refusal(asked.group(1)) from error
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _refusal(asked[1]) from error
+        raise
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -239,25 +185,9 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ArchiveError("reading it needs a package: pip install safetensors") from error
-    return load_file(path, device="cpu")
-
-
 def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     (root,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
-    return dict(_named_tensors(_TreeUnpickler(archive, root.removesuffix("data.pkl")).load()))
-
-
-def _named_tensors(module: "_Module", prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in module.attributes.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _named_tensors(value, f"{prefix}{name}.")
+    return dict(_TreeUnpickler(archive, root.removesuffix("data.pkl")).load().tensors())
 
 
 def _refusal(asked: str) -> ArchiveError:
@@ -272,6 +202,13 @@ class _Module:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.attributes = state
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.attributes.items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+            elif isinstance(value, _Module):
+                yield from value.tensors(f"{prefix}{name}.")
 
 
 class _TreeUnpickler(pickle.Unpickler):

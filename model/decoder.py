@@ -1,12 +1,12 @@
 """The vision-language decoder: pixels attend to pixels, then to the words (CRIS Sec. 3.2).
 
 B batch, C channels, H W map size, L tokens. Pixels are a sequence of H·W positions, row by row.
+Sequences have their positions first, as `nn.MultiheadAttention` computes.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.recompute import checkpointed
@@ -22,8 +22,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn_norm = nn.LayerNorm(channels)
         self.cross_attn_norm = nn.LayerNorm(channels)
-        self.self_attn = nn.MultiheadAttention(channels, num_heads, dropout, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(channels, num_heads, dropout, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(channels, num_heads, dropout)
+        self.multihead_attn = nn.MultiheadAttention(channels, num_heads, dropout)
         self.ffn = nn.Sequential(
             nn.Linear(channels, dim_ffn),
             nn.ReLU(inplace=True),
@@ -39,47 +39,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, vis: Tensor, words: Tensor, vis_pos: Tensor, word_pos: Tensor, pad_mask: Tensor
     ) -> Tensor:
-        """vis (B, H·W, C), words (B, L, C), positions of each, pad_mask (B, L) -> (B, H·W, C)."""
+        """vis (H·W, B, C), words (L, B, C), positions of each, pad_mask (B, L) -> (H·W, B, C)."""
         x = self.norm1(vis)
         q = x + vis_pos
-        x = attend(self.self_attn, q, q, x)
+        x = self.self_attn(q, q, x, need_weights=False)[0]
         vis = vis + self.dropout(self.self_attn_norm(x))
-        x = self.norm2(vis) + vis_pos
-        x = attend(self.multihead_attn, x, words + word_pos, words, pad_mask)
+        q = self.norm2(vis) + vis_pos
+        x = self.multihead_attn(q, words + word_pos, words, pad_mask, need_weights=False)[0]
         vis = vis + self.dropout(self.cross_attn_norm(x))
         return vis + self.dropout(self.ffn(self.norm3(vis)))
-
-
-def attend(
-    layer: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pad_mask: Tensor | None = None,
-) -> Tensor:
-    """Return what the layer computes, without keeping its attention weights.
-
-    Args:
-        layer: batch first; its dropout acts in training mode.
-        query, key, value: (B, N, C), (B, L, C), (B, L, C).
-        pad_mask: (B, L) bool, True where the key is hidden.
-    Returns:
-        (B, N, C).
-    """
-    inputs = zip(
-        (query, key, value),
-        layer.in_proj_weight.chunk(3),
-        layer.in_proj_bias.chunk(3),
-        strict=True,
-    )
-    q, k, v = (
-        F.linear(x, weight, bias).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-        for x, weight, bias in inputs
-    )
-    shown = None if pad_mask is None else ~pad_mask[:, None, None]
-    dropout = layer.dropout if layer.training else 0.0
-    attended = F.scaled_dot_product_attention(q, k, v, shown, dropout)
-    return layer.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class Decoder(nn.Module):
@@ -121,12 +89,12 @@ class Decoder(nn.Module):
             (B, C, H, W), contiguous.
         """
         _, channels, height, width = vis.shape
-        vis_pos = map_positions(height, width, channels, vis.device).to(vis.dtype)
-        word_pos = sequence_positions(words.shape[1], channels, vis.device).to(words.dtype)
-        x = vis.flatten(2).transpose(1, 2)
+        vis_pos = map_positions(height, width, channels, vis.device)[:, None].to(vis.dtype)
+        word_pos = sequence_positions(words.shape[1], channels, vis.device)[:, None].to(words.dtype)
+        x, words = vis.flatten(2).permute(2, 0, 1), words.transpose(0, 1)
         for layer in self.layers:
             x = checkpointed(layer, x, words, vis_pos, word_pos, pad_mask, recompute=self.recompute)
-        return self.norm(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
+        return self.norm(x).permute(1, 2, 0).unflatten(2, (height, width)).contiguous()
 
 
 def sequence_positions(length: int, channels: int, device: torch.device) -> Tensor:

@@ -15,11 +15,7 @@ def resize_target(mask: Tensor, size: tuple[int, int], target: str = "nearest") 
     Returns:
         (B, 1, H, W) float in [0, 1].
     """
-    if target == "nearest":
-        return F.interpolate(mask, size, mode="nearest")
-    if target == "area":
-        return F.interpolate(mask, size, mode="area")
-    raise ValueError(f"target must be 'nearest' or 'area', not {target!r}")
+    return F.interpolate(mask, size, mode=target)
 
 
 def text_to_pixel_loss(logits: Tensor, mask: Tensor, target: str = "nearest") -> Tensor:

@@ -143,10 +143,9 @@ def assemble(
 def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:
     """Copy CLIP's weights in; only CRIS's own `connect` shortcut keeps its initialisation.
 
-    The shortcut's convolution is rounded through float16 as the archive's are (as released).
+    Weights that CLIP keeps in float16 are rounded to what float16 can hold, as released: the
+    release builds the backbone in float16 there, fills it, and then casts it to float32.
     """
-    connect = backbone.visual.attnpool.connect[0]
-    connect.weight.data = connect.weight.data.half().float()
     own = backbone.state_dict()
     wrong = [key for key, v in weights.items() if key in own and own[key].shape != v.shape]
     if wrong:
@@ -155,3 +154,8 @@ def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:
     missing = [key for key in missing if not key.startswith("visual.attnpool.connect.")]
     if missing or unexpected:
         raise ValueError(f"CLIP weights do not fit: missing {missing}, unexpected {unexpected}")
+    backbone.text_projection.data = backbone.text_projection.half().float()
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.half().float()

@@ -167,12 +167,12 @@ def waves(length: int, channels: int, like: Tensor) -> Tensor:
 def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Tensor:
     """Pixels attend to pixels and to the words; every attention hands out its weights."""
     batch, channels, height, width = x.shape
-    word_pos = waves(words.shape[1], channels, words)
+    word_pos = waves(words.shape[1], channels, words)[:, None]
     map_pos = torch.zeros(height, width, channels, dtype=x.dtype, device=x.device)
     map_pos[..., : channels // 2] = waves(width, channels // 2, x)
     map_pos[..., channels // 2 :] = waves(height, channels // 2, x)[:, None]
-    map_pos = map_pos.flatten(0, 1)
-    x = x.flatten(2).permute(0, 2, 1)
+    map_pos = map_pos.flatten(0, 1)[:, None]
+    x, words = x.flatten(2).permute(2, 0, 1), words.transpose(0, 1)
     for layer in decoder.layers:
         y = layer.norm1(x)
         y, _weights = layer.self_attn(y + map_pos, y + map_pos, y)
@@ -185,7 +185,7 @@ def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Te
         first, relu, _dropout, norm, second = layer.ffn
         hidden = drop(layer, relu(first(layer.norm3(x))))
         x = x + drop(layer, second(norm(hidden)))
-    return decoder.norm(x).permute(0, 2, 1).reshape(batch, channels, height, width)
+    return decoder.norm(x).permute(1, 2, 0).reshape(batch, channels, height, width)
 
 
 def drop(layer: nn.Module, x: Tensor) -> Tensor:

@@ -6,17 +6,14 @@ merged, the earliest-learned merge first, and what is left is looked up.
 
 Vocabulary, 49,408 ids in this order: 256 bytes, the same 256 at the end of a word, one symbol for
 each of 48,894 merges, start (49406), end (49407). Padding is id 0.
-
-The vocabulary is read with the first sentence.
 """
 
 import gzip
 import html
+import itertools
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import ftfy
 import regex
@@ -35,6 +32,11 @@ WORD = regex.compile(
     regex.IGNORECASE,
 )
 BLANKS = regex.compile(r"\s+")
+# Bytes that Latin-1 prints stand for themselves, the others for the code points from 256 on: so
+# every byte is a character that is visible and no blank.
+PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("ÿ") + 1)} - {ord("\u00ad")}
+SPARE = itertools.count(256)
+BYTE_SYMBOLS = [chr(byte if byte in PRINTABLE else next(SPARE)) for byte in range(256)]
 
 
 def tokenize(
@@ -53,7 +55,7 @@ def tokenize(
     """
     if context_length < 2:
         raise ValueError(f"context_length {context_length} leaves no room for start and end tokens")
-    sentences = _as_list(texts)
+    sentences = [texts] if isinstance(texts, str) else texts
     tokens = torch.full((len(sentences), context_length), PAD_ID, dtype=torch.long)
     for row, sentence in zip(tokens, sentences, strict=True):
         ids = _encode(sentence)
@@ -61,7 +63,7 @@ def tokenize(
             if not truncate:
                 raise UserError(
                     f"sentence of {len(ids)} tokens is longer than {context_length} "
-                    f"(shorten it, or raise the length): {_abridged(sentence)!r}"
+                    f"(shorten it, or raise the length): {sentence[:200]!r}"
                 )
             ids = [*ids[: context_length - 1], END_ID]
         row[: len(ids)] = torch.tensor(ids)
@@ -70,7 +72,7 @@ def tokenize(
 
 def token_lengths(texts: str | Sequence[str]) -> list[int]:
     """Count each sentence's tokens, start and end included, before any cut."""
-    return [len(_encode(sentence)) for sentence in _as_list(texts)]
+    return [len(_encode(sentence)) for sentence in ([texts] if isinstance(texts, str) else texts)]
 
 
 def has_words(sentence: str) -> bool:
@@ -78,20 +80,10 @@ def has_words(sentence: str) -> bool:
     return WORD.search(_clean(sentence)) is not None
 
 
-def _as_list(texts: str | Sequence[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
-
-
-def _abridged(sentence: str, limit: int = 200) -> str:
-    return sentence if len(sentence) <= limit else sentence[:limit] + "…"
-
-
 @lru_cache(maxsize=1 << 16)  # a training visits the same sentences in every epoch
 def _encode(sentence: str) -> tuple[int, ...]:
-    ids = [START_ID]
-    for word in WORD.findall(_clean(sentence)):
-        ids.extend(_word_ids(word))
-    return (*ids, END_ID)
+    words = WORD.findall(_clean(sentence))
+    return (START_ID, *itertools.chain.from_iterable(map(_word_ids, words)), END_ID)
 
 
 def _clean(sentence: str) -> str:
@@ -103,17 +95,13 @@ def _clean(sentence: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _word_ids(word: str) -> tuple[int, ...]:
-    vocabulary = _vocabulary()
+    ranks, ids = _vocabulary()
     if word in (START, END):
-        return (vocabulary.ids[word],)
-    symbols = [vocabulary.byte_symbols[byte] for byte in word.encode("utf-8")]
+        return (ids[word],)
+    symbols = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8")]
     symbols[-1] += WORD_END
-    return tuple(vocabulary.ids[symbol] for symbol in _merge(symbols, vocabulary.ranks))
-
-
-def _merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Apply the earliest-learned merge that fits, everywhere, until none fits."""
-    while pairs := set(pairwise(symbols)) & ranks.keys():
+    # Apply the earliest-learned merge that fits, everywhere, until none fits.
+    while pairs := set(itertools.pairwise(symbols)) & ranks.keys():
         best, joined = min(pairs, key=ranks.__getitem__), []
         for symbol in symbols:
             if joined and (joined[-1], symbol) == best:
@@ -121,34 +109,17 @@ def _merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
             else:
                 joined.append(symbol)
         symbols = joined
-    return symbols
-
-
-class _Vocabulary(NamedTuple):
-    byte_symbols: list[str]  # byte -> printable character
-    ranks: dict[tuple[str, str], int]  # pair of symbols -> when it was learned
-    ids: dict[str, int]  # symbol -> token id
+    return tuple(ids[symbol] for symbol in symbols)
 
 
 @cache
-def _vocabulary() -> _Vocabulary:
+def _vocabulary() -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+    """Read when each pair of symbols was merged first, and each symbol's token id."""
     with gzip.open(VOCABULARY_PATH, "rt", encoding="utf-8") as lines:
-        next(lines)  # a version header
-        merges = [tuple(line.split()) for _, line in zip(range(NUM_MERGES), lines, strict=False)]
-    byte_symbols = _byte_symbols()
+        # The first line is a version.
+        merges = [tuple(line.split()) for line in itertools.islice(lines, 1, NUM_MERGES + 1)]
     # Ids count the bytes that print as themselves first, then the others: the characters' order.
-    alphabet = sorted(byte_symbols)
+    alphabet = sorted(BYTE_SYMBOLS)
     symbols = [*alphabet, *(s + WORD_END for s in alphabet), *map("".join, merges), START, END]
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
-    return _Vocabulary(byte_symbols, {pair: rank for rank, pair in enumerate(merges)}, ids)
-
-
-def _byte_symbols() -> list[str]:
-    """Give every byte a character that is visible and no blank.
-
-    Bytes that Latin-1 prints stand for themselves; the others take the code points from 256 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
-    printable |= {*range(ord("®"), ord("ÿ") + 1)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    return ranks, {symbol: i for i, symbol in enumerate(symbols)}

@@ -35,11 +35,6 @@ def test_targets_stay_between_0_and_1_at_sizes_that_do_not_divide():
         assert small.max() <= 1
 
 
-def test_unknown_target_is_named():
-    with pytest.raises(ValueError, match="'bilinear'"):
-        resize_target(soft_masks(), (8, 8), "bilinear")
-
-
 @pytest.mark.parametrize("target", ["nearest", "area"])
 def test_loss_is_the_mean_cross_entropy_over_all_pixels_of_all_samples(target):
     logits, mask = some_logits(), soft_masks()

@@ -31,7 +31,7 @@ def test_ids_equal_those_of_the_official_code(length, sentence, expected):
 def test_vocabulary_is_the_published_file_and_every_id_is_taken_once():
     digest = hashlib.sha256(tokenizer.VOCABULARY_PATH.read_bytes()).hexdigest()
     assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-    assert sorted(tokenizer._vocabulary().ids.values()) == list(range(49_408))
+    assert sorted(tokenizer._vocabulary()[1].values()) == list(range(49_408))
 
 
 def test_batch_is_one_row_a_sentence():
