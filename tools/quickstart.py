@@ -17,16 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from engine.report.pages import INDEX
+from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
-from tools.refshapes import DEFAULT_IMAGES, KINDS, blind_baselines, is_complete, kind_of
+from tools.refshapes import DEFAULT_IMAGES, blind_baselines, is_complete
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run_entry_point
@@ -34,15 +33,13 @@ from utils.logger import METRICS, duration
 from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
-from utils.visualize import PRED_COLOR, TRUTH_COLOR, grid, save_picture
+from utils.visualize import comparison, grid, save_picture
 
 REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
 MASKS, LMDB = Path("datasets/masks/refshapes"), Path("datasets/lmdb/refshapes")
 CODE = (".py", ".html", ".css", ".js")
 PICTURES = 40  # overlays a split
 SUCCESS, FAILURE = 0.8, 0.1  # IoU above and below which a sentence is an example of it
-PANEL, GAP, COLUMNS = (230, 200), 22, 3  # of the picture of examples; (width, height) in pixels
-CELL = (2 * PANEL[0] + 6, PANEL[1] + 58)
 
 
 class Step(NamedTuple):
@@ -70,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def steps(config: str, cfg: Config) -> Iterator[Step]:
-    """All steps in order; each looks at the files when its turn comes, after those before it."""
+    """Yield all steps in order; each looks at the files after those before it were taken."""
     drawn = is_complete(REFER, DEFAULT_IMAGES, seed=0)
     yield Step("draw the images", f"tools/refshapes.py -o {REFER}", drawn)
 
@@ -118,10 +115,7 @@ def training_step(config: str, cfg: Config) -> Step:
 
 
 def take(step: Step) -> float | None:
-    """Show and run a step's command, unless it is done already, and give the seconds it took.
-
-    One that fails ends the program with its exit code.
-    """
+    """Run a step unless it is done, and return its seconds; a failure ends the program."""
     if step.is_done:
         print(f"● {step.name}: complete, reused", flush=True)
         return None
@@ -136,19 +130,16 @@ def take(step: Step) -> float | None:
 
 
 def execute(command: Sequence[str]) -> int:
-    """Run a command on this terminal and give its exit code.
-
-    One GPU is enough for these models, and so the recipe is the same on every machine. On a CPU,
-    a thread that waits for another soon gives up its core: where anything else runs beside, the
-    default (30 times that long) makes a step take seconds. It costs 5 % where nothing does.
-    """
+    """Run a command on this terminal, on one GPU at most, and return its exit code."""
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    # On a CPU, a thread that waits for another soon gives up its core: where anything else runs
+    # beside, the default (30 times that long) makes a step take seconds.
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
     return subprocess.run(command, env=environment).returncode
 
 
 def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
-    """Whether all of these files are there, and no output is older than an input."""
+    """Tell whether all of these files are there, and no output is older than an input."""
     if not all(path.exists() for path in (*outputs, *inputs)):
         return False
     first = min(path.stat().st_mtime for path in outputs)
@@ -156,13 +147,13 @@ def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
 
 
 def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = False) -> Path:
-    """The scores of a split; the `.jsonl` beside it has a line a sentence."""
+    """Name the scores of a split; the `.jsonl` beside them has a line a sentence."""
     stem = result_stem(cfg.DATA.dataset, split, protocol, PROTOCOLS[protocol].threshold, swapped)
     return cfg.run_folder / f"{stem}.json"
 
 
 def results(cfg: Config) -> list[Path]:
-    """The scores of every split, both protocols."""
+    """Name the scores of every split, both protocols."""
     return [result(cfg, s, p) for s in cfg.TEST.splits for p in ("aligned", "published")]
 
 
@@ -194,23 +185,23 @@ where to look
 
 
 def read_lines(result: Path) -> list[dict]:
-    """The records of all sentences behind a result."""
+    """Read the records of all sentences behind a result."""
     return [json.loads(line) for line in result.with_suffix(".jsonl").read_text().splitlines()]
 
 
 def mean_iou(lines: Sequence[dict]) -> float:
-    """mIoU of sentence records, in [0, 1]."""
+    """Return the mIoU of sentence records, in [0, 1]."""
     return summarize([r["intersection"] for r in lines], [r["union"] for r in lines])["mIoU"]
 
 
 def scores_by_kind(lines: Sequence[dict]) -> dict[str, tuple[float, int]]:
-    """mIoU and number of the sentences of each kind that occurs."""
-    kinds = {kind: [r for r in lines if kind_of(r["sentence"]) == kind] for kind in KINDS}
+    """Return mIoU and number of the sentences of each of the report's kinds that occurs."""
+    kinds = {k: [r for r in lines if k in sentence_kinds(r["sentence"])] for k in KIND_PATTERNS}
     return {kind: (mean_iou(rows), len(rows)) for kind, rows in kinds.items() if rows}
 
 
 def reading_test(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) -> dict[str, float]:
-    """mIoU of the model, of the model misled, and of guesses that have the masks but no sentence.
+    """Return mIoU of the model, of the model misled, and of guesses that see masks, no sentence.
 
     Args:
         lines, swapped: sentences of val, their own and those of another object of the image.
@@ -222,16 +213,16 @@ def reading_test(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) ->
 
 
 def choose_examples(lines: Sequence[dict]) -> list[dict]:
-    """Up to six telling sentences: a success of each kind, another one on the image of the last,
-    and a failure. Small referents come first, since they are hard and their images full.
+    """Choose up to six telling sentences: a success of each kind, another one on the image of the
+    last, and a failure. Small referents come first, since they are hard and their images full.
     """
-    lines = sorted(lines, key=lambda r: r["target_area"] / (r["height"] * r["width"]))
+    lines = sorted(lines, key=object_share)
     good = [r for r in lines if r["iou"] >= SUCCESS]
     chosen: list[dict] = []
-    for kind in KINDS:
+    for kind in KIND_PATTERNS:
         used = {r["image_id"] for r in chosen}
         others = (r for r in good if r["image_id"] not in used)
-        chosen += [r for r in others if kind_of(r["sentence"]) == kind][:1]
+        chosen += [r for r in others if kind in sentence_kinds(r["sentence"])][:1]
     for last in chosen[-1:]:
         same_image = [r for r in good if r["image_id"] == last["image_id"]]
         chosen += [r for r in same_image if r["ref_id"] != last["ref_id"]][-1:]
@@ -239,37 +230,17 @@ def choose_examples(lines: Sequence[dict]) -> list[dict]:
 
 
 def contact_sheet(records: Sequence[dict]) -> Image.Image:
-    """A grid of examples above a legend."""
+    """Set the photos of examples with truth and prediction in two columns."""
     reader = RecordReader(LMDB / "val.lmdb")
     positions = {ref_id: i for i, ref_id in enumerate(reader.index.ref_ids)}
-    cells = [example(record, reader, positions[record["ref_id"]]) for record in records]
-    sheet = grid(cells, CELL, COLUMNS, GAP, foot=30)
-    legend = "pink: the prediction; green outline: the ground truth"
-    font = ImageFont.load_default(18)
-    ImageDraw.Draw(sheet).text((GAP, sheet.height - GAP - 16), legend, "dimgray", font)
-    return sheet
-
-
-def example(record: Mapping, reader: RecordReader, position: int) -> Image.Image:
-    """A sentence, the photo, and what the model makes of it."""
-    ref = reader.ref(position)
-    photo = decode_image(reader.image(ref.image_key), ref.image_key)
-    pixels = photo, decode_mask(ref.mask, "mask"), 255 * coco_mask.decode(record["pred_rle"])
-    scale = min(PANEL[0] / ref.width, PANEL[1] / ref.height)
-    size = round(ref.width * scale), round(ref.height * scale)
-    photo, mask, pred = (cv2.resize(x, size, interpolation=cv2.INTER_CUBIC) for x in pixels)
-    pale, alpha = 0.3 * photo + 178, pred[..., None] / 300
-    answer = (pale + alpha * (np.array(PRED_COLOR) - pale)).astype(np.uint8)
-    outlines, _ = cv2.findContours(mask // 128, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(answer, outlines, -1, TRUTH_COLOR, 2, cv2.LINE_AA)
-    cell = Image.new("RGB", CELL, "white")
-    draw = ImageDraw.Draw(cell)
-    draw.text((0, 0), f"“{record['sentence']}”", "black", ImageFont.load_default(22))
-    verdict = f"{kind_of(record['sentence'])}, IoU {record['iou']:.2f}"
-    draw.text((0, 29), verdict, "dimgray", ImageFont.load_default(18))
-    cell.paste(Image.fromarray(photo), (0, 58))
-    cell.paste(Image.fromarray(answer), (size[0] + 6, 58))
-    return cell
+    cells = []
+    for record in records:
+        ref = reader.ref(positions[record["ref_id"]])
+        photo = decode_image(reader.image(ref.image_key), ref.image_key)
+        masks = decode_mask(ref.mask, "mask") > 0, coco_mask.decode(record["pred_rle"]) > 0
+        cells.append(comparison(photo, *masks, record["sentence"], record["iou"]))
+    size = [max((cell.size[side] for cell in cells), default=0) for side in (0, 1)]
+    return grid(cells, (size[0], size[1]), columns=2, gap=20)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw RefShapes, a small data set for referring segmentation in REFER format, from a seed.
 
-Images of 3-7 coloured shapes with sentences of four kinds (`KINDS`). A sentence is kept only if
+Images of 3-7 coloured shapes with sentences of four forms (`WORDINGS`). A sentence is kept only if
 it is true of exactly one object, by a clear margin, and if a distractor shares the referent's
 shape or colour, so that a model has to see *and* read. Image n of a split depends on the seed,
 the split and n alone, never on how many images are asked for.
@@ -12,18 +12,17 @@ import argparse
 import json
 import os
 import pickle
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise, product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -45,7 +44,9 @@ then, as for COCO:
       --dataset refshapes --split unc --generate_mask"""
 
 VERSION = 5  # raise it whenever the same parameters give other files
-SHAPES = ("circle", "square", "triangle", "star")
+# How many corners, and the share of the radius at which every second one lies.
+CORNERS = {"circle": (40, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}
+SHAPES = tuple(CORNERS)
 COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of these stands out
     "red": (205, 35, 40),
     "green": (35, 150, 55),
@@ -54,9 +55,30 @@ COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of thes
     "purple": (150, 40, 165),
     "white": (242, 242, 242),
 }
-KINDS = ("attribute", "position", "size", "relation")
-SPLITS = {"train": KINDS, "val": KINDS, "testA": KINDS[:1], "testB": KINDS[1:]}
-DEFAULT_IMAGES = {"train": 6000, "val": 200, "testA": 100, "testB": 100}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+WORDINGS = {  # form -> word -> the sentences that mean it
+    "attribute": {"": "the {colour} {shape} | {colour} {shape} | {shape} that is {colour}"},
+    "position": {
+        "left": "leftmost {shape} | {shape} on the far left | the {shape} on the left",
+        "right": "rightmost {shape} | {shape} on the far right | the {shape} on the right",
+        "above": "the top {shape} | {shape} at the top | topmost {shape}",
+        "below": "the bottom {shape} | {shape} at the bottom | lowest {shape}",
+    },
+    "size": {
+        "big": "biggest {shape} | the largest {shape} | the biggest {shape}",
+        "small": "smallest {shape} | the smallest {shape} | the tiniest {shape}",
+    },
+    "relation": {  # the anchor with its colour
+        "left": "{shape} left of the {anchor} | {shape} to the left of the {anchor}",
+        "right": "{shape} right of the {anchor} | {shape} to the right of the {anchor}",
+        "above": "{shape} above the {anchor} | the {shape} above the {anchor}",
+        "below": "{shape} under the {anchor} | {shape} below the {anchor}",
+    },
+}
+FORMS = tuple(WORDINGS)
+# How often a form is drawn where an object offers several: rarer ones more, to even them out.
+FORM_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
+SPLITS = {"train": FORMS, "val": FORMS, "testA": FORMS[:1], "testB": FORMS[1:]}
 LIKE = {  # images, refs, and sentences where they are known, by split
     "refcoco": {
         "train": (16994, 42404, None),
@@ -65,11 +87,9 @@ LIKE = {  # images, refs, and sentences where they are known, by split
         "testB": (750, 1810, 5095),
     }
 }
+DEFAULT_IMAGES = {"train": 6000, "val": 200, "testA": 100, "testB": 100}
 IMAGES, REFER = Path("images/train2014"), Path("refshapes")  # folders within the output
 IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
-
-# How often a kind is drawn where an object offers several: rarer ones more, to even them out.
-KIND_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
 MAX_REFS, MIN_REFS = 4, 2  # an image; two or more, so that sentences can be swapped between refs
 MAX_SENTENCES = 4  # a ref
 
@@ -88,200 +108,126 @@ POSITION_ZONE = 0.42  # "on the left" also has to lie in this part of the image
 SIZE_MARGIN = 1.35  # ratio of areas
 INSIDE_CONE, OUTSIDE_CONE = 0.6, 2.0  # |across| / along: clearly under; clearly not under
 
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-WORDINGS = {
-    ("attribute", ""): ("the {colour} {shape}", "{colour} {shape}", "{shape} that is {colour}"),
-    ("position", "left"): (
-        "leftmost {shape}",
-        "{shape} on the far left",
-        "the {shape} on the left",
-    ),
-    ("position", "right"): (
-        "rightmost {shape}",
-        "{shape} on the far right",
-        "the {shape} on the right",
-    ),
-    ("position", "above"): ("the top {shape}", "{shape} at the top", "topmost {shape}"),
-    ("position", "below"): ("the bottom {shape}", "{shape} at the bottom", "lowest {shape}"),
-    ("size", "big"): ("biggest {shape}", "the largest {shape}", "the biggest {shape}"),
-    ("size", "small"): ("smallest {shape}", "the smallest {shape}", "the tiniest {shape}"),
-    ("relation", "left"): (
-        "{shape} left of the {colour} {anchor}",
-        "{shape} to the left of the {colour} {anchor}",
-    ),
-    ("relation", "right"): (
-        "{shape} right of the {colour} {anchor}",
-        "{shape} to the right of the {colour} {anchor}",
-    ),
-    ("relation", "above"): (
-        "{shape} above the {colour} {anchor}",
-        "the {shape} above the {colour} {anchor}",
-    ),
-    ("relation", "below"): (
-        "{shape} under the {colour} {anchor}",
-        "{shape} below the {colour} {anchor}",
-    ),
-}
 
-
-# ---------------------------------------------------------------- scenes and what is true of them
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Thing:
-    """Holds an object's look, the place of its centroid, and its area in square pixels."""
+    """Holds an object: its look, its centroid, its area in square pixels, its (N, 2) corners."""
 
     shape: str
     colour: str
     x: float
     y: float
     area: float
+    outline: np.ndarray
+
+    @property
+    def look(self) -> str:
+        """Return colour and shape, as in "red star"."""
+        return f"{self.colour} {self.shape}"
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Holds what can be said about an image; sides in pixels."""
+class Scene(NamedTuple):
+    """Holds the content of an image; sides in pixels."""
 
     width: int
     height: int
     things: tuple[Thing, ...]
 
 
-@dataclass(frozen=True)
-class Phrase:
+class Phrase(NamedTuple):
     """Holds the meaning of a sentence.
 
-    `word` is a direction, "big", "small" or, for attributes, empty. `colour` is the referent's
-    own for attributes and the anchor's for relations.
+    `word` is a direction, "big", "small" or, for attributes, empty. `anchor` is the look of what
+    a relation starts from.
     """
 
-    kind: str
+    form: str
     shape: str
     word: str = ""
     colour: str = ""
     anchor: str = ""
 
+    def sentences(self) -> list[str]:
+        """Return all wordings of this meaning."""
+        return WORDINGS[self.form][self.word].format(**self._asdict()).split(" | ")
 
-def with_attributes(scene: Scene, colour: str, shape: str) -> list[int]:
-    """Return the indices of the things of this colour and shape."""
-    return [i for i, t in enumerate(scene.things) if (t.colour, t.shape) == (colour, shape)]
 
-
-def clearly_outermost(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
-    """Return the candidate furthest in a direction, if in the outer zone and well ahead."""
+def clearly_outermost(scene: Scene, rivals: Sequence[Thing], word: str) -> Thing | None:
+    """Return the thing furthest in a direction, if in the outer zone and well ahead."""
     dx, dy = DIRECTIONS[word]
-    side = scene.width if dx else scene.height
 
-    def reach(index: int) -> float:
-        thing = scene.things[index]
-        share = (thing.x if dx else thing.y) / side
+    def reach(thing: Thing) -> float:
+        share = thing.x / scene.width if dx else thing.y / scene.height
         return share if dx + dy > 0 else 1 - share
 
-    first, *others = sorted(candidates, key=reach, reverse=True)
-    ahead = all(reach(first) - reach(other) >= POSITION_MARGIN for other in others)
-    return first if ahead and reach(first) >= 1 - POSITION_ZONE else None
+    first, second, *_ = sorted(rivals, key=reach, reverse=True)
+    is_ahead = reach(first) - reach(second) >= POSITION_MARGIN
+    return first if is_ahead and reach(first) >= 1 - POSITION_ZONE else None
 
 
-def clearly_extreme_in_size(scene: Scene, candidates: Sequence[int], word: str) -> int | None:
-    """Return the biggest or smallest candidate, if the next differs by `SIZE_MARGIN`."""
+def clearly_extreme_in_size(rivals: Sequence[Thing], word: str) -> Thing | None:
+    """Return the biggest or smallest thing, if the next differs by `SIZE_MARGIN`."""
     sign = 1 if word == "big" else -1
-    first, *others = sorted(candidates, key=lambda i: -sign * scene.things[i].area)
-
-    def ratio(other: int) -> float:
-        return (scene.things[first].area / scene.things[other].area) ** sign
-
-    return first if all(ratio(other) >= SIZE_MARGIN for other in others) else None
+    first, second, *_ = sorted(rivals, key=lambda thing: -sign * thing.area)
+    return first if (first.area / second.area) ** sign >= SIZE_MARGIN else None
 
 
-def clearly_beside(scene: Scene, candidates: Sequence[int], anchor: int, word: str) -> int | None:
-    """Return the only candidate in a narrow cone from the anchor, if the wide has no other."""
+def clearly_beside(anchor: Thing, rivals: Sequence[Thing], word: str) -> Thing | None:
+    """Return the only thing in a narrow cone from the anchor, if the wide one has no other."""
     dx, dy = DIRECTIONS[word]
-    origin = scene.things[anchor]
 
-    def slope(index: int) -> float:
-        thing = scene.things[index]
-        along = dx * (thing.x - origin.x) + dy * (thing.y - origin.y)
-        across = abs(dy * (thing.x - origin.x)) + abs(dx * (thing.y - origin.y))
+    def slope(thing: Thing) -> float:
+        along = dx * (thing.x - anchor.x) + dy * (thing.y - anchor.y)
+        across = abs(dy * (thing.x - anchor.x)) + abs(dx * (thing.y - anchor.y))
         return across / along if along > 0 else float("inf")
 
-    first, *others = sorted(candidates, key=slope)
-    clear = slope(first) <= INSIDE_CONE and all(slope(i) >= OUTSIDE_CONE for i in others)
-    return first if clear else None
+    first, second, *_ = sorted(rivals, key=slope)
+    return first if slope(first) <= INSIDE_CONE and slope(second) >= OUTSIDE_CONE else None
 
 
-def referent(scene: Scene, phrase: Phrase) -> int | None:
-    """Return the index of the one thing that the phrase is clearly true of.
+def referent(scene: Scene, phrase: Phrase) -> Thing | None:
+    """Return the one thing that the phrase is clearly true of.
 
     None where it is true of nothing or several things, where it is arguable, and where the
     shape alone (for attributes: shape and colour alike) already gives the referent away.
     """
-    if phrase.kind == "attribute":
-        named = with_attributes(scene, phrase.colour, phrase.shape)
+    rivals = [t for t in scene.things if t.shape == phrase.shape]
+    if phrase.form == "attribute":
+        named = [t for t in rivals if t.colour == phrase.colour]
         akin = [t for t in scene.things if t.shape == phrase.shape or t.colour == phrase.colour]
         return named[0] if len(named) == 1 and len(akin) > 1 else None
-    candidates = [i for i, t in enumerate(scene.things) if t.shape == phrase.shape]
-    if phrase.kind == "relation":
-        anchors = with_attributes(scene, phrase.colour, phrase.anchor)
-        candidates = [i for i in candidates if i not in anchors]
-        if len(anchors) != 1 or len(candidates) < 2:
-            return None
-        return clearly_beside(scene, candidates, anchors[0], phrase.word)
-    if len(candidates) < 2:
+    anchors = [t for t in scene.things if t.look == phrase.anchor]
+    rivals = [t for t in rivals if t not in anchors]
+    if len(rivals) < 2:
         return None
-    if phrase.kind == "position":
-        return clearly_outermost(scene, candidates, phrase.word)
-    return clearly_extreme_in_size(scene, candidates, phrase.word)
+    if phrase.form == "position":
+        return clearly_outermost(scene, rivals, phrase.word)
+    if phrase.form == "size":
+        return clearly_extreme_in_size(rivals, phrase.word)
+    return clearly_beside(anchors[0], rivals, phrase.word) if len(anchors) == 1 else None
 
 
-def phrases_about(scene: Scene, kinds: Sequence[str]) -> Iterator[Phrase]:
-    """Yield each phrase of these kinds that names only shapes and colours of the scene."""
+def phrases_about(scene: Scene, forms: Sequence[str]) -> Iterator[Phrase]:
+    """Yield each phrase of these forms that names only shapes and colours of the scene."""
     looks = sorted({(t.colour, t.shape) for t in scene.things})
     shapes = sorted({t.shape for t in scene.things})
-    for kind, word in WORDINGS:
-        if kind not in kinds:
-            continue
-        if kind == "attribute":
-            yield from (Phrase(kind, shape, colour=colour) for colour, shape in looks)
-        elif kind == "relation":
-            for shape, (colour, anchor) in product(shapes, looks):
-                yield Phrase(kind, shape, word, colour, anchor)
-        else:
-            yield from (Phrase(kind, shape, word) for shape in shapes)
-
-
-@cache
-def _grammar() -> tuple[tuple[str, re.Pattern[str]], ...]:
-    shape, colour = f"(?:{'|'.join(SHAPES)})", f"(?:{'|'.join(COLOURS)})"
-    return tuple(
-        (kind, re.compile(wording.format(shape=shape, colour=colour, anchor=shape)))
-        for (kind, _), wordings in WORDINGS.items()
-        for wording in wordings
-    )
-
-
-def kind_of(sentence: str) -> str:
-    """Tell the kind of a RefShapes sentence from its words alone.
-
-    Returns:
-        One of `KINDS`.
-    Raises:
-        ValueError: the sentence is not of this data set's grammar.
-    """
-    for kind, pattern in _grammar():
-        if pattern.fullmatch(sentence.strip().lower()):
-            return kind
-    raise ValueError(f"not a RefShapes sentence: {sentence!r}")
-
-
-# ---------------------------------------------------------------------------------------- drawing
+    for form in forms:
+        for word in WORDINGS[form]:
+            if form == "attribute":
+                yield from (Phrase(form, shape, colour=colour) for colour, shape in looks)
+            elif form == "relation":
+                pairs = product(shapes, looks)
+                yield from (
+                    Phrase(form, shape, word, anchor=" ".join(look)) for shape, look in pairs
+                )
+            else:
+                yield from (Phrase(form, shape, word) for shape in shapes)
 
 
 @cache
 def _unit_outline(shape: str) -> np.ndarray:
     """Return (N, 2) corners of a shape of area 1 with its centroid at the origin."""
-    count, inner = {"circle": (40, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}[
-        shape
-    ]
+    count, inner = CORNERS[shape]
     turn = np.pi / 4 if shape == "square" else 0
     angles = 2 * np.pi * np.arange(count) / count - np.pi / 2 + turn
     radii = np.where(np.arange(count) % 2, inner, 1)
@@ -328,8 +274,8 @@ def _lay_out(
     return [outlines[index] for index in range(len(shapes))]
 
 
-def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
-    """Draw the content of one image: the scene and its outlines, (N, 2) each, in pixels."""
+def _draw_scene(rng: np.random.Generator) -> Scene:
+    """Draw the content of one image."""
     width, height = size = rng.integers(*IMAGE_SIDE, 2, endpoint=True)
     count = int(rng.choice(list(THINGS), p=list(THINGS.values())))
     # Few shapes and colours, so that distractors are the rule.
@@ -348,8 +294,8 @@ def _draw_scene(rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
     for shape, outline in zip(shapes, outlines, strict=True):
         moments = cv2.moments(outline.astype(np.float32))
         x, y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
-        things.append(Thing(shape, str(rng.choice(palette)), x, y, moments["m00"]))
-    return Scene(int(width), int(height), tuple(things)), outlines
+        things.append(Thing(shape, str(rng.choice(palette)), x, y, moments["m00"], outline))
+    return Scene(int(width), int(height), tuple(things))
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -388,106 +334,86 @@ def _paint(image: np.ndarray, outline: np.ndarray, rgb: np.ndarray) -> None:
     image[y0:y1, x0:x1] += alpha * (rgb - image[y0:y1, x0:x1])
 
 
-def _render(rng: np.random.Generator, scene: Scene, outlines: Sequence[np.ndarray]) -> np.ndarray:
+def _render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     """Paint a scene as (H, W, 3) uint8 RGB."""
     image = _background(rng, scene.width, scene.height)
-    for thing, outline in zip(scene.things, outlines, strict=True):
+    for thing in scene.things:
         brightness = rng.uniform(0.85, 1.1)
         rgb = np.array(COLOURS[thing.colour]) * brightness + rng.uniform(-10, 10, 3)
-        _paint(image, outline, rgb.astype(np.float32))
+        _paint(image, thing.outline, rgb.astype(np.float32))
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-# -------------------------------------------------------------------------------------- sentences
+def quota(number: int, images: int, refs: int, sentences: int | None) -> list[int | None]:
+    """Share out a split's refs and sentences over its images.
+
+    Args:
+        number: which of the images, from 1.
+        images, refs, sentences: how many the split has; None: as they come.
+    Returns:
+        The number of sentences of each ref of the image.
+    """
+    own = range((number - 1) * refs // images, number * refs // images)
+    if sentences is None:
+        return [None] * len(own)
+    return [(n + 1) * sentences // refs - n * sentences // refs for n in own]
 
 
 def _choose_sentences(
-    rng: np.random.Generator, phrases: Sequence[Phrase], number: int | None = None
+    rng: np.random.Generator, phrases: Sequence[Phrase], number: int | None
 ) -> list[str]:
-    """Draw `number`, or 1-4, sentences from all wordings of the phrases that fit one thing."""
-    sentences, weights = [], []
-    in_kind = Counter(phrase.kind for phrase in phrases)
+    """Draw `number`, or 1-4, of the sentences that the phrases about one thing can be put in."""
+    in_form = Counter(phrase.form for phrase in phrases)
+    weights: dict[str, float] = {}
     for phrase in phrases:
-        wordings = WORDINGS[phrase.kind, phrase.word]
-        for wording in wordings:
-            names = {"shape": phrase.shape, "colour": phrase.colour, "anchor": phrase.anchor}
-            sentences.append(wording.format(**names))
-            weights.append(KIND_WEIGHTS[phrase.kind] / in_kind[phrase.kind] / len(wordings))
+        sentences = phrase.sentences()
+        weight = FORM_WEIGHTS[phrase.form] / in_form[phrase.form] / len(sentences)
+        weights |= dict.fromkeys(sentences, weight)
     if number is None:
-        number = min(len(sentences), rng.integers(1, MAX_SENTENCES, endpoint=True))
-    chance = np.array(weights) / sum(weights)
-    chosen = rng.choice(len(sentences), number, replace=False, p=chance)
-    return [sentences[index] for index in chosen]
+        number = min(len(weights), rng.integers(1, MAX_SENTENCES, endpoint=True))
+    chance = np.array(list(weights.values())) / sum(weights.values())
+    chosen = rng.choice(len(weights), number, replace=False, p=chance)
+    return [list(weights)[index] for index in chosen]
 
 
 def _refer(
-    rng: np.random.Generator,
-    scene: Scene,
-    kinds: Sequence[str],
-    quota: Sequence[int | None] | None = None,
+    rng: np.random.Generator, scene: Scene, forms: Sequence[str], wanted: list[int | None] | None
 ) -> dict[int, list[str]]:
-    """Choose the things of a scene to refer to, and the sentences that do it.
+    """Choose the things of a scene to refer to, by their place in it, and the sentences.
 
     Args:
-        quota: how many sentences each ref shall have (None: as drawn), which also says how many
-            refs; without it as many refs as there are, up to `MAX_REFS`. Empty where it cannot be.
+        wanted: the sentences of each ref (see `quota`); None: as many as there are, up to
+            `MAX_REFS` refs.
+    Returns:
+        Nothing where the scene does not have what is wanted.
     """
     phrases: dict[int, list[Phrase]] = defaultdict(list)
-    for phrase in phrases_about(scene, kinds):
-        index = referent(scene, phrase)
-        if index is not None:
-            phrases[index].append(phrase)
-    order = rng.permutation(sorted(phrases))
-    if quota is None:
-        chosen = sorted(order[:MAX_REFS].tolist())
-        return {index: _choose_sentences(rng, phrases[index]) for index in chosen}
-    needed = max((number or 1 for number in quota), default=0)
-    able = [
-        int(index)
-        for index in order
-        if sum(len(WORDINGS[phrase.kind, phrase.word]) for phrase in phrases[index]) >= needed
-    ]
-    if len(able) < len(quota):
+    for phrase in phrases_about(scene, forms):
+        thing = referent(scene, phrase)
+        if thing is not None:
+            phrases[scene.things.index(thing)].append(phrase)
+    order = rng.permutation(sorted(phrases)).tolist()
+    if wanted is None:
+        wanted = [None] * min(MAX_REFS, len(order))
+    needed = max((number or 1 for number in wanted), default=0)
+    able = [i for i in order if sum(len(p.sentences()) for p in phrases[i]) >= needed]
+    if len(able) < len(wanted):
         return {}
-    pairs = zip(sorted(able[: len(quota)]), quota, strict=True)
+    pairs = zip(sorted(able[: len(wanted)]), wanted, strict=True)
     return {index: _choose_sentences(rng, phrases[index], number) for index, number in pairs}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Holds a split's images, and all its refs and sentences (None: as they come)."""
-
-    images: int
-    refs: int | None = None
-    sentences: int | None = None
-
-    def quota(self, number: int) -> list[int | None] | None:
-        """Return the number of sentences of each ref of image `number` (from 1)."""
-        if self.refs is None:
-            return None
-        first, end = ((n * self.refs) // self.images for n in (number - 1, number))
-        if self.sentences is None:
-            return [None] * (end - first)
-        bounds = [(n * self.sentences) // self.refs for n in range(first, end + 1)]
-        return [after - before for before, after in pairwise(bounds)]
-
-
-# ---------------------------------------------------------------------------------- REFER's files
-
-
 def _make_image(
-    seed: int, split: str, number: int, plan: Plan
-) -> tuple[np.ndarray, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    seed: int, split: str, number: int, wanted: list[int | None] | None = None
+) -> tuple[np.ndarray, dict, list[dict], list[dict]]:
     """Make image `number` (from 1) of a split: RGB pixels, image entry, annotations, refs."""
     split_number = list(SPLITS).index(split)
     rng = np.random.Generator(np.random.PCG64([seed, split_number, number]))
-    quota = plan.quota(number)
-    fewest = MIN_REFS if quota is None else len(quota)
-    while True:
-        scene, outlines = _draw_scene(rng)
-        referred = _refer(rng, scene, SPLITS[split], quota)
-        if len(referred) >= fewest:
-            break
+    fewest = MIN_REFS if wanted is None else len(wanted)
+    referred: dict[int, list[str]] = {}
+    while len(referred) < fewest:
+        scene = _draw_scene(rng)
+        referred = _refer(rng, scene, SPLITS[split], wanted)
     image_id = split_number * IDS_PER_SPLIT + number
     stem = f"REFSHAPES_train2014_{image_id:012d}"
     image = {
@@ -497,41 +423,36 @@ def _make_image(
         "height": scene.height,
         "license": 1,
     }
-    annotations = [
-        _annotation(image_id, index, thing, outline)
-        for index, (thing, outline) in enumerate(zip(scene.things, outlines, strict=True))
-    ]
+    annotations = [_annotation(image_id, index, t) for index, t in enumerate(scene.things)]
     refs = [
         _ref(image_id * 10 + rank, split, stem, annotations[index], sentences)
         for rank, (index, sentences) in enumerate(referred.items())
     ]
-    return _render(rng, scene, outlines), image, annotations, refs
+    return _render(rng, scene), image, annotations, refs
 
 
 def draw_example(seed: int) -> tuple[np.ndarray, list[str]]:
     """Draw a picture that is in no split, (H, W, 3) uint8 RGB, and sentences true of it."""
-    pixels, _, _, refs = _make_image(seed, "val", IDS_PER_SPLIT, Plan(IDS_PER_SPLIT))
+    pixels, _, _, refs = _make_image(seed, "val", IDS_PER_SPLIT)
     return pixels, [sentence["sent"] for ref in refs for sentence in ref["sentences"]]
 
 
-def _annotation(image_id: int, index: int, thing: Thing, outline: np.ndarray) -> dict[str, Any]:
-    x0, y0 = outline.min(0).tolist()
-    x1, y1 = outline.max(0).tolist()
+def _annotation(image_id: int, index: int, thing: Thing) -> dict:
+    x0, y0 = thing.outline.min(0).tolist()
+    x1, y1 = thing.outline.max(0).tolist()
     return {
         "id": image_id * 10 + index,
         "image_id": image_id,
         "category_id": SHAPES.index(thing.shape) + 1,
         "colour": thing.colour,
-        "segmentation": [outline.ravel().tolist()],
+        "segmentation": [thing.outline.ravel().tolist()],
         "area": round(thing.area, 2),
         "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
         "iscrowd": 0,
     }
 
 
-def _ref(
-    ref_id: int, split: str, stem: str, annotation: Mapping[str, Any], texts: Sequence[str]
-) -> dict[str, Any]:
+def _ref(ref_id: int, split: str, stem: str, annotation: dict, texts: Sequence[str]) -> dict:
     sentences = [
         {"sent_id": ref_id * 10 + i, "sent": text, "raw": text, "tokens": text.split()}
         for i, text in enumerate(texts)
@@ -548,50 +469,42 @@ def _ref(
     }
 
 
-def _parameters(counts: Mapping[str, int], seed: int, like: str | None) -> dict[str, Any]:
+def _marker(counts: Mapping[str, int], seed: int, like: str | None) -> str:
+    """Return the text of generator.json, which says what a complete folder was made with."""
     images = {split: counts.get(split, 0) for split in SPLITS}
     made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
-    return made if like is None else made | {"like": like}
-
-
-def _plans(counts: Mapping[str, int], like: str | None) -> dict[str, Plan]:
-    if like is not None:
-        return {split: Plan(*numbers) for split, numbers in LIKE[like].items()}
-    return {split: Plan(count) for split, count in counts.items()}
+    return json.dumps(made if like is None else made | {"like": like}, indent=2) + "\n"
 
 
 def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> bool:
     """Return whether `out` holds everything that `generate` would write there."""
-    folder = out / REFER
-    names = ("generator.json", "instances.json", "refs(unc).p")
-    if not all((folder / name).is_file() for name in names):
+    marker, *others = (out / REFER / n for n in ("generator.json", "instances.json", "refs(unc).p"))
+    if not all(path.is_file() for path in (marker, *others)):
         return False
-    try:
-        made = json.loads((folder / "generator.json").read_text())
-    except ValueError:
-        return False
-    num_images = sum(1 for _ in (out / IMAGES).glob("REFSHAPES_*.jpg"))
-    return made == _parameters(counts, seed, like) and num_images == sum(counts.values())
+    num_images = len(list((out / IMAGES).glob("REFSHAPES_*.jpg")))
+    return marker.read_text() == _marker(counts, seed, like) and num_images == sum(counts.values())
 
 
 def _write_image(
-    out: Path, plans: Mapping[str, Plan], seed: int, job: tuple[str, int]
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draw and write image `job` = (split, number); return its entry, annotations and refs."""
-    split, number = job
-    pixels, image, annotations, refs = _make_image(seed, split, number, plans[split])
+    out: Path, seed: int, job: tuple[str, int, list[int | None] | None]
+) -> tuple[dict, list[dict], list[dict]]:
+    """Draw and write one image; `job` is what `_make_image` takes but for the seed."""
+    pixels, image, annotations, refs = _make_image(seed, *job)
     jpeg = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     (out / IMAGES / image["file_name"]).write_bytes(jpeg.tobytes())
     return image, annotations, refs
 
 
-def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
+def _write_files(out: Path, counts: Mapping[str, int], seed: int, like: str | None) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
-    images, annotations, refs = [], [], []
     (out / IMAGES).mkdir(parents=True)
     (out / REFER).mkdir()
-    jobs = [(s, n) for s in SPLITS if s in plans for n in range(1, plans[s].images + 1)]
-    draw = partial(_write_image, out, plans, seed)
+    jobs = [
+        (split, number, quota(number, *LIKE[like][split]) if like else None)
+        for split in SPLITS
+        for number in range(1, counts.get(split, 0) + 1)
+    ]
+    draw = partial(_write_image, out, seed)
     with ExitStack() as stack:
         if len(jobs) < WORTH_A_POOL:
             made = map(draw, jobs)
@@ -600,15 +513,12 @@ def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
             pool = stack.enter_context(get_context("spawn").Pool(available_cores()))
             made = pool.imap(draw, jobs, chunksize=20)
         bar = tqdm(made, total=len(jobs), desc="RefShapes", unit="image", disable=None)
-        for image, its_annotations, its_refs in bar:
-            images.append(image)
-            annotations += its_annotations
-            refs += its_refs
+        images, annotations, refs = zip(*bar, strict=True)
     instances = {
         "info": {"description": "RefShapes", "version": str(VERSION), "seed": seed},
         "licenses": [{"id": 1, "name": "MIT", "url": "https://opensource.org/license/mit"}],
         "images": images,
-        "annotations": annotations,
+        "annotations": list(chain.from_iterable(annotations)),
         "categories": [
             {"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, 1)
         ],
@@ -616,27 +526,23 @@ def _write_files(out: Path, plans: Mapping[str, Plan], seed: int) -> None:
     (out / REFER / "instances.json").write_text(json.dumps(instances))
     # A pickle tells equal strings from the same one, and what came from another process has its
     # own: through JSON first, so that the bytes are the same either way.
-    refs = json.loads(json.dumps(refs))
-    (out / REFER / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    plain = json.loads(json.dumps(list(chain.from_iterable(refs))))
+    (out / REFER / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
 
 
 def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> None:
     """Write the data set in REFER format; files of an earlier run in the same place go.
 
-    Everything is made in a temporary folder beside `out` first. `generator.json`, which says
-    that the folder is complete, goes first and comes last; files of others stay.
+    Everything is made in a temporary folder beside `out` first; generator.json comes last.
 
     Args:
         out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
-        counts: images by split; a split left out gets none.
-        seed: 0 or greater.
+        counts: images by split.
         like: a key of `LIKE`, whose numbers of images these must be; refs and sentences follow.
     Raises:
-        UserError: an unknown split, a count or seed out of range, no image at all; `out` is a file.
+        UserError: a count or seed out of range, no image at all; `out` is a file.
     """
     for split, count in counts.items():
-        if split not in SPLITS:
-            raise UserError(f"RefShapes has no split {split!r}; there are {', '.join(SPLITS)}")
         if not 0 <= count < IDS_PER_SPLIT:
             raise UserError(f"--{split} {count}: give a number from 0 to {IDS_PER_SPLIT - 1}")
     if sum(counts.values()) == 0:
@@ -648,21 +554,17 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        unfinished = Path(folder)
-        _write_files(unfinished, _plans(counts, like), seed)
-        (out / IMAGES).mkdir(parents=True, exist_ok=True)
-        (out / REFER).mkdir(exist_ok=True)
+        _write_files(Path(folder), counts, seed, like)
         marker = out / REFER / "generator.json"
         marker.unlink(missing_ok=True)
         for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
             old.unlink()
-        for new in sorted(unfinished.rglob("*.*")):
-            os.replace(new, out / new.relative_to(unfinished))
+        for new in sorted(Path(folder).rglob("*.*")):
+            target = out / new.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new, target)
         with atomic_path(marker) as path:
-            path.write_text(json.dumps(_parameters(counts, seed, like), indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------------- summary
+            path.write_text(_marker(counts, seed, like))
 
 
 def blind_baselines(root: Path, split: str) -> dict[str, float]:
@@ -676,13 +578,12 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
         of the image, and any object at random (the exact expectation, not a draw).
     """
     instances = json.loads((root / REFER / "instances.json").read_text())
-    refs = load_refs(root / REFER / "refs(unc).p")
     sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
     by_image = defaultdict(list)
     for annotation in instances["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
     scores = defaultdict(list)
-    for ref in refs:
+    for ref in load_refs(root / REFER / "refs(unc).p"):
         if ref["split"] != split:
             continue
         objects, (height, width) = by_image[ref["image_id"]], sizes[ref["image_id"]]
@@ -698,29 +599,14 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
-def print_summary(root: Path) -> None:
-    """Print what a generated folder holds, and the blind baselines on val."""
-    instances = json.loads((root / REFER / "instances.json").read_text())
+def print_counts(root: Path) -> None:
+    """Print how much a generated folder holds."""
     refs = load_refs(root / REFER / "refs(unc).p")
-    areas = {image["id"]: image["width"] * image["height"] for image in instances["images"]}
-    shares = [a["area"] / areas[a["image_id"]] for a in instances["annotations"]]
-    print(
-        f"{'split':<8}{'images':>8}{'refs':>8}{'sentences':>11}"
-        + "".join(f"{k:>11}" for k in KINDS)
-    )
     for split in SPLITS:
         of_split = [ref for ref in refs if ref["split"] == split]
-        kinds = Counter(kind_of(s["sent"]) for ref in of_split for s in ref["sentences"])
-        total, num_images = kinds.total(), len({ref["image_id"] for ref in of_split})
-        print(
-            f"{split:<8}{num_images:>8}{len(of_split):>8}{total:>11}"
-            + "".join(f"{100 * kinds[kind] / max(total, 1):>10.1f}%" for kind in KINDS)
-        )
-    print(f"median object: {100 * np.median(shares):.1f} % of its image")
-    if any(ref["split"] == "val" for ref in refs):
-        baselines = blind_baselines(root, "val")
-        texts = (f"{name} object {100 * value:.1f}" for name, value in baselines.items())
-        print(f"blind baselines on val (mIoU x100, all sentences): {', '.join(texts)}")
+        num_images = len({ref["image_id"] for ref in of_split})
+        num_sentences = sum(len(ref["sentences"]) for ref in of_split)
+        print(f"{split}: {num_images} images, {len(of_split)} refs, {num_sentences} sentences")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -751,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         generate(args.output, counts, args.seed, args.like)
         print(f"wrote {args.output}")
-    print_summary(args.output)
+    print_counts(args.output)
 
 
 if __name__ == "__main__":

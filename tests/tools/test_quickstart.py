@@ -33,8 +33,8 @@ def test_scores_by_kind_averages_the_sentences_of_each_kind_and_leaves_out_absen
         line("circle under the blue circle", 30, 40),
     ]
     by_kind = quickstart.scores_by_kind(lines)
-    assert list(by_kind) == ["attribute", "position", "relation"]
-    assert by_kind["attribute"] == (pytest.approx(0.75), 2)
+    assert list(by_kind) == ["position", "colour", "relation"]
+    assert by_kind["colour"] == (pytest.approx(0.75), 3)
     assert by_kind["position"] == (0.0, 1)
     assert by_kind["relation"] == (pytest.approx(0.75), 1)
 
@@ -50,8 +50,8 @@ def test_reading_test_sets_the_model_beside_swapped_sentences_and_blind_guesses(
 
 def test_examples_are_a_success_of_each_kind_two_on_one_image_and_a_failure():
     sentences = {
-        "attribute": "the red star",
         "position": "star on the far left",
+        "colour": "the red star",
         "size": "the biggest star",
         "relation": "star under the red star",
     }
