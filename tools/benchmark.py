@@ -1,8 +1,9 @@
 """Compare speed and memory with the published formulation (tools/published.py).
 
-`eval`, `train` and `memory` give both formulations the same weights, photos and sentences in
-float32; `data` compares ways of reading training samples. The ways take turns, since a machine is
-faster in one minute than in another: medians and the ratios within a round hold.
+`eval` (sentences a second, all included), `train` (refs a second) and `memory` (peak of training
+steps) give both formulations the same weights, photos and sentences in float32; `data` compares
+ways of reading training samples. The ways take turns, since a machine is faster in one minute than
+in another: medians and the ratios within a round hold.
 """
 
 import argparse
@@ -11,12 +12,13 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,6 +33,7 @@ from engine.run import Run
 from engine.trainer import build_scaler, forward_backward
 from tools import data_process, folder2lmdb, published, refshapes
 from tools.latency import count_flops, machine, take_turns, without_archive
+from utils.arguments import parse_with_opts
 from utils.config import Config, load_config
 from utils.dataset import TrainingDataset, collate_refs
 from utils.distributed import Ranks
@@ -59,16 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    commands = {
-        "eval": compare_evaluation,
-        "train": compare_training,
-        "memory": compare_memory,
-        "data": compare_reading,
-    }
+    compare = COMMANDS[args.command][0]
     with TemporaryDirectory() as folder:
         args.records = args.records or pack_shapes(Path(folder))
         setting = Setting(args)
-        result = commands[args.command](setting, args)
+        result = compare(setting, args)
     result = {"command": args.command, "machine": machine(setting.device), **result}
     print_table(result)
     if args.json:
@@ -121,13 +119,10 @@ class Setting:
         model = build_model(self.cfg, self.device).train()
         images, tokens, _ = self.batch(range(min(4, len(self.reader))))
         # The sentence's BatchNorm keeps its own: the statistics of four would magnify rounding.
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.momentum = 1.0
         with torch.no_grad():
             model(images, tokens)
-            for norm in norms:
-                norm.momentum = 0.1
             logits, last = model.eval()(images, tokens), model.proj.txt
             last.weight.mul_(2 / logits.std())
             last.bias.mul_(2 / logits.std())
@@ -162,15 +157,10 @@ class Setting:
 def compare_evaluation(setting: Setting, args: argparse.Namespace) -> dict:
     """Time evaluation from the photo's bytes to pixel counts at the photo's size."""
     full = build_evaluation_loader(setting.cfg, str(setting.lmdb), setting.ranks)
-    counts = full.dataset.reader.index.num_sentences
-    groups, sentences = [], 0
-    for group in full.dataset.groups:
-        if sentences < args.sentences:
-            groups.append(group)
-            sentences += sum(int(counts[position]) for position in group)
-    full.dataset.groups = groups
+    groups = full.dataset.groups = full.dataset.groups[: args.photos]
     loader = DataLoader(full.dataset, full.batch_size, collate_fn=full.collate_fn)
     positions = [position for group in groups for position in group]
+    sentences = sum(len(setting.reader.ref(position).sentences) for position in positions)
     ours, theirs = setting.ours(), published.Published(setting.ours())
     found: dict[str, dict] = {}
 
@@ -186,29 +176,25 @@ def compare_evaluation(setting: Setting, args: argparse.Namespace) -> dict:
 
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
     result = time_ways(ways, args.rounds, sentences, "sentences/s", setting.device)
-    pairs = [(found[OURS][key], found[PUBLISHED][key]) for key in found[PUBLISHED]]
-    means = [summarize(*zip(*side, strict=True))["mIoU"] for side in zip(*pairs, strict=True)]
+    keys = list(found[PUBLISHED])
+    theirs_counted, counted = (np.array([found[name][key] for key in keys]) for name in ways)
+    mean, theirs_mean = (summarize(*counts.T)["mIoU"] for counts in (counted, theirs_counted))
     return result | {
         "what": f"evaluation of {sentences} sentences on {len(groups)} photos at {setting.side} px",
         "differences": {
-            "pixels of a sentence": max(abs(a - b) for p in pairs for a, b in zip(*p, strict=True)),
-            "mIoU": abs(means[0] - means[1]),
+            "pixels of a sentence": int(np.abs(counted - theirs_counted).max()),
+            "mIoU": abs(mean - theirs_mean),
         },
     }
 
 
 def compare_training(setting: Setting, args: argparse.Namespace) -> dict:
     """Time training steps, reading included."""
-    ways = {name: training_steps(setting, name, args.batch) for name in (PUBLISHED, OURS)}
+    steps = {name: training_steps(setting, name, args.batch) for name in (PUBLISHED, OURS)}
     settle_memory(setting.cfg, setting.device)
-    losses: dict[str, float] = {}
-
-    def step(name: str) -> None:
-        loss = next(ways[name])
-        losses.setdefault(name, loss)
-
-    calls = {name: lambda name=name: step(name) for name in ways}
-    result = time_ways(calls, args.rounds, args.batch, "refs/s", setting.device)
+    losses = {name: next(step) for name, step in steps.items()}
+    ways = {name: partial(next, step) for name, step in steps.items()}
+    result = time_ways(ways, args.rounds, args.batch, "refs/s", setting.device)
     return result | {
         "what": f"training steps of {args.batch} refs at {setting.side} px, dropout "
         f"{setting.cfg.TRAIN.dropout:g}",
@@ -259,10 +245,7 @@ def compare_memory(setting: Setting, args: argparse.Namespace) -> dict:
     for _ in range(args.rounds):
         for name in rows:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                try:
-                    peak = pool.submit(peak_of_two_steps, args, name).result()
-                except BrokenProcessPool:
-                    raise UserError(f"the process that measured {name!r} was killed") from None
+                peak = pool.submit(peak_of_two_steps, args, name).result()
             rows[name].append(peak / 1e6)
     return {
         "what": f"peak memory in two training steps of {args.batch} refs at {setting.side} px",
@@ -365,30 +348,31 @@ def print_table(result: Mapping) -> None:
         print(f"largest difference, {name}: {value:.2g}")
 
 
+COMMANDS = {  # function, rounds
+    "eval": (compare_evaluation, 3),
+    "train": (compare_training, 5),
+    "memory": (compare_memory, 1),
+    "data": (compare_reading, 7),
+}
+
+
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    kinds = {
-        "eval": ("sentences a second, all included", 3),
-        "train": ("refs a second of training steps", 5),
-        "memory": ("peak memory of training steps", 1),
-        "data": ("ways of reading training samples", 7),
-    }
-    for name, (text, rounds) in kinds.items():
-        command = commands.add_parser(name, help=text)
-        command.add_argument("records", type=Path, nargs="?", help="LMDB; without it RefShapes")
-        command.add_argument("--config", default="config/refcoco/cris_r50.yaml", metavar="FILE")
-        command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-        command.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-        command.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-        command.add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
-        command.add_argument("--sentences", type=int, default=24, help="to evaluate (default 24)")
-        command.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
-    args = parser.parse_args(argv)
-    for name, low in {"rounds": 1, "sentences": 1, "batch": 2, "threads": 0}.items():
+    parser.add_argument("command", choices=COMMANDS, help="what is compared")
+    parser.add_argument("records", type=Path, nargs="?", help="LMDB; without it RefShapes")
+    parser.add_argument("--config", default="config/refcoco/cris_r50.yaml", metavar="FILE")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--rounds", type=int, help="default 3, 5, 1, 7 by command")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
+    parser.add_argument("--photos", type=int, default=4, help="to evaluate on (default 4)")
+    args = parse_with_opts(parser, argv)
+    if args.rounds is None:
+        args.rounds = COMMANDS[args.command][1]
+    for name, low in {"rounds": 1, "photos": 1, "batch": 2, "threads": 0}.items():
         if getattr(args, name) < low:
             parser.error(f"--{name} {getattr(args, name)}: give a number from {low}")
     return args
