@@ -5,8 +5,7 @@ import hashlib
 import io
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import token_length_summary
-from tools.refer import load_plain, must, read_as
+from tools.refer import load_plain, must, read_as, read_file, refuse_twice
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode
 from utils.records import (
@@ -146,17 +145,10 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
     for path in paths:
         entries += read_as(_ENTRIES, read_file(path, _REDO), str(path), _REDO)
     names = " or ".join(map(str, paths))
-    _refuse_twice((entry["segment_id"] for entry in entries), f"{names}: segment_id", _REDO)
+    refuse_twice((entry["segment_id"] for entry in entries), f"{names}: segment_id", _REDO)
     sentences = (sentence for entry in entries for sentence in entry["sentences"])
-    _refuse_twice((sentence["sent_id"] for sentence in sentences), f"{names}: sent_id", _REDO)
+    refuse_twice((sentence["sent_id"] for sentence in sentences), f"{names}: sent_id", _REDO)
     return entries
-
-
-def _refuse_twice(ids: Iterable[int], what: str, remedy: str) -> None:
-    """Refuse ids that are not all different."""
-    for number, count in Counter(ids).items():
-        if count > 1:
-            raise UserError(f"{what} {number} is there {count} times: {remedy}")
 
 
 def add_ref(
@@ -179,16 +171,12 @@ def add_ref(
 
 
 def _check_png(data: bytes, size: tuple[int, int], name: str, remedy: str) -> None:
-    """Refuse a mask's file that cannot be decoded, is empty or not of its image's size."""
+    """Raise a `UserError` if a mask's file cannot be decoded or does not fit."""
     check_mask(decode(data, cv2.IMREAD_GRAYSCALE, name, remedy), size, name, remedy)
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) -> None:
-    """Refuse a mask (H, W) that is empty, or not of its image's size (height, width).
-
-    Raises:
-        UserError: it is; the text begins with `name`.
-    """
+    """Raise a `UserError` if a mask (H, W) is empty, or not of its image's size."""
     if mask.shape != size:
         is_turned = mask.shape == size[::-1]
         raise UserError(
@@ -205,17 +193,6 @@ def image_id_of(image_key: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-def read_file(path: Path, remedy: str) -> bytes:
-    """Read a file.
-
-    Raises:
-        UserError: it is missing.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: {remedy}")
-    return path.read_bytes()
-
-
 def image_size(data: bytes, name: str, remedy: str) -> tuple[int, int]:
     """Return an image file's (height, width); all of it is decoded, to be sure that it can be."""
     return decode(data, cv2.IMREAD_COLOR, name, remedy).shape[:2]
@@ -227,12 +204,7 @@ def image_size(data: bytes, name: str, remedy: str) -> tuple[int, int]:
 def convert(args: argparse.Namespace) -> Path:
     """Convert an LMDB of the release, and return the new one's path.
 
-    Each image is stored once, by its name. The release keeps no ids of sentences: they are
-    counted from 0 in the order of the file.
-
-    Raises:
-        UserError: it is no LMDB of the release, holds anything but plain data, or contradicts
-            itself.
+    The release keeps no ids of sentences: they are counted from 0 in the order of the file.
     """
     source = args.from_lmdb
     dataset = args.dataset or source.resolve().parent.name
@@ -263,7 +235,7 @@ def convert(args: argparse.Namespace) -> Path:
             add_ref(writer, entry, size, item["mask"], image_id_of(key))
             ref_ids.append(item["seg_id"])
             count += len(sentences)
-        _refuse_twice(ref_ids, f"{source}: seg_id", remedy)
+        refuse_twice(ref_ids, f"{source}: seg_id", remedy)
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 

@@ -57,10 +57,7 @@ PUBLISHED = {
         "val": Published(2573, 4896),
         "test": Published(5023, 9602),
     },
-    "refcocog_g": {
-        "train": Published(44822),
-        "val": Published(5000, 9536),
-    },
+    "refcocog_g": {"train": Published(44822), "val": Published(5000, 9536)},
 }
 
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)

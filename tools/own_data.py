@@ -36,9 +36,8 @@ from tools.folder2lmdb import (
     check_mask,
     image_size,
     packed_summary,
-    read_file,
 )
-from tools.refer import draw_segmentation, must
+from tools.refer import draw_segmentation, must, read_file
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
 from utils.photos import decode
@@ -146,15 +145,13 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
     Raises:
         UserError: the file is missing, holds no line, or is not UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path, "a line of it is one object (--help shows one)").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"{path} is empty: a line is one object (--help shows one)")
+        raise UserError(f"{path} is empty: a line of it is one object (--help shows one)")
     contents, problems = Contents(images, masks), []
     has_ref_ids = None  # as the first sound line says
     for number, line in tqdm(lines, desc="check", unit="ref", disable=None, leave=False):
@@ -180,7 +177,6 @@ def _field_problems(error: ValidationError, line: str) -> Iterator[str]:
     for fault in error.errors():
         kind, reason = fault["type"], fault.get("ctx", {}).get("error", "")
         name = fault["loc"][0] if fault["loc"] else ""
-        is_field = len(fault["loc"]) == 1
         if name in told:
             continue
         told.add(name)
@@ -188,9 +184,9 @@ def _field_problems(error: ValidationError, line: str) -> Iterator[str]:
             yield f"is not JSON ({reason})"
         elif not name:
             yield f"is {line.strip():.60}, not an object {{...}}"
-        elif kind == "missing" and is_field:
+        elif kind == "missing":
             yield f"has no {name}"
-        elif kind == "extra_forbidden" and is_field:
+        elif kind == "extra_forbidden":
             near = get_close_matches(name, Line.model_fields, 1)
             yield f"has an unknown field {name}" + (f"; did you mean {near[0]}?" if near else "")
         else:

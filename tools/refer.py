@@ -7,7 +7,8 @@ and numbers, and refuses everything else before any of it runs.
 import codecs
 import pickle
 import reprlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn, NotRequired, TypeVar
 
@@ -107,9 +108,7 @@ class Refer:
             )
         # In the order of the file.
         self.refs = load_refs(self.refs_path, self._remedy())
-        if not self.instances_path.is_file():
-            raise UserError(f"{self.instances_path} does not exist: {self._remedy()}")
-        content = self.instances_path.read_bytes()
+        content = read_file(self.instances_path, self._remedy())
         instances = read_as(_INSTANCES, content, str(self.instances_path), self._remedy())
         self._images = {image["id"]: image for image in instances["images"]}
         self._annotations = {item["id"]: item for item in instances["annotations"]}
@@ -180,13 +179,7 @@ def load_refs(path: Path, remedy: str = "make it again") -> list[Ref]:
     """
     with path.open("rb") as file:
         refs = read_as(_REFS, load_plain(file, str(path)), str(path), remedy)
-    seen: set[int] = set()
-    for number, ref in enumerate(refs):
-        if ref["ref_id"] in seen:
-            raise UserError(
-                f"{path}[{number}] has ref_id {ref['ref_id']}, as another ref has: {remedy}"
-            )
-        seen.add(ref["ref_id"])
+    refuse_twice((ref["ref_id"] for ref in refs), f"{path}: ref_id", remedy)
     return refs
 
 
@@ -205,6 +198,20 @@ def load_plain(file: BinaryIO, where: str) -> Any:
         raise
     except Exception as error:  # a damaged pickle can fail with almost anything
         raise UserError(f"{where} is not a readable pickle, or cut off ({error!r})") from None
+
+
+def read_file(path: Path, remedy: str) -> bytes:
+    """Read a file; a `UserError` if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {remedy}")
+    return path.read_bytes()
+
+
+def refuse_twice(ids: Iterable[int], what: str, remedy: str) -> None:
+    """Raise a `UserError` if two ids are the same."""
+    for number, count in Counter(ids).items():
+        if count > 1:
+            raise UserError(f"{what} {number} is there {count} times: {remedy}")
 
 
 def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:

@@ -230,7 +230,7 @@ def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> Non
         ({"ann_id": "12"}, r"\[1\].ann_id: must be a valid integer, not '12'"),
         ({"sentences": []}, r"\[1\].sentences: must be one or more"),
         ({"sentences": [{"sent_id": 3}]}, r"\[1\].sentences\[0\].sent: is missing"),
-        ({"ref_id": 1}, r"\[1\] has ref_id 1, as another ref has"),
+        ({"ref_id": 1}, "ref_id 1 is there 2 times"),
         *(
             ({"split": split}, r"\[1\].split: must be a plain name")
             for split in ("../../elsewhere", "..", "", ".", "a\0b", "a\nb", "a\\b", "x" * 300)
