@@ -100,9 +100,7 @@ def training_step(config: str, cfg: Config) -> Step:
     """Train anew, or go on from the last checkpoint if it is of this config and this data."""
 
     def recipe(values: Mapping[str, Mapping]) -> list[Mapping]:
-        # An older checkpoint has not heard of newer keys: it ran with their defaults.
-        known = to_dict(Config())["TRAIN"]
-        return [values["DATA"], {**known, **values["TRAIN"], "resume": None}]
+        return [values["DATA"], {**values["TRAIN"], "resume": None}]
 
     command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
     last, best = folder / LAST, folder / BEST
@@ -221,8 +219,8 @@ def choose_examples(lines: Sequence[dict]) -> list[dict]:
     chosen: list[dict] = []
     for kind in KIND_PATTERNS:
         used = {r["image_id"] for r in chosen}
-        others = (r for r in good if r["image_id"] not in used)
-        chosen += [r for r in others if kind in sentence_kinds(r["sentence"])][:1]
+        of_kind = [r for r in good if kind in sentence_kinds(r["sentence"])]
+        chosen += [r for r in of_kind if r["image_id"] not in used][:1]
     for last in chosen[-1:]:
         same_image = [r for r in good if r["image_id"] == last["image_id"]]
         chosen += [r for r in same_image if r["ref_id"] != last["ref_id"]][-1:]

@@ -235,13 +235,6 @@ def _unit_outline(shape: str) -> np.ndarray:
     return points / np.sqrt(cv2.contourArea(points.astype(np.float32)))
 
 
-def _outline(rng: np.random.Generator, shape: str, area: float) -> np.ndarray:
-    """Draw (N, 2) corners around the origin, tilted a little; area in square pixels."""
-    tilt = np.radians(rng.uniform(-MAX_TILT, MAX_TILT))
-    turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
-    return _unit_outline(shape) @ turn.T * np.sqrt(area)
-
-
 def _place(
     rng: np.random.Generator, outline: np.ndarray, others: Sequence[np.ndarray], size: np.ndarray
 ) -> np.ndarray | None:
@@ -261,12 +254,14 @@ def _place(
 def _lay_out(
     rng: np.random.Generator, shapes: Sequence[str], size: np.ndarray, largest: float
 ) -> list[np.ndarray] | None:
-    """Draw areas and places for these shapes: outlines in pixels, or None if they do not fit."""
+    """Draw areas, tilts and places for these shapes: their outlines, or None if they do not fit."""
     shares = np.exp(rng.uniform(np.log(AREA_SHARE[0]), np.log(largest), len(shapes)))
     areas = shares * size.prod()
     outlines: dict[int, np.ndarray] = {}
     for index in np.argsort(-areas):  # the big ones first, while there is room
-        outline = _outline(rng, shapes[index], areas[index])
+        tilt = np.radians(rng.uniform(-MAX_TILT, MAX_TILT))
+        turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+        outline = _unit_outline(shapes[index]) @ turn.T * np.sqrt(areas[index])
         centre = _place(rng, outline, list(outlines.values()), size)
         if centre is None:
             return None
@@ -570,15 +565,12 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
 def blind_baselines(root: Path, split: str) -> dict[str, float]:
     """Score three ways of choosing a ground-truth object without reading the sentence.
 
-    Args:
-        root: a generated folder.
-        split: one that has refs.
     Returns:
-        mIoU over sentences in [0, 1] of choosing the largest object, the one nearest the centre
-        of the image, and any object at random (the exact expectation, not a draw).
+        mIoU over a split's sentences in [0, 1] of choosing the largest object, the one nearest the
+        centre of the image, and any object at random (the exact expectation, not a draw).
     """
     instances = json.loads((root / REFER / "instances.json").read_text())
-    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+    images = {image["id"]: image for image in instances["images"]}
     by_image = defaultdict(list)
     for annotation in instances["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
@@ -586,16 +578,20 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
     for ref in load_refs(root / REFER / "refs(unc).p"):
         if ref["split"] != split:
             continue
-        objects, (height, width) = by_image[ref["image_id"]], sizes[ref["image_id"]]
+        objects, image = by_image[ref["image_id"]], images[ref["image_id"]]
+        height, width = image["height"], image["width"]
         masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
         truth = [o["id"] for o in objects].index(ref["ann_id"])
         ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
         boxes = np.array([o["bbox"] for o in objects])
         offsets = boxes[:, :2] + boxes[:, 2:] / 2 - (width / 2, height / 2)
-        repeat = len(ref["sentences"])
-        scores["largest"] += [ious[np.argmax(coco_mask.area(masks))]] * repeat
-        scores["central"] += [ious[np.argmin(np.hypot(*offsets.T))]] * repeat
-        scores["random"] += [ious.mean()] * repeat
+        chosen = {
+            "largest": ious[np.argmax(coco_mask.area(masks))],
+            "central": ious[np.argmin(np.hypot(*offsets.T))],
+            "random": ious.mean(),
+        }
+        for name, score in chosen.items():
+            scores[name] += [score] * len(ref["sentences"])
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
