@@ -11,7 +11,7 @@ from loguru import logger
 
 from engine.loaders import report_records
 from engine.run import Run
-from model.clip_archive import ClipSizes
+from model.clip import ClipSizes
 from utils.config import Config, to_dict
 from utils.distributed import unwrap
 from utils.records import JoinedReader, RecordReader, Records

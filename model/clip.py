@@ -6,6 +6,7 @@ that CLIP archives and CRIS checkpoints load by name.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,21 @@ from torch import Tensor, nn
 from model.recompute import checkpointed
 
 HEAD_WIDTH = 64  # channels per attention head, in CLIP's attention pool and text transformer
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """Every size that a CLIP with a ResNet image encoder is built from."""
+
+    embed_dim: int  # of the space that images and sentences share
+    image_resolution: int  # pixels a side that the attention pool's positions were trained at
+    vision_layers: tuple[int, int, int, int]  # blocks in each of the four stages
+    vision_width: int  # channels of the first stage before expansion
+    context_length: int  # tokens
+    vocab_size: int
+    transformer_width: int
+    transformer_heads: int
+    transformer_layers: int
 
 
 class Bottleneck(nn.Module):
@@ -204,39 +220,27 @@ class DenseCLIP(nn.Module):
     """CLIP with dense image features and per-token text features.
 
     Args:
-        embed_dim: width of the joint embedding.
-        image_resolution: pixels; the image size that CLIP was trained at.
-        vision_layers, vision_width: see `DenseResNet`.
-        context_length: rows of the text's positional table.
-        vocab_size: tokens.
-        transformer_width, transformer_heads, transformer_layers: the text encoder.
+        sizes: of both encoders.
         recompute: of both encoders, keep what enters each block alone, see `checkpointed`.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        image_resolution: int,
-        vision_layers: Sequence[int],
-        vision_width: int,
-        context_length: int,
-        vocab_size: int,
-        transformer_width: int,
-        transformer_heads: int,
-        transformer_layers: int,
-        recompute: bool = False,
-    ) -> None:
+    def __init__(self, sizes: ClipSizes, recompute: bool = False) -> None:
         super().__init__()
+        width = sizes.transformer_width
         self.visual = DenseResNet(
-            vision_layers, vision_width, embed_dim, image_resolution, recompute
+            sizes.vision_layers,
+            sizes.vision_width,
+            sizes.embed_dim,
+            sizes.image_resolution,
+            recompute,
         )
         self.transformer = TextTransformer(
-            transformer_width, transformer_layers, transformer_heads, recompute
+            width, sizes.transformer_layers, sizes.transformer_heads, recompute
         )
-        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
-        self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.token_embedding = nn.Embedding(sizes.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, sizes.embed_dim))
         # CLIP's temperature: in every checkpoint, used by nothing here. Frozen, so that no
         # parameter is without a gradient (DistributedDataParallel would have to search for it).
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)

@@ -15,13 +15,14 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from model.clip import ClipSizes
 
 # SHA-256 of the files as OpenAI publishes them; their addresses carry the same digests.
 PUBLISHED_DIGESTS = {
@@ -38,21 +39,6 @@ WEB_PAGE = re.compile(rb"\s*<(!doctype|!--|\?xml|html|head|body|error)", re.IGNO
 
 class ArchiveError(ValueError):
     """The file holds no CLIP that can be used here; the text is one line saying what to do."""
-
-
-@dataclass(frozen=True)
-class ClipSizes:
-    """Every size that a CLIP with a ResNet image encoder is built from."""
-
-    embed_dim: int  # of the space that images and sentences share
-    image_resolution: int  # pixels a side that the attention pool's positions were trained at
-    vision_layers: tuple[int, int, int, int]  # blocks in each of the four stages
-    vision_width: int  # channels of the first stage before expansion
-    context_length: int  # tokens
-    vocab_size: int
-    transformer_width: int
-    transformer_heads: int
-    transformer_layers: int
 
 
 def read_clip(path: str | Path) -> dict[str, Tensor]:

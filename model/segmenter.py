@@ -3,13 +3,12 @@
 B batch, C channels, H W map size, L tokens, S side of the input.
 """
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from model.clip import DenseCLIP
-from model.clip_archive import ClipSizes, derive_sizes, read_clip
+from model.clip import ClipSizes, DenseCLIP
+from model.clip_archive import derive_sizes, read_clip
 from model.decoder import Decoder
 from model.neck import ImageFeatures, Neck
 from model.projector import Projector
@@ -133,7 +132,7 @@ def assemble(
     width = sizes.vision_width
     return Segmenter(
         sizes,
-        DenseCLIP(**asdict(sizes), recompute=recompute_backbone),
+        DenseCLIP(sizes, recompute_backbone),
         Neck((8 * width, 16 * width, sizes.embed_dim), fpn_out, sizes.embed_dim),
         Decoder(num_layers, channels, num_heads, dim_ffn, dropout, recompute_decoder),
         Projector(sizes.embed_dim, channels),

@@ -32,7 +32,7 @@ from engine.evaluator import SentenceScore, encode_rle, summarize_ceiling, summa
 from engine.loaders import build_evaluation_loader
 from engine.pace import MEASURED
 from engine.trainer import Run, save
-from model.clip_archive import ClipSizes
+from model.clip import ClipSizes
 from model.segmenter import Segmenter, assemble
 from tools import data_process, folder2lmdb, refshapes
 from utils import distributed

@@ -340,7 +340,7 @@ def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
     """Refuse widths and lengths that do not fit the CLIP.
 
     Args:
-        arch: `TRAIN.clip_arch`, or an archive's sizes (`model.clip_archive.ClipSizes`).
+        arch: `TRAIN.clip_arch`, or an archive's sizes (`model.clip.ClipSizes`).
     """
     width = arch.transformer_width
     for name, given, fitting in (

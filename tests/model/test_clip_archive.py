@@ -5,7 +5,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import clip_archive
-from model.clip import DenseCLIP
-from model.clip_archive import ArchiveError, ClipSizes, derive_sizes, read_clip
+from model.clip import ClipSizes, DenseCLIP
+from model.clip_archive import ArchiveError, derive_sizes, read_clip
 from model.segmenter import load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -52,7 +51,7 @@ class Archived(nn.Module):
 
 def tiny_clip(half: bool = False) -> Archived:
     torch.manual_seed(0)
-    model = Archived(DenseCLIP(**asdict(TINY))).eval()
+    model = Archived(DenseCLIP(TINY)).eval()
     for name, parameter in model.named_parameters():
         if half and KEPT_IN_HALF.search(name):
             parameter.data = parameter.data.half()
@@ -217,7 +216,7 @@ def test_plain_state_dict_in_any_wrapping_gives_the_same_tensors(tmp_path, form)
 def test_the_backbone_gets_float32_weights_rounded_through_float16_where_the_release_does():
     state = without_sizes(tiny_clip().state_dict())
     expected = {k: v.half() if KEPT_IN_HALF.search(k) else v for k, v in state.items()}
-    backbone = DenseCLIP(**asdict(TINY))
+    backbone = DenseCLIP(TINY)
     load_backbone(backbone, state)
     got = backbone.state_dict()
     assert_same_tensors({name: got[name] for name in expected}, expected)
@@ -226,7 +225,7 @@ def test_the_backbone_gets_float32_weights_rounded_through_float16_where_the_rel
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_of_the_published_archives_follow_from_shapes(name):
     with torch.device("meta"):
-        state = DenseCLIP(**asdict(PUBLISHED[name])).state_dict()
+        state = DenseCLIP(PUBLISHED[name]).state_dict()
     assert derive_sizes(state) == PUBLISHED[name]
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import ROOT, SIZES, random_batch, small_segmenter
 from torch import Tensor, nn
 
-from model.clip_archive import ClipSizes, derive_sizes
+from model.clip import ClipSizes
+from model.clip_archive import derive_sizes
 from model.decoder import sequence_positions
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
