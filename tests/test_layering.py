@@ -42,6 +42,7 @@ def module_files() -> dict[str, str]:
 
 
 SOURCES = module_files()
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 
 class Import(NamedTuple):
@@ -51,12 +52,8 @@ class Import(NamedTuple):
     at_import: bool
 
 
-def imports(source: str) -> list[Import]:
+def imports(node: ast.AST, at_import: bool = True) -> Iterator[Import]:
     """What a module imports, except for the type checker alone."""
-    return list(_imports(ast.parse(source), at_import=True))
-
-
-def _imports(node: ast.AST, at_import: bool) -> Iterator[Import]:
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
     if isinstance(node, ast.Import):
@@ -66,13 +63,13 @@ def _imports(node: ast.AST, at_import: bool) -> Iterator[Import]:
         yield from (Import(f"{node.module}.{alias.name}", at_import) for alias in node.names)
     in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in ast.iter_child_nodes(node):
-        yield from _imports(child, at_import and not in_function)
+        yield from imports(child, at_import and not in_function)
 
 
 def own_imports(name: str) -> set[str]:
     """The repository's modules that a module imports, wherever in it."""
     found = set()
-    for imported, _ in imports(SOURCES[name]):
+    for imported, _ in imports(TREES[name]):
         owner = imported if imported in SOURCES else imported.rpartition(".")[0]
         if owner in SOURCES:
             found.add(owner)
@@ -98,12 +95,6 @@ MAY_IMPORT = {
 }
 
 
-def run_python(code: str, cwd: object = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
-    )
-
-
 # --------------------------------------------------------------------------------------- directions
 
 
@@ -113,7 +104,7 @@ def test_the_reader_of_imports_sees_every_form_of_them():
         "class A:\n    import h\n    def m(self):\n        import i\n"
         "try:\n    import j\nexcept ImportError:\n    pass\n"
     )
-    assert imports(source) == [
+    assert list(imports(ast.parse(source))) == [
         ("a.b", True), ("c.d", True), ("c.f", True), ("h", True), ("i", False), ("j", True),
     ]  # fmt: skip
 
@@ -140,28 +131,25 @@ def test_no_module_imports_itself_in_a_circle():
 def users_of(*modules: str) -> set[str]:
     """Modules that import one of these (or something in it), or reach it as an attribute."""
     found = set()
-    for name, source in SOURCES.items():
-        named = [imported for imported, _ in imports(source)]
-        named += [
-            ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)
-        ]
+    for name, tree in TREES.items():
+        named = [imported for imported, _ in imports(tree)]
+        named += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         if any(f"{text}.".startswith(f"{module}.") for text in named for module in modules):
             found.add(name)
     return found
 
 
 def test_only_one_module_touches_torch_distributed():
-    assert users_of("torch.distributed", "torch.nn.parallel", "torch.multiprocessing") == {
-        "utils.distributed"
-    }
+    modules = ("torch.distributed", "torch.nn.parallel", "torch.multiprocessing")
+    assert users_of(*modules) == {"utils.distributed"}
 
 
 def test_only_one_module_reads_the_ranks_environment():
     variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
     readers = {
         name
-        for name, source in SOURCES.items()
-        for node in ast.walk(ast.parse(source))
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in variables
     }
     assert readers == {"utils.distributed"}
@@ -170,8 +158,8 @@ def test_only_one_module_reads_the_ranks_environment():
 def test_only_the_logger_imports_wandb_and_only_when_asked():
     found = {
         (name, at_import)
-        for name, source in SOURCES.items()
-        for imported, at_import in imports(source)
+        for name, tree in TREES.items()
+        for imported, at_import in imports(tree)
         if imported.partition(".")[0] == "wandb"
     }
     assert found == {("utils.logger", False)}
@@ -191,7 +179,8 @@ def test_importing_any_module_does_nothing_and_loads_neither_wandb_nor_torchvisi
         "assert not sys.modules['torch'].distributed.is_initialized()\n"
         "print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
     )
-    result = run_python(code, tmp_path)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert not {"wandb", "torchvision"} & set(json.loads(result.stdout))
