@@ -100,17 +100,6 @@ def grid(
     return sheet
 
 
-def column(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Set pictures of any size below each other on white."""
-    width = max(picture.width for picture in pictures)
-    sheet = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
-
-
 def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Write a PNG or JPEG, whole or not at all; the suffix chooses."""
     path = Path(path)
