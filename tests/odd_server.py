@@ -1,10 +1,13 @@
 """A web server on 127.0.0.1 that answers well, or in one of the ways in which hosts go wrong."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "c" * 40  # of each repository of the Hub
 
 
 @dataclass(frozen=True)
@@ -14,19 +17,16 @@ class Answer:
     status: anything but 200 is an error page.
     body: another one than the file's.
     cut: close the connection after so many bytes of the body.
-    stall: keep the connection open after `cut`, until the server stops.
     obeys_range, gives_length: whether it does.
-    headers: over the usual ones; None leaves one out.
+    headers: over the usual ones.
     """
 
     status: int = 200
     body: bytes | None = None
     cut: int | None = None
-    stall: bool = False
     obeys_range: bool = True
-    heeds_condition: bool = True
     gives_length: bool = True
-    headers: dict[str, str | None] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class OddServer:
@@ -37,13 +37,25 @@ class OddServer:
         self.files: dict[str, bytes] = {}
         self.answers: dict[str, list[Answer]] = {}
         self.requests: list[tuple[str, str | None]] = []  # name, Range
-        self.stopped = threading.Event()
 
     def put(self, name: str, content: bytes, *answers: Answer) -> str:
         """Serve a file, giving these answers before good ones; its address."""
         self.files[name] = content
         self.answers[name] = list(answers)
         return f"{self.url}/{name}"
+
+    def put_hub(self, repository: str, files: dict[str, bytes]) -> None:
+        """Serve a repository as the Hugging Face Hub does; a data set's begins with `datasets/`."""
+        entries = [
+            {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
+            for name, content in files.items()
+        ]
+        info = {"id": repository, "sha": COMMIT, "siblings": []}
+        self.put(f"api/{repository}/revision/main", json.dumps(info).encode())
+        self.put(f"api/{repository}/tree/{COMMIT}", json.dumps(entries).encode())
+        for name, content in files.items():
+            for revision in ("main", COMMIT):
+                self.put(f"{repository}/resolve/{revision}/{name}", content)
 
 
 @contextmanager
@@ -54,21 +66,22 @@ def serve() -> Iterator[OddServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            name, wanted = self.path.strip("/"), self.headers["Range"]
+            name, wanted = self.path.partition("?")[0].strip("/"), self.headers["Range"]
             odd.requests.append((name, wanted))
             if name not in odd.files:
                 return self.answer(Answer(404), b"")
             answers = odd.answers[name]
             self.answer(answers.pop(0) if answers else Answer(), odd.files[name])
 
+        do_HEAD = do_GET  # noqa: N815
+
         def answer(self, how: Answer, content: bytes) -> None:
             content = content if how.body is None else how.body
             status, start = how.status, 0
             headers = {"ETag": f'"{hash(content)}"', "Content-Type": "application/zip"}
-            headers |= how.headers
-            wanted, condition = self.headers["Range"], self.headers["If-Range"]
-            is_same = not how.heeds_condition or condition in (None, headers["ETag"])
-            if status == 200 and wanted and how.obeys_range and is_same:
+            headers |= {"X-Repo-Commit": COMMIT} | how.headers
+            wanted = self.headers["Range"]
+            if status == 200 and wanted and how.obeys_range:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
                 status = 206 if start < len(content) else 416
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -78,15 +91,12 @@ def serve() -> Iterator[OddServer]:
                 headers.setdefault("Content-Length", str(len(content) - start))
             self.send_response(status)
             for key, value in headers.items():
-                if value is not None:
-                    self.send_header(key, value)
+                self.send_header(key, value)
             self.send_header("Connection", "close")
             self.end_headers()
             self.close_connection = True
-            self.wfile.write(content[start:][: how.cut])
-            self.wfile.flush()
-            if how.stall:
-                odd.stopped.wait(60)
+            if self.command == "GET":
+                self.wfile.write(content[start:][: how.cut])
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
@@ -99,6 +109,5 @@ def serve() -> Iterator[OddServer]:
         try:
             yield odd
         finally:
-            odd.stopped.set()
             server.shutdown()
             thread.join()

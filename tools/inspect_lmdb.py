@@ -58,6 +58,7 @@ PUBLISHED = {
         "test": Published(5023, 9602),
     },
     "refcocog_g": {"train": Published(44822), "val": Published(5000, 9536)},
+    "refcoco-m": {"val": Published(2080, 5598)},
 }
 
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)

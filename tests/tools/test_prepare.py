@@ -1,484 +1,499 @@
-"""tools/prepare.py: from archives to verified records, each step once, and every way to fail."""
+"""tools/prepare.py: from archives or Parquet to verified records, and every way to fail."""
 
 import hashlib
 import json
 import os
-import pickle
-import signal
+import re
+import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from helpers import ROOT
+import torch
+from clips import (
+    TINY,
+    assert_same_tensors,
+    save_torchscript,
+    tiny_clip,
+    without_sizes,
+)
+from helpers import ROOT, all_refs, largest_file, run_program
 from odd_server import Answer, OddServer, serve
+from pycocotools import mask as coco
+from safetensors.torch import save_file
 
 from model import clip_archive
-from tools import download, prepare, refshapes
-from tools.prepare import Done, State, Step
+from model.clip_archive import read_clip
+from tools import data_process, folder2lmdb, prepare, refshapes
+from tools.refer import Refer
 from utils.errors import UserError
 from utils.records import RecordReader
 
 COUNTS = {"train": 6, "val": 3, "testA": 2, "testB": 2}
-SPLITS = list(COUNTS)
-STEPS = ["get refcoco.zip", "unpack refcoco.zip", "annotations and masks", "get train2014.zip",
-         "unpack train2014.zip", *(f"pack {split}" for split in SPLITS), "verify"]  # fmt: skip
 
 
-def zip_folder(path: Path, *folders: tuple[Path, str]) -> Path:
-    """An archive of folders, each under a name of its own."""
+def zip_folder(path: Path, folder: Path, name: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        for folder, name in folders:
-            for file in sorted(folder.iterdir()):
-                archive.write(file, f"{name}/{file.name}")
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"{name}/{file.name}")
+
+
+def rows_of(refer: Refer) -> list[dict]:
+    """Refs as the Hub's Parquet files have them, a row a ref."""
+    names = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences")
+    return [
+        {name: ref[name] for name in names}
+        | {
+            "split": ref["split"].replace("testA", "test"),
+            "raw_anns": json.dumps(refer.annotation(ref)),
+            "raw_image_info": json.dumps(refer.image(ref)),
+        }
+        for ref in refer.refs
+    ]
+
+
+def benchmark_rows(refer: Refer, photos: Path, split: str) -> list[dict]:
+    """Refs of an evaluation split as the Hub has them, a row a photo."""
+    rows = {}
+    for ref in refer.split_refs(split):
+        image = refer.image(ref)
+        photo = {"bytes": (photos / image["file_name"]).read_bytes(), "path": None}
+        row = rows.setdefault(image["id"], {"image": photo, "image_info": image, "ref_list": []})
+        row["ref_list"].append({"ref_info": ref, "ann_info": refer.annotation(ref)})
+    return list(rows.values())
+
+
+def refcoco_m_rows(refer: Refer, photos: Path) -> list[dict]:
+    """Refs of val as RefCOCO-M has them: run lengths, sentences without ids."""
+    rows = benchmark_rows(refer, photos, "val")
+    for row in rows:
+        image = row.pop("image_info")
+        row |= {"image_id": image["id"], "file_name": image["file_name"], "samples": []}
+        for item in row.pop("ref_list"):
+            mask = coco.encode(
+                np.asfortranarray((refer.mask(item["ref_info"]) > 0).astype("uint8"))
+            )
+            row["samples"].append(
+                {
+                    "id": item["ref_info"]["ref_id"],
+                    "category": "person",
+                    "sentences": [s["sent"] for s in item["ref_info"]["sentences"]],
+                    "bbox": item["ann_info"]["bbox"],
+                    "mask": {"counts": mask["counts"].decode(), "size": mask["size"]},
+                }
+            )
+    return rows
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
     return path
 
 
-@pytest.fixture(scope="session")
-def archives(tmp_path_factory) -> Path:
-    """RefShapes as if it were RefCOCO: refcoco.zip and train2014.zip in a folder."""
-    shapes, folder = tmp_path_factory.mktemp("shapes"), tmp_path_factory.mktemp("archives")
-    refshapes.generate(shapes, COUNTS, seed=1)
-    zip_folder(folder / "refcoco.zip", (shapes / "refshapes", "refcoco"))
-    zip_folder(folder / "train2014.zip", (shapes / "images/train2014", "train2014"))
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """RefShapes as if it were RefCOCO."""
+    folder = tmp_path_factory.mktemp("shapes")
+    refshapes.generate(folder, COUNTS, seed=1)
+    (folder / "refshapes").rename(folder / "refcoco")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refer(shapes) -> Refer:
+    return Refer(shapes, "refcoco", "unc")
+
+
+@pytest.fixture(scope="module")
+def files(shapes, refer, tmp_path_factory) -> Path:
+    """What can be had: two archives, Parquet files of refs, and two evaluation sets."""
+    folder, photos = tmp_path_factory.mktemp("files"), shapes / "images/train2014"
+    zip_folder(folder / "refcoco.zip", shapes / "refcoco", "refcoco")
+    zip_folder(folder / "train2014.zip", photos, "train2014")
+    write_parquet(folder / "refcoco/train-0.parquet", rows_of(refer))
+    for split in ("val", "testA"):
+        rows = benchmark_rows(refer, photos, split)
+        write_parquet(folder / f"refcoco-eval/refcoco_unc_{split}-0.parquet", rows)
+    write_parquet(folder / "refcoco-m/validation-0.parquet", refcoco_m_rows(refer, photos))
     return folder
 
 
 @pytest.fixture
-def server(archives, monkeypatch) -> Iterator[OddServer]:
-    """Serves the archives."""
+def server(files, monkeypatch) -> Iterator[OddServer]:
+    """Serves the archives, and the Parquet files as the Hub does."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub = {"refcoco": "jxu124/refcoco", "refcoco-eval": "jxu124/refcoco-benchmark"}
     with serve() as odd:
-        for path in archives.iterdir():
+        monkeypatch.setenv("HF_ENDPOINT", odd.url)
+        for path in files.glob("*.zip"):
             odd.put(path.name, path.read_bytes())
+        for folder, repository in hub.items():
+            content = {f"data/{p.name}": p.read_bytes() for p in (files / folder).iterdir()}
+            odd.put_hub(f"datasets/{repository}", content | {"README.md": b"hello"})
         yield odd
 
 
 @pytest.fixture
-def root(tmp_path) -> Path:
-    return tmp_path / "data"
+def run(tmp_path) -> Callable[..., Path]:
+    """`run("refcoco", …)` prepares a part of the data below the folder that it returns."""
+
+    def prepare_part(*arguments: object) -> Path:
+        where = ["--root", str(tmp_path / "data"), "--pretrain", str(tmp_path / "pretrain")]
+        prepare.main([*map(str, arguments), *where, "--subset"])
+        return tmp_path / "data"
+
+    return prepare_part
 
 
-def run(root: Path, *arguments: object) -> None:
-    where = ["--root", str(root), "--pretrain", str(root / "pretrain")]
-    prepare.main([*map(str, arguments), *where])
-
-
-def steps(output: str) -> list[str]:
-    """The steps that a run took."""
-    return [line.partition(": ")[2] for line in output.splitlines() if line.startswith("[")]
-
-
-def publish(monkeypatch, archives: Path, **changes) -> None:
-    """Let the archives be what is published; `changes` over that."""
-    photos = {"size": (archives / "train2014.zip").stat().st_size, "photos": sum(COUNTS.values())}
-    monkeypatch.setattr(prepare, "PHOTOS", replace(prepare.PHOTOS, **(photos | changes)))
-
-
-def fails(root: Path, *arguments: object) -> str:
+def error(run: Callable[..., Path], *arguments: object) -> str:
     with pytest.raises(UserError) as caught:
-        run(root, *arguments)
+        run(*arguments)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def records(root: Path, target: str = "refcoco") -> dict:
+    return {path.stem: all_refs(path) for path in (root / "lmdb" / target).glob("*.lmdb")}
+
+
+def snapshot(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
 # -------------------------------------------------------------------------------- the whole way
 
 
-def test_one_command_leads_from_addresses_to_verified_records(server, root, capsys):
-    run(root, "refcoco", "--mirror", server.url, "--subset")
+def test_one_command_leads_from_addresses_to_verified_records(server, run, capsys):
+    root = run("refcoco", "--mirror", "http://127.0.0.1:1", "--mirror", server.url)
     output = capsys.readouterr().out
-    assert steps(output) == STEPS
-    assert sorted(name for name, _ in server.requests) == ["refcoco.zip", "train2014.zip"]
-    lmdb = root / "lmdb/refcoco"
-    for split, images in COUNTS.items():
-        meta = RecordReader(lmdb / f"{split}.lmdb").meta
-        assert (meta["dataset"], meta["split"], meta["images"]) == ("refcoco", split, images)
-        assert (lmdb / f"{split}.jpg").is_file()
     assert output.count("checked  every record: no fault") == 4
-    assert f"refcoco is ready: {lmdb / 'train.lmdb'}" in output
-    (record,) = (v for k, v in state_of(root, "refcoco").items() if "get" in k)
-    assert record["sha256"] == sha256(root / "downloads/refcoco.zip")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def state_of(root: Path, owner: str) -> dict:
-    return json.loads((root / ".prepare" / f"{owner}.json").read_text())
-
-
-def test_archives_that_are_there_are_used_without_network(archives, root, capsys, monkeypatch):
-    monkeypatch.setattr(download.urllib.request, "urlopen", None)
-    run(root, "refcoco", "--from", archives, "--subset")
-    assert steps(capsys.readouterr().out) == STEPS
-    assert not (root / "downloads").exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "folder", "splits"),
-    [
-        ("refcoco", "refcoco", {"train": 38, "val": 13, "testA": 4, "testB": 8}),
-        ("refcoco+", "refcoco+", {"val": 13, "testA": 4, "testB": 8}),
-        ("refcocog_u", "refcocog", {"train": 23, "val": 8, "test": 4}),
-    ],
-)
-def test_real_photos_go_the_whole_way(mini_root, tmp_path, root, target, folder, splits):
-    zip_folder(tmp_path / f"{folder}.zip", (mini_root / folder, folder))
-    zip_folder(tmp_path / "train2014.zip", (mini_root / "images/train2014", "train2014"))
-    run(root, target, "--from", tmp_path, "--subset")
-    files = sorted((root / "lmdb" / target).glob("*.lmdb"))
-    assert {path.stem: len(RecordReader(path)) for path in files} == splits
-
-
-# ------------------------------------------------------------------------------- each step once
-
-
-def test_a_second_run_does_nothing_even_without_archives_photos_and_masks(
-    server, root, capsys, archives
-):
-    run(root, "refcoco", "--mirror", server.url, "--subset")
-    for folder in ("downloads", "images", "masks", "refer", "anns"):
-        (root / folder).rename(root.parent / folder)
-    capsys.readouterr()
-    server.requests.clear()
-    run(root, "refcoco", "--mirror", server.url, "--subset")
-    output = capsys.readouterr().out
-    assert steps(output) == []
     assert "refcoco is ready" in output
-    assert server.requests == []
+    for split, images in COUNTS.items():
+        meta = RecordReader(root / f"lmdb/refcoco/{split}.lmdb").meta
+        assert (meta["dataset"], meta["split"], meta["images"]) == ("refcoco", split, images)
+        assert (root / f"lmdb/refcoco/{split}.jpg").is_file()
 
 
-@pytest.mark.parametrize(
-    ("lost", "again"),
-    [
-        ("lmdb/refcoco/val.lmdb", ["pack val", "verify"]),
-        ("lmdb/refcoco/val.jpg", ["verify"]),
-        ("masks/refcoco", []),
-        ("images/train2014", []),
-    ],
-)
-def test_what_is_lost_is_made_again_and_nothing_else(archives, root, capsys, lost, again):
-    run(root, "refcoco", "--from", archives, "--subset")
-    (root / lost).rename(root.parent / "lost")
-    capsys.readouterr()
-    run(root, "refcoco", "--from", archives, "--subset")
-    assert steps(capsys.readouterr().out) == again
+def test_archives_and_parquet_give_the_same_records_without_network(files, run, tmp_path):
+    os.environ.pop("HF_ENDPOINT", None)
+    root = run("refcoco", "--from", files)
+    from_archives = records(root)
+    assert not (root / "downloads").exists()
+    for folder in ("refer", "anns", "masks", "lmdb"):
+        shutil.rmtree(root / folder)
+    assert records(run("refcoco", "--from", files, "--source", "parquet")) == from_archives
+    assert sum(map(len, from_archives.values())) > 20
 
 
-def test_photos_are_unpacked_again_when_packing_needs_them(archives, root, capsys):
-    run(root, "refcoco", "--from", archives, "--subset")
-    (root / "images/train2014").rename(root.parent / "lost")
-    (root / "lmdb/refcoco/val.lmdb").unlink()
-    capsys.readouterr()
-    run(root, "refcoco", "--from", archives, "--subset")
-    assert steps(capsys.readouterr().out) == ["unpack train2014.zip", "pack val", "verify"]
+@pytest.mark.slow
+def test_real_photos_give_records_that_are_whole_and_score_alike(mini_root, run, trained, tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    zip_folder(given / "refcoco.zip", mini_root / "refcoco", "refcoco")
+    zip_folder(given / "train2014.zip", mini_root / "images/train2014", "train2014")
+    write_parquet(given / "refcoco/all.parquet", rows_of(Refer(mini_root, "refcoco", "unc")))
+    scores = []
+    for source in ("zip", "parquet"):
+        root = run("refcoco", "--from", given, "--source", source)
+        out = ("TRAIN.output_folder", tmp_path, "TRAIN.exp_name", source)
+        where = ("DATA.allow_mismatch", True, "TEST.test_lmdb", root / "lmdb/refcoco/val.lmdb")
+        weights = trained.parent / "exp/tiny/best_model.pth"
+        run_program("test.py", trained, *out, *where, "TEST.weights", weights)
+        (table,) = (tmp_path / source).glob("*.jsonl")
+        scores.append(table.read_text())
+        root.rename(tmp_path / f"data-{source}")
+    assert scores[0] == scores[1]
+    assert len(scores[0].splitlines()) == 36
 
 
-@pytest.mark.parametrize("stop", range(len(STEPS)))
-def test_interrupted_anywhere_it_continues(archives, root, capsys, monkeypatch, stop):
-    record, taken = State.record, []
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_evaluation_sets_bring_their_photos(files, server, run, refer, source):
+    given = ["--from", files] if source == "folder" else []
+    root = run("refcoco-eval", *given)
+    reader = RecordReader(root / "lmdb/refcoco-eval/testA.lmdb")
+    assert (reader.meta["dataset"], reader.meta["split"]) == ("refcoco", "testA")
+    assert not (root / "images/train2014").exists()
+    expected = {ref["ref_id"]: refer.mask(ref) > 0 for ref in refer.split_refs("testA")}
+    for ref in all_refs(reader.path):
+        mask = cv2.imdecode(np.frombuffer(ref.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert np.array_equal(mask > 0, expected.pop(ref.ref_id))
+        assert reader.image(ref.image_key)
+    assert not expected
+    before = snapshot(root)
+    run("refcoco-eval", *given)
+    assert snapshot(root) == before
 
-    def interrupted(self: State, step: Step, done: Done) -> None:
-        taken.append(step)
-        if len(taken) == stop + 1:
-            raise KeyboardInterrupt
-        record(self, step, done)
+
+def test_refcoco_m_is_a_val_split_of_its_own(files, run, refer):
+    (got,) = records(run("refcoco-m", "--from", files), "refcoco-m").values()
+    expected = refer.split_refs("val")
+    assert [r.ref_id for r in got] == [r["ref_id"] for r in expected]
+    assert [list(r.sentences) for r in got] == [
+        [s["sent"] for s in r["sentences"]] for r in expected
+    ]
+    assert len({number for ref in got for number in ref.sent_ids}) == sum(
+        len(r.sentences) for r in got
+    )
+
+
+# ---------------------------------------------------------------------------- once, and resumed
+
+
+def test_a_second_run_does_nothing_even_without_archives_photos_and_masks(files, run):
+    root = run("refcoco", "--from", files)
+    for folder in ("refer", "images", "anns", "masks"):
+        shutil.rmtree(root / folder)
+    before = snapshot(root)
+    run("refcoco", "--mirror", "http://127.0.0.1:1")
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("lost", ["lmdb/refcoco/val.lmdb", "lmdb/refcoco/val.jpg", "refer/refcoco"])
+def test_what_is_lost_is_made_again_if_it_is_needed_and_nothing_else(files, run, lost):
+    root = run("refcoco", "--from", files)
+    before = snapshot(root)
+    path = root / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run("refcoco", "--from", files)
+    changed = {
+        p.relative_to(root).as_posix() for p, at in snapshot(root).items() if before[p] != at
+    }
+    assert changed == (set() if lost.startswith("refer") else {lost})
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_interrupted_anywhere_the_same_command_goes_on(files, run, monkeypatch, tmp_path, call):
+    calls = iter(range(99))
+
+    def stops(function: Callable) -> Callable:
+        def called(*args: object, **kwargs: object) -> object:
+            result = function(*args, **kwargs) if call % 2 else None
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return result if call % 2 else function(*args, **kwargs)
+
+        return called
 
     with monkeypatch.context() as patch:
-        patch.setattr(State, "record", interrupted)
+        patch.setattr(prepare, "unzip", stops(prepare.unzip))
+        patch.setattr(data_process, "main", stops(data_process.main))
+        patch.setattr(folder2lmdb, "main", stops(folder2lmdb.main))
+        patch.setattr(prepare, "inspect", stops(prepare.inspect))
         with pytest.raises(KeyboardInterrupt):
-            run(root, "refcoco", "--from", archives, "--subset")
-    capsys.readouterr()
-    run(root, "refcoco", "--from", archives, "--subset")
-    assert steps(capsys.readouterr().out) == STEPS[stop:]
-    assert len(RecordReader(root / "lmdb/refcoco/train.lmdb")) > 0
+            run("refcoco", "--from", files)
+    assert set(records(run("refcoco", "--from", files))) == set(COUNTS)
 
 
-def test_killed_while_downloading_it_goes_on_at_that_byte(server, root, tmp_path):
-    (tmp_path / "x").mkdir()
-    for number in range(20):
-        (tmp_path / f"x/{number}.jpg").write_bytes(os.urandom(50_000))
-    path = zip_folder(tmp_path / "x.zip", (tmp_path / "x", "train2014"))
-    half = path.stat().st_size // 2
-    server.put("train2014.zip", path.read_bytes(), Answer(cut=half, stall=True))
-    command = [sys.executable, "tools/prepare.py", "coco-train2014", "--subset"]
-    command += ["--root", root, "--mirror", server.url]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    part = root / "downloads/train2014.zip.part"
-    deadline = time.monotonic() + 60
-    while not part.exists() or part.stat().st_size < half // 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    here = part.stat().st_size
-    assert 0 < here <= half
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert server.requests == [("train2014.zip", None), ("train2014.zip", f"bytes={here}-")]
-    assert len(os.listdir(root / "images/train2014")) == 20
-
-
-def test_what_was_made_from_another_archive_is_made_again(tmp_path):
-    state = State(tmp_path, is_subset=False)
-    archive, product = tmp_path / "archive", tmp_path / "product"
-    first = Step("toys", "get", lambda: Done([archive]))
-    second = Step("toys", "pack", lambda: Done([product]), (first,))
-    for path in (archive, product):
-        path.write_bytes(b"1234")
-    state.record(first, Done([archive], sha256="one"))
-    state.record(second, Done([product]))
-    assert state.is_done(first)
-    assert state.is_done(second)
-    state.record(first, Done([archive], sha256="two"))
-    assert not state.is_done(second)
-
-
-def test_what_was_done_for_a_part_of_the_data_does_not_count_for_all_of_it(tmp_path):
-    (tmp_path / "x").write_bytes(b"1")
-    step = Step("toys", "get", lambda: Done([tmp_path / "x"]))
-    State(tmp_path, is_subset=True).record(step, Done([tmp_path / "x"]))
-    assert not State(tmp_path, is_subset=False).is_done(step)
-
-
-def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(
-    archives, root, capsys, monkeypatch, tmp_path
-):
-    publish(monkeypatch, archives)
-    monkeypatch.setattr(prepare, "PUBLISHED", {"refcoco": prepare.PUBLISHED["refcoco"]})
-    for name, folder in (("refcoco.zip", "refer"), ("train2014.zip", "images")):
-        with zipfile.ZipFile(archives / name) as archive:
-            archive.extractall(root / folder)
-    (tmp_path / "empty").mkdir()
-    message = fails(root, "refcoco", "--from", tmp_path / "empty")
-    assert "faults" in message  # of the counts: the data are RefShapes
-    assert steps(capsys.readouterr().out) == [s for s in STEPS if "get" not in s]
-
-
-def test_both_splits_of_gref_share_one_archive_and_all_is_everything(root):
-    state = State(root, is_subset=False)
-    place = prepare.Workplace(root, root / "pretrain", None, (), False, state)
-    needed: dict[str, Step] = {}
-    for target in prepare.TARGETS:
-        prepare.add_undone(place.target(target), state, needed)
-    names = [step.name for step in needed.values()]
-    assert len(names) == len(needed) == 31
-    for name in ("refcoco.zip", "refcoco+.zip", "refcocog.zip", "train2014.zip", "RN50.pt"):
-        assert names.count(f"get {name}") == 1
-    assert [k for k in needed if k.startswith("refcocog_g")] == [
-        "refcocog_g: annotations and masks",
-        "refcocog_g: pack train",
-        "refcocog_g: pack val",
-        "refcocog_g: verify",
-    ]
+def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path):
+    shutil.copytree(shapes / "images", tmp_path / "data/images")
+    shutil.copytree(shapes / "refcoco", tmp_path / "data/refer/refcoco")
+    assert set(records(run("refcoco", "--mirror", "http://127.0.0.1:1"))) == set(COUNTS)
 
 
 # --------------------------------------------------------------------------------------- CLIP
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch) -> bytes:
-    """What RN50.pt is in this test, by its digest."""
-    path = tmp_path / "RN50.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("RN50/data.pkl", os.urandom(50_000))
-    monkeypatch.setitem(clip_archive.PUBLISHED_DIGESTS, "RN50.pt", sha256(path))
-    return path.read_bytes()
+def clip(tmp_path, monkeypatch) -> dict[str, bytes]:
+    """A tiny CLIP as OpenAI would publish it, and the same weights as float32 safetensors."""
+    model = tiny_clip(half=True)
+    archive = save_torchscript(model, tmp_path / "RN50.pt")
+    weights = without_sizes(
+        {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    )
+    save_file(weights, tmp_path / "plain.safetensors")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    published = prepare.CLIP["clip-rn50"] | {"sha256": digest, "layers": list(TINY.vision_layers)}
+    monkeypatch.setitem(prepare.CLIP, "clip-rn50", published)
+    monkeypatch.setitem(clip_archive.PUBLISHED_DIGESTS, "RN50.pt", digest)
+    made = {name: (tmp_path / name).read_bytes() for name in ("RN50.pt", "plain.safetensors")}
+    archive.unlink()
+    return made
 
 
-def test_clip_goes_into_its_folder_with_its_digest_checked(server, root, weights, capsys):
-    server.put("RN50.pt", weights, Answer(cut=20_000), Answer(503))
-    run(root, "clip-rn50", "--mirror", server.url)
-    assert (root / "pretrain/RN50.pt").read_bytes() == weights
-    run(root, "clip-rn50", "--mirror", server.url)
-    output = capsys.readouterr().out
-    assert steps(output) == ["get RN50.pt"]
-    assert output.count(f"clip-rn50 is ready: {root / 'pretrain/RN50.pt'}") == 2
+def test_an_archive_and_its_safetensors_give_the_same_clip(server, run, clip, tmp_path):
+    path = tmp_path / "pretrain/RN50.pt"
+    server.put_hub(
+        "timm/resnet50_clip.openai", {"open_clip_model.safetensors": clip["plain.safetensors"]}
+    )
+    sources = [server.put("none", b"", Answer(404)), prepare.CLIP["clip-rn50"]["sources"][1]]
+    prepare.CLIP["clip-rn50"]["sources"] = sources
+    run("clip-rn50")
+    from_safetensors = read_clip(path)
+    path.unlink()
+    run("clip-rn50", "--mirror", server.put("RN50.pt", clip["RN50.pt"]).removesuffix("RN50.pt"))
+    assert path.read_bytes() == clip["RN50.pt"]
+    assert_same_tensors(read_clip(path), from_safetensors)
 
 
-def test_clip_with_another_digest_is_refused(server, root, weights):
-    server.put("RN50.pt", weights[:-1] + b"!")
-    message = fails(root, "clip-rn50", "--mirror", server.url)
-    assert "has SHA-256" in message
-    assert os.listdir(root / "pretrain") == []
-
-
-def test_clip_is_copied_from_the_folder_given(root, weights, tmp_path):
-    run(root, "clip-rn50", "--from", tmp_path)
-    assert (root / "pretrain/RN50.pt").read_bytes() == weights
-
-
-def test_a_damaged_clip_in_its_place_is_named(root, weights):
-    (root / "pretrain").mkdir(parents=True)
-    (root / "pretrain/RN50.pt").write_bytes(weights[:-1])
-    message = fails(root, "clip-rn50", "--mirror", "http://127.0.0.1:1")
-    assert f"{root / 'pretrain/RN50.pt'} has SHA-256" in message
-    assert "delete it" in message
-
-
-# ------------------------------------------------------------------------------------ refusals
-
-
-def test_hosts_are_tried_in_order_and_the_bad_one_is_named(server, root, capsys, archives):
-    server.put("bad/train2014.zip", b"<html>")
-    bad = f"{server.url}/bad"
-    run(root, "coco-train2014", "--subset", "--mirror", bad, "--mirror", server.url)
-    assert f"{bad}/train2014.zip: answers with a web page" in capsys.readouterr().err
-    assert len(os.listdir(root / "images/train2014")) == sum(COUNTS.values())
+@pytest.mark.parametrize("name", ["RN50.pt", "RN50.safetensors"])
+def test_clip_is_copied_from_the_folder_given(run, clip, tmp_path, name):
+    content = clip["RN50.pt" if name == "RN50.pt" else "plain.safetensors"]
+    (tmp_path / name).write_bytes(content)
+    run("clip-rn50", "--from", tmp_path)
+    assert (tmp_path / "pretrain/RN50.pt").read_bytes() == content
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"size": 5}, "offers .* bytes, but the file has 5"),
-        ({"photos": 99}, "holds 13 photos in train2014/, where 99 are published"),
-        ({"folder": "val2014"}, "holds 0 photos in val2014/"),
-        ({"sha256": "0" * 64}, "has SHA-256 .*, not 0000"),
-        ({"files": ("licence.txt",)}, "is an archive without train2014/licence.txt"),
+        (lambda weights: weights, "is another CLIP"),
+        (lambda weights: weights | {"visual.conv1.weight": weights["visual.conv1.weight"] + 1e-6},
+            "half precision changes visual.conv1.weight"),
+        (lambda weights: {"a": torch.zeros(1)}, "no CLIP"),
     ],
-)
-def test_a_download_that_is_not_the_published_file_is_refused(
-    server, root, archives, monkeypatch, change, reason
-):
-    publish(monkeypatch, archives, **change)
-    with pytest.raises(UserError, match=rf"could not be downloaded \(.*{reason}"):
-        run(root, "coco-train2014", "--mirror", server.url)
-    assert not (root / "images").exists()
+)  # fmt: skip
+def test_weights_that_are_not_openais_are_refused(run, clip, tmp_path, monkeypatch, change, reason):
+    path = tmp_path / "RN50.safetensors"
+    save_file(change(read_clip(tmp_path / "plain.safetensors")), path)
+    if "another" in reason:
+        prepare.CLIP["clip-rn50"]["layers"] = [3, 4, 6, 3]
+    assert reason in error(run, "clip-rn50", "--from", tmp_path)
+    assert not list((tmp_path / "pretrain").iterdir())
 
 
-def test_an_archive_in_the_folder_that_is_not_the_published_one_is_named(root, archives):
-    message = fails(root, "coco-train2014", "--from", archives)
-    assert f"{archives / 'train2014.zip'} has" in message
-    assert "not 13,510,573,713: delete it" in message
-
-
-def test_an_archive_without_the_split_asked_for_is_named(root, tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/instances.json").write_text("{}")
-    (tmp_path / "x/refs(google).p").write_bytes(pickle.dumps([]))
-    zip_folder(tmp_path / "refcoco.zip", (tmp_path / "x", "refcoco"))
-    message = fails(root, "refcoco", "--from", tmp_path)
-    assert "refcoco.zip is an archive without refcoco/refs(unc).p" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 and no more"])
-def test_what_is_no_archive_is_named(root, tmp_path, content):
-    (tmp_path / "refcoco.zip").write_bytes(content)
-    assert "refcoco.zip is no whole zip archive" in fails(root, "refcoco", "--from", tmp_path)
-
-
-def test_a_hostile_archive_is_refused_and_nothing_is_unpacked(root, tmp_path):
-    with zipfile.ZipFile(tmp_path / "refcoco.zip", "w") as archive:
-        for name in ("instances.json", "refs(unc).p", "../../../evil"):
-            archive.writestr(f"refcoco/{name}", "{}")
-    message = fails(root, "refcoco", "--from", tmp_path)
-    assert "its entry 'refcoco/../../../evil' is a link or leads out" in message
-    assert [p.name for p in root.rglob("*") if p.is_file()] == []
-    assert not list(tmp_path.parent.glob("evil"))
-
-
-def test_an_archive_that_is_not_in_the_folder_is_named_and_not_downloaded(
-    root, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(download.urllib.request, "urlopen", None)
-    message = fails(root, "refcoco", "--from", tmp_path)
-    assert f"{tmp_path} has no refcoco.zip" in message
-
-
-def test_too_little_room_for_everything_is_told_before_the_first_request(server, root, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=12 * 10**9))
-    message = fails(root, "refcoco", "--mirror", server.url)
-    assert "everything that is still to do needs about 30.8 GB in" in message
-    assert "where 12.0 GB are free" in message
-    assert server.requests == []
-    assert not root.exists()
-
-
-def test_too_little_room_for_the_records_is_told_before_packing(archives, root, monkeypatch):
-    run(root, "coco-train2014", "--from", archives, "--subset")
-
-    def check(folder: Path, need: int, what: str) -> None:
-        if "packing" in what:
-            assert need > sum(
-                p.stat().st_size for p in (root / "images/train2014").glob("*_00*1.jpg")
-            )
-            raise UserError(f"{what} in {folder}: no room")
-
-    monkeypatch.setattr(prepare, "check_space", check)
-    assert fails(root, "refcoco", "--from", archives, "--subset").startswith("packing train in")
-
-
-@pytest.mark.parametrize("content", ["[{", "[3]", "{}"])
-def test_annotations_that_were_damaged_meanwhile_are_named(archives, root, content):
-    run(root, "refcoco", "--from", archives, "--subset")
-    path = root / "anns/refcoco/val.json"
-    size = path.stat().st_size
-    path.write_text(content.ljust(size))  # of the size recorded
-    (root / "lmdb/refcoco/val.lmdb").unlink()
-    assert f"{path}" in fails(root, "refcoco", "--from", archives, "--subset")
-
-
-def test_other_counts_than_published_are_faults(archives, root, capsys, monkeypatch):
-    publish(monkeypatch, archives)
-    message = fails(root, "refcoco", "--from", archives)
-    lmdb = root / "lmdb/refcoco"
-    assert message.startswith(f"{lmdb / 'train.lmdb'}, {lmdb / 'val.lmdb'}, ")
-    refs = len(RecordReader(lmdb / "val.lmdb"))
-    assert f"FAULT    {refs} refs, where 3,811 are published" in capsys.readouterr().out
-    assert "refcoco: verify" not in state_of(root, "refcoco")
+# ------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("name", "rows", "message"),
     [
-        *('{"refcoco: get', "[1]", "null", "[" * 100_000, '{"refcoco.zip: get refcoco.zip": 3}'),
-        '{"refcoco: pack val": {"subset": true}}',
+        ("refcoco", lambda rows: [{k: v for k, v in r.items() if k != "raw_anns"} for r in rows],
+            r"train-0.parquet has no column raw_anns: it has ref_id"),
+        ("refcoco", lambda rows: [rows[0] | {"raw_anns": "no JSON"}], "row 0 is no ref"),
+        ("refcoco", lambda rows: [*rows, rows[0] | {"ref_id": None}], "ref_id: must be"),
+        ("refcoco", lambda rows: [polygon(r, [[1, 2]]) for r in rows], "unreadable segmentation"),
+        ("refcoco", lambda rows: [photo(r, "gone.jpg") for r in rows], "gone.jpg does not exist"),
     ],
-    ids=lambda text: text[:20],
-)
-def test_a_damaged_record_of_steps_is_named(archives, root, content):
-    (root / ".prepare").mkdir(parents=True)
-    (root / ".prepare/refcoco.json").write_text(content)
-    message = fails(root, "refcoco", "--from", archives, "--subset")
-    assert f"{root / '.prepare/refcoco.json'} is damaged: delete it" in message
+)  # fmt: skip
+def test_parquet_that_is_odd_is_named(files, shapes, refer, run, tmp_path, name, rows, message):
+    shutil.copytree(shapes / "images", tmp_path / "data/images")
+    write_parquet(tmp_path / "given/train-0.parquet", rows(rows_of(refer)))
+    told = error(run, name, "--source", "parquet", "--from", tmp_path / "given")
+    assert re.search(message, told)
+    assert not list((tmp_path / "data").rglob("*.lmdb"))
 
 
-def test_the_program_ends_with_one_line_and_exit_code_1(root, tmp_path):
-    command = [sys.executable, "tools/prepare.py", "refcoco", "--root", root, "--from", tmp_path]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {tmp_path} has no refcoco.zip")
-    assert len(result.stderr.splitlines()) == 1
+def polygon(row: dict, value: object) -> dict:
+    return row | {"raw_anns": json.dumps(json.loads(row["raw_anns"]) | {"segmentation": value})}
+
+
+def photo(row: dict, name: str) -> dict:
+    return row | {
+        "raw_image_info": json.dumps(json.loads(row["raw_image_info"]) | {"file_name": name})
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"<html>"])
+def test_a_parquet_file_that_is_cut_off_is_named(run, tmp_path, content):
+    (tmp_path / "train.parquet").write_bytes(content)
+    told = error(run, "refcoco", "--source", "parquet", "--from", tmp_path)
+    assert f"{tmp_path / 'train.parquet'} is no whole Parquet file" in told
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["refcoc"], "invalid choice: 'refcoc'"),
-        ([], "required: TARGET"),
-        (["refcoco", "--mirror", "file:///etc"], "does not begin with http"),
-        (["refcoco", "--from", "no/such/folder"], "no/such/folder is no folder"),
+        (("refcoco",), "has no refcoco.zip: put it there, or leave --from away"),
+        (("clip-rn50",), "has no RN50.pt: put it there, or leave --from away"),
+        (("refcoco-m",), r"has no \*.parquet: put the Parquet files of moondream/refcoco-m there"),
+        (("refcocog_g", "--source", "parquet"), "no Parquet files of this split"),
     ],
 )
-def test_a_mistyped_command_is_refused(root, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        run(root, *arguments)
-    assert stop.value.code == 2
+def test_what_is_not_in_the_folder_is_named_and_not_downloaded(run, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    assert re.search(message, error(run, *arguments, "--from", tmp_path / "empty"))
+
+
+def test_a_truncated_archive_in_the_folder_is_named(files, run, tmp_path):
+    (tmp_path / "refcoco.zip").write_bytes((files / "refcoco.zip").read_bytes()[:-100])
+    assert "refcoco.zip is no whole zip archive" in error(run, "refcoco", "--from", tmp_path)
+
+
+def test_an_archive_without_the_annotations_is_named(shapes, run, tmp_path):
+    zip_folder(tmp_path / "refcoco.zip", shapes / "images/train2014", "refcoco")
+    assert "refcoco.zip lacks refcoco/instances.json" in error(run, "refcoco", "--from", tmp_path)
+
+
+def test_without_any_network_one_line_says_what_to_do(run, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for target in ("refcoco", "refcoco-eval"):
+        told = error(run, target)
+        assert "could not be downloaded" in told
+        assert "--from FOLDER" in told
+
+
+def test_all_of_the_data_is_compared_with_what_is_published(files, run, tmp_path):
+    root = run("refcoco", "--from", files)
+    where = ["--root", str(root), "--mirror", "http://127.0.0.1:1"]
+    with pytest.raises(UserError, match=r"train.lmdb: .* refs, where 42,404 are published"):
+        prepare.main(["refcoco", *where])
+    with pytest.raises(UserError, match=r"images/train2014 has 13 photos, where 82,783"):
+        prepare.main(["coco-train2014", *where])
+    with pytest.raises(UserError, match=r"refcoco.zip has .* bytes, not 53,993,993"):
+        prepare.main(["refcoco", "--root", str(tmp_path / "other"), "--from", str(files)])
+
+
+def test_too_little_room_is_told_before_the_first_request(server, run, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    told = error(run, "refcoco", "--mirror", server.url)
+    assert "annotations of refcoco needs about" in told
+    assert not server.requests
+
+
+def test_a_full_disk_is_told_and_what_is_whole_is_kept(files, run, tmp_path):
+    with largest_file(5_000), pytest.raises(OSError, match="File too large") as caught:
+        run("refcoco", "--from", files)
+    assert str(caught.value.filename).startswith(str(tmp_path / "data"))
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+def test_the_program_ends_with_one_line_and_exit_code_1(tmp_path):
+    command = [
+        sys.executable,
+        "tools/prepare.py",
+        "refcoco",
+        "--from",
+        tmp_path,
+        "--root",
+        tmp_path,
+    ]
+    ending = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ending.returncode == 1
+    assert ending.stderr.startswith("error: ")
+    assert len(ending.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "required: TARGET"),
+        (("refcocog",), "invalid choice: 'refcocog'"),
+        (("refcoco", "--from", "nowhere"), "--from nowhere is no folder"),
+    ],
+)
+def test_a_mistyped_command_is_refused(run, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(*arguments)
     assert message in capsys.readouterr().err
 
 
-def test_help_lists_every_target_with_its_size(capsys):
+def test_each_file_has_two_sources_and_help_names_each_target(capsys):
+    files = [*prepare.ARCHIVES.values(), *prepare.CLIP.values()]
+    assert all(len({source.split("/")[2] for source in file["sources"]}) >= 2 for file in files)
     with pytest.raises(SystemExit):
         prepare.main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    for target in prepare.TARGETS:
-        (line,) = (line for line in lines if line.startswith(f"  {target} "))
-        assert " MB" in line or " GB" in line
-    assert "about 45 MB" in next(line for line in lines if line.startswith("  refcoco "))
+    told = capsys.readouterr().out
+    assert all(target in told for target in prepare.TARGETS)
