@@ -14,7 +14,7 @@ from engine.run import Run
 from model.clip import ClipSizes
 from utils.config import Config, to_dict
 from utils.distributed import unwrap
-from utils.records import JoinedReader, RecordReader, Records
+from utils.records import JoinedReader, Records
 
 # OpenAI's ResNets by blocks a stage and width.
 CLIP_NAMES = {
@@ -106,16 +106,11 @@ def describe_records(records: Records) -> Iterator[str]:
     """Tell the path, data set and split of each file, and how much of it is used."""
     parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
     for reader, kept in parts:
-        pairs = zip(count_records(reader, kept), ("ref", "sentence", "image"), strict=True)
-        counts = ", ".join(counted(number, noun) for number, noun in pairs)
+        sentences = np.array(reader.index.num_sentences)[kept]
+        images = np.unique(np.array(reader.index.image_keys)[kept])
+        numbers = {"ref": len(sentences), "sentence": sentences.sum(), "image": len(images)}
+        counts = ", ".join(counted(number, noun) for noun, number in numbers.items())
         yield f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
-
-
-def count_records(reader: RecordReader, kept: slice | np.ndarray) -> tuple[int, int, int]:
-    """Refs, sentences and images among the refs at these positions."""
-    sentences = np.array(reader.index.num_sentences)[kept]
-    images = np.array(reader.index.image_keys)[kept]
-    return len(sentences), int(sentences.sum()), len(np.unique(images))
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -10,7 +11,7 @@ from engine.run import PICTURES, Run
 from utils.dataset import EvaluationDataset, load_mask
 from utils.files import remove_leftovers
 from utils.transforms import decode_image
-from utils.visualize import column, comparison, save_picture
+from utils.visualize import comparison, save_picture
 
 
 def draw_sentence(dataset: EvaluationDataset, score: SentenceScore) -> Image.Image:
@@ -49,4 +50,4 @@ def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
     run.tracker.show(epoch, list(zip(captions, pictures, strict=True)))
     path = run.folder / PICTURES / f"epoch_{epoch:04d}.jpg"
     remove_leftovers(path)
-    save_picture(column(pictures), path)
+    save_picture(Image.fromarray(np.vstack(pictures)), path)  # all have one width

@@ -5,7 +5,6 @@ that CLIP archives and CRIS checkpoints load by name.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,26 +110,16 @@ class DenseAttentionPool(nn.Module):
 
 
 class DenseResNet(nn.Module):
-    """CLIP's image encoder, returning three maps instead of one vector."""
+    """CLIP's image encoder, returning three maps instead of one vector.
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        width: int,
-        embed_dim: int,
-        resolution: int,
-        recompute: bool = False,
-    ) -> None:
-        """
-        Args:
-            layers: bottlenecks of the four stages.
-            width: channels after the stem.
-            embed_dim: channels of the last map, CLIP's joint embedding width.
-            resolution: image side that CLIP was trained at, in pixels; sets the positional table.
-            recompute: keep what enters stem, bottlenecks and attention pool alone, see
-                `checkpointed`.
-        """
+    Args:
+        sizes: of the CLIP; `embed_dim`, `image_resolution`, `vision_layers`, `vision_width` count.
+        recompute: keep what enters stem, bottlenecks and attention pool alone, see `checkpointed`.
+    """
+
+    def __init__(self, sizes: ClipSizes, recompute: bool = False) -> None:
         super().__init__()
+        width = sizes.vision_width
         self.recompute = recompute
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -140,11 +129,13 @@ class DenseResNet(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.avgpool = nn.AvgPool2d(2)
         channels = [width, *(width * 2**i * Bottleneck.expansion for i in range(4))]
-        for i, blocks in enumerate(layers):
+        for i, blocks in enumerate(sizes.vision_layers):
             stage = [Bottleneck(channels[i], width * 2**i, stride=1 if i == 0 else 2)]
             stage += [Bottleneck(channels[i + 1], width * 2**i) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-        self.attnpool = DenseAttentionPool(resolution // 32, channels[-1], embed_dim)
+        self.attnpool = DenseAttentionPool(
+            sizes.image_resolution // 32, channels[-1], sizes.embed_dim
+        )
 
     def stem(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, width, S/4, S/4)."""
@@ -227,13 +218,7 @@ class DenseCLIP(nn.Module):
     def __init__(self, sizes: ClipSizes, recompute: bool = False) -> None:
         super().__init__()
         width = sizes.transformer_width
-        self.visual = DenseResNet(
-            sizes.vision_layers,
-            sizes.vision_width,
-            sizes.embed_dim,
-            sizes.image_resolution,
-            recompute,
-        )
+        self.visual = DenseResNet(sizes, recompute)
         self.transformer = TextTransformer(
             width, sizes.transformer_layers, sizes.transformer_heads, recompute
         )

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -41,7 +42,7 @@ from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.machine import peak_memory
 from utils.metrics import summarize
-from utils.records import JoinedReader, RecordReader
+from utils.records import RecordReader
 from utils.seed import draw
 from utils.tokenizer import tokenize
 
@@ -207,14 +208,13 @@ def compare_training(setting: Setting, args: argparse.Namespace) -> dict:
 def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
     """Make a training step of one way at each `next`, and give its loss."""
     cfg, model = setting.cfg, setting.ours().train()
-    batches = setting.position_batches(batch)
+    batches = cycle(setting.position_batches(batch))
     if name == PUBLISHED:
         model = published.Published(model)
-        optimizer = published.build_optimizer(parameter_groups(model, cfg), cfg.TRAIN.base_lr)
-        while True:
-            for positions in batches:
-                images, tokens, masks = setting.batch(positions)
-                yield published.train_step(model, optimizer, images, masks, tokens)[0]
+        optimizer = torch.optim.Adam(parameter_groups(model, cfg), cfg.TRAIN.base_lr, foreach=True)
+        for positions in batches:
+            images, tokens, masks = setting.batch(positions)
+            yield published.train_step(model, optimizer, images, masks, tokens)[0]
     dataset = TrainingDataset(setting.reader, setting.side, setting.word_len, cfg.TRAIN.manual_seed)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     run = Run(
@@ -231,12 +231,11 @@ def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
         protocols={},
         tracker=None,
     )
-    while True:
-        for positions in batches:
-            samples = dataset.__getitems__([(position, 0) for position in positions])
-            scores = forward_backward(run, collate_refs(samples), synchronize=True)
-            optimizer_step(run)
-            yield scores[0].item()
+    for positions in batches:
+        samples = dataset.__getitems__([(position, 0) for position in positions])
+        scores = forward_backward(run, collate_refs(samples), synchronize=True)
+        optimizer_step(run)
+        yield scores[0].item()
 
 
 def compare_memory(setting: Setting, args: argparse.Namespace) -> dict:
@@ -269,12 +268,11 @@ def peak_of_two_steps(args: argparse.Namespace, name: str) -> int:
 def compare_reading(setting: Setting, args: argparse.Namespace) -> dict:
     """Time the reading of every ref on one core: plainly, as here, and from the cache."""
     torch.set_num_threads(1)
-    records = JoinedReader([(setting.reader, range(len(setting.reader)))])
-    batches = setting.position_batches(min(16, len(records)))
+    batches = setting.position_batches(min(16, len(setting.reader)))
     with TemporaryDirectory() as folder:
         caches = make_caches(folder, [setting.reader], setting.side, print)
         plain, cached = (
-            TrainingDataset(records, setting.side, setting.word_len, seed=0, caches=made)
+            TrainingDataset(setting.reader, setting.side, setting.word_len, seed=0, caches=made)
             for made in ({}, caches)
         )
 

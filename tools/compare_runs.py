@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     second = align(args.first, first, args.second, second)
     numbers = compare(first, second, args.margin, args.seed)
     print_comparison(first, second, numbers)
-    name = "_".join(_file_stem(model.name) for model in (first, second))
+    name = "_".join(file_stem(model.name) for model in (first, second))
     folder = args.output or args.second.parent / f"comparison_{name}"
     lmdb = find_lmdb(args.lmdb, [first.result, second.result])
     write(folder, first, second, numbers, lmdb, args)
@@ -77,8 +77,6 @@ def load_results(*paths: Path) -> list[Scored]:
         UserError: a file is missing, or is not what test.py writes.
     """
     contents = [(read_lines(path), read_result(path.with_suffix(".json"))) for path in paths]
-    # After reading, so that a mistake is told at once.
-
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [result["protocol"] for _, result in contents]
@@ -159,7 +157,6 @@ def align(path_a: Path, a: Scored, path_b: Path, b: Scored) -> Scored:
     Raises:
         UserError: they have different sentences, or the same sentences of other objects.
     """
-
     lines_a, lines_b = by_sentence(path_a, a.lines), by_sentence(path_b, b.lines)
     for here, there, mine, other in (
         (path_a, path_b, lines_a, lines_b),
@@ -198,7 +195,6 @@ def _describe(line: Mapping) -> str:
 
 def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0) -> dict:
     """Count who won, and give all metrics' differences with intervals, as the page takes them."""
-
     a, b = counts(first.lines), counts(second.lines)
     photos = [line["image"] for line in first.lines]
     verdicts = outcomes(a, b, margin).tolist()
@@ -217,7 +213,6 @@ def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0
 
 def print_comparison(first: Scored, second: Scored, numbers: Mapping) -> None:
     """Print both models' scores, the differences with their intervals, and who won."""
-
     what = first.result
     print(
         f"{what['dataset']} {what['split']}: {len(first.lines):,} sentences on "
@@ -244,9 +239,11 @@ def find_lmdb(given: Path | None, results: Sequence[Mapping]) -> Path:
     Raises:
         UserError: they are not where the results say.
     """
-    named = [given] if given else [Path(r["lmdb"]) for r in results if r.get("lmdb")]
+    if given:
+        return given
+    named = [Path(result["lmdb"]) for result in results if result.get("lmdb")]
     for path in named:
-        if given or path.is_file():
+        if path.is_file():
             return path
     where = f"they are not in {named[0]}" if named else "the results do not say where they are"
     raise UserError(f"no page without the photos, and {where}: name the LMDB with --lmdb")
@@ -265,7 +262,6 @@ def write(
     Raises:
         UserError: the LMDB is of other data than the results, or cannot be read.
     """
-
     reader, wanted = RecordReader(lmdb), [first.result[name] for name in SAME]
     held = [reader.meta[name] for name in SAME]
     if held != wanted:
@@ -277,11 +273,6 @@ def write(
     data = report_data(models, shown, pictures, photos_folder=f"{PHOTOS}/")
     data["comparison"] = numbers
     write_page(folder, data, mask_data(models, shown, pictures))
-
-
-def _file_stem(name: str) -> str:
-
-    return file_stem(name)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,19 +28,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# People who see colours differently tell these apart too (Okabe and Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
 FEW = 60  # points that are drawn as they are; more get a running mean as well
-STYLE = {
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#E8E8E8",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+PANELS = (  # title and unit
+    ("Training loss", "binary cross-entropy (log scale)"),
+    ("mIoU", "mIoU (%)"),
+    ("Pr@X of the validation", "sentences with an IoU above X (%)"),
+    ("Learning rates", "learning rate (log scale)"),
+    ("Speed", "training images/s"),
+    ("Waiting for data", "of the time (%)"),
+)
 
 
 @dataclass(frozen=True)
@@ -187,30 +184,26 @@ def plot(series: Sequence[Series]) -> "Figure":
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    runs = [(one, COLOURS[i % len(COLOURS)]) for i, one in enumerate(series)]
-    with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(2, 3, figsize=(15, 8.4), sharex=True)
-        loss, miou, precision, rates, speed, waiting = panels.flat
-        plot_steps(loss, runs, "Training loss", "loss", "binary cross-entropy (log scale)")
-        loss.set_yscale("log")
-        plot_miou(miou, runs)
-        plot_keys(precision, runs, "Pr@", "Pr@X of the validation", 100)
-        precision.set_ylabel("sentences with an IoU above X (%)")
-        plot_keys(rates, runs, "lr_", "Learning rates", 1)
-        rates.set_ylabel("learning rate (log scale)")
-        rates.set_yscale("log", nonpositive="mask")
-        plot_steps(speed, runs, "Speed", "images_per_second", "training images/s")
-        plot_steps(waiting, runs, "Waiting for data", "data_wait_share", "of the time (%)", 100)
-        for panel in (miou, precision, speed, waiting):
-            panel.set_ylim(bottom=0)
-        for panel in panels[-1]:
-            panel.set_xlabel("optimiser step")
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for one, colour in runs:
-            loss.plot([], [], color=colour, linewidth=3, label=label(one))
-        named = [line for line in loss.lines if not line.get_label().startswith("_")]
-        legend = figure.legend(handles=named, loc="upper left", fontsize=11)
-        figure.tight_layout(rect=(0, 0, 1, 0.97 - 0.03 * len(legend.get_texts())))
+    pyplot.style.use("tableau-colorblind10")
+    figure, panels = pyplot.subplots(2, 3, figsize=(15, 8.4), sharex=True, layout="constrained")
+    for panel, (title, unit) in zip(panels.flat, PANELS, strict=True):
+        panel.set(title=title, ylabel=unit)
+        panel.grid(alpha=0.4)
+    loss, miou, precision, rates, speed, waiting = panels.flat
+    plot_steps(loss, series, "loss")
+    loss.set_yscale("log")
+    plot_miou(miou, series)
+    plot_keys(precision, series, "Pr@", 100)
+    plot_keys(rates, series, "lr_", 1)
+    rates.set_yscale("log", nonpositive="mask")
+    plot_steps(speed, series, "images_per_second")
+    plot_steps(waiting, series, "data_wait_share", 100)
+    for panel in (miou, precision, speed, waiting):
+        panel.set_ylim(bottom=0)
+    for panel in panels[-1]:
+        panel.set_xlabel("optimiser step")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside upper left")
     return figure
 
 
@@ -225,58 +218,41 @@ def label(series: Series) -> str:
     return f"{series.name}: {score}{on}"
 
 
-def plot_steps(
-    panel: "Axes",
-    runs: Sequence[tuple[Series, str]],
-    title: str,
-    key: str,
-    unit: str,
-    scale: float = 1,
-) -> None:
+def plot_steps(panel: "Axes", runs: Sequence[Series], key: str, scale: float = 1) -> None:
     """Plot what each line of the log says; many points faintly, under their running mean."""
-    for series, colour in runs:
+    for i, series in enumerate(runs):
         x, y = points(series.steps, key, scale)
-        is_long = len(x) > FEW
-        panel.plot(
-            x, y, color=colour, linewidth=0.8 if is_long else 1.8, alpha=0.3 if is_long else 1
-        )
-        if is_long:
-            mean = running_mean(y, max(5, len(y) // 30) | 1)
-            panel.plot(x, mean, color=colour, linewidth=2)
-    panel.set_title(title)
-    panel.set_ylabel(unit)
+        if len(x) > FEW:
+            panel.plot(x, y, color=f"C{i}", linewidth=0.8, alpha=0.3)
+            y = running_mean(y, max(5, len(y) // 30) | 1)
+        panel.plot(x, y, color=f"C{i}", label=label(series))
 
 
-def plot_miou(panel: "Axes", runs: Sequence[tuple[Series, str]]) -> None:
+def plot_miou(panel: "Axes", runs: Sequence[Series]) -> None:
     """Plot mIoU of the validation, its best, and dotted that of training on the small map."""
-    for i, (series, colour) in enumerate(runs):
+    for i, series in enumerate(runs):
         names = ("validation", "best", "training, on the small map") if i == 0 else (None,) * 3
         x, y = points(series.validations, "mIoU", 100)
-        panel.plot(x, y, color=colour, marker="o", markersize=4, label=names[0])
+        panel.plot(x, y, color=f"C{i}", marker=".", label=names[0])
         if len(y):
             best = int(np.nanargmax(y))
-            panel.plot(x[best], y[best], "*", markersize=13, color=colour, label=names[1])
+            panel.plot(x[best], y[best], "*", markersize=13, color=f"C{i}", label=names[1])
         trained = points(series.epochs, "train_mIoU", 100)
-        panel.plot(*trained, ":", color=colour, alpha=0.6, label=names[2])
-    panel.set_title("mIoU")
-    panel.set_ylabel("mIoU (%)")
+        panel.plot(*trained, ":", color=f"C{i}", label=names[2])
     panel.legend()
 
 
-def plot_keys(
-    panel: "Axes", runs: Sequence[tuple[Series, str]], prefix: str, title: str, scale: float
-) -> None:
+def plot_keys(panel: "Axes", runs: Sequence[Series], prefix: str, scale: float) -> None:
     """Plot every number whose name begins with `prefix`, in a line style of its own."""
-    records = {s.name: s.validations if prefix == "Pr@" else s.steps for s, _ in runs}
-    keys = {k: None for rows in records.values() for r in rows for k in r if k.startswith(prefix)}
-    for i, (series, colour) in enumerate(runs):
+    records = [series.validations if prefix == "Pr@" else series.steps for series in runs]
+    keys = {key: None for rows in records for row in rows for key in row if key.startswith(prefix)}
+    for i, rows in enumerate(records):
         for j, key in enumerate(keys):
-            x, y = points(records[series.name], key, scale)
+            x, y = points(rows, key, scale)
             name = key.removeprefix("lr_") if i == 0 else None
             style = LINE_STYLES[j % len(LINE_STYLES)]
             marker = "." if len(x) <= FEW else None
-            panel.plot(x, y, color=colour, linestyle=style, marker=marker, label=name)
-    panel.set_title(title)
+            panel.plot(x, y, color=f"C{i}", linestyle=style, marker=marker, label=name)
     if keys:
         panel.legend()
 

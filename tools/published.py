@@ -207,11 +207,6 @@ def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- training
 
 
-def build_optimizer(groups: list[dict], rate: float) -> optim.Optimizer:
-    """Adam over lists of parameters, an elementary operation at a time."""
-    return optim.Adam(groups, lr=rate, foreach=True)
-
-
 def train_step(
     model: nn.Module, optimizer: optim.Optimizer, image: Tensor, mask: Tensor, tokens: Tensor
 ) -> tuple[float, float, float]:

@@ -83,31 +83,19 @@ def comparison(
 
 
 def grid(
-    cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int, foot: int = 0
+    cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int
 ) -> Image.Image:
     """Set pictures in rows on white.
 
     Args:
         size: (width, height) of each of them, in pixels.
         gap: pixels between them and around them.
-        foot: more white below, in pixels.
     """
     width, height = size[0] + gap, size[1] + gap
     rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap + foot), "white")
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     for i, cell in enumerate(cells):
         sheet.paste(cell, (gap + i % columns * width, gap + i // columns * height))
-    return sheet
-
-
-def column(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Set pictures of any size below each other on white."""
-    width = max(picture.width for picture in pictures)
-    sheet = Image.new("RGB", (width, sum(picture.height for picture in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
     return sheet
 
 

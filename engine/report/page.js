@@ -30,9 +30,7 @@
 
   // ------------------------------------------------------------------------------------------- head
 
-  function fact(name, value) {
-    return el("span", {}, `${name} `, el("b", {}, String(value)));
-  }
+  const fact = (name, value) => el("span", {}, `${name} `, el("b", {}, String(value)));
 
   function drawHead() {
     const first = models[0];
@@ -110,6 +108,9 @@
     return el("figure", { class: "chart" }, el("figcaption", {}, title, " ", el("span", {}, remark)), drawing);
   }
 
+  const numbersBelow = (values) => values.map((value) =>
+    svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
+
   const SHARE_TICKS = [0, 0.25, 0.5, 0.75, 1].map((share) => [share, percent(share, 0)]);
 
   function niceTicks(most) {
@@ -148,8 +149,7 @@
     const range = (i) => [i / slots, (i + 1) / slots];
     const tell = (i) => `IoU ${range(i).map((end) => end.toFixed(2)).join("–")}: ` +
       report.histogram.map((counts) => plural(counts[i], "sentence")).join(" / ");
-    const labels = [0, 0.2, 0.4, 0.6, 0.8, 1].map((value) =>
-      svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
+    const labels = numbersBelow([0, 0.2, 0.4, 0.6, 0.8, 1]);
     const content = bars(report.histogram.map((counts) => counts.map((count) => count / top)), slots, tell, (i) => {
       const [low, high] = range(i);
       apply({ low: String(+low.toFixed(4)), high: String(+high.toFixed(4)) });
@@ -169,8 +169,7 @@
     const ceilings = models.map((model) => svg("polyline", {
       class: "mark", points: at.map(([place, name]) => `${x(place)},${y(model.ceiling[name])}`).join(" "),
     }, svg("title", {}, "a perfect model at this input size and protocol")));
-    const labels = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1].map((value) =>
-      svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
+    const labels = numbersBelow([0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]);
     return frame("Pr@X", "% of sentences; dashed: perfect model", SHARE_TICKS,
       "Share of sentences with an IoU above X", "X", labels, ceilings, lines, dots);
   }
@@ -365,7 +364,6 @@
 
   const difference = (row) => rows.iou[1][row] - rows.iou[0][row];
   const scored = models.length - 1; // the model that the IoU range and the order by IoU are about
-  const longest = (row) => rows.sentence[row].length;
   const SORTS = {
     ...(isPair ? {
       loss: ["largest loss first", difference],
@@ -375,7 +373,7 @@
     best: ["best first", (row) => -rows.iou[scored][row]],
     smallest: ["smallest object first", (row) => rows.share[row]],
     largest: ["largest object first", (row) => -rows.share[row]],
-    longest: ["longest sentence first", (row) => -longest(row)],
+    longest: ["longest sentence first", (row) => -rows.sentence[row].length],
     data: ["as in the data", (row) => row],
   };
   const isOutcome = {

@@ -98,11 +98,6 @@ def sentence_kinds(sentence: str) -> list[str]:
     return [kind for kind, pattern in _KINDS.items() if pattern.search(text)] or [OTHER_KIND]
 
 
-def word_count(sentence: str) -> int:
-    """Words between white space."""
-    return len(sentence.split())
-
-
 def object_share(line: Mapping) -> float:
     """Share of the photo that the object covers."""
     return line["target_area"] / (line["height"] * line["width"])
@@ -133,7 +128,7 @@ def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
     ends = pairwise(LENGTH_EDGES)
     lengths = ["1", *(f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in ends)]
     lengths.append(f"from {LENGTH_EDGES[-1]}")
-    members = _bins([word_count(line["sentence"]) for line in lines], LENGTH_EDGES)
+    members = _bins([len(line["sentence"].split()) for line in lines], LENGTH_EDGES)
     found.append(_grouping("length", "words in the sentence", lengths, members, is_scale=True))
     return found
 

@@ -100,11 +100,6 @@ FORMS = {
     "published": Form("cpu", torch.contiguous_format, torch.float32, Published),
     "cuda-float32": Form("cuda", torch.channels_last, torch.float32),
 }
-GPU = {"cuda-float32": [pytest.mark.gpu]}
-
-
-def form_parameters() -> list:
-    return [pytest.param(form, id=name, marks=GPU.get(name, ())) for name, form in FORMS.items()]
 
 
 def case_config(name: str) -> Config:
@@ -179,7 +174,12 @@ def measure(request: pytest.FixtureRequest, record_property: Callable) -> Measur
     return note
 
 
-@pytest.fixture(params=form_parameters())
+@pytest.fixture(
+    params=[
+        pytest.param(form, id=name, marks=[pytest.mark.gpu] if form.device == "cuda" else [])
+        for name, form in FORMS.items()
+    ]
+)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Form]:
     if request.param.device == "cuda":
         if not torch.cuda.is_available():

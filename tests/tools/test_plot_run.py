@@ -58,7 +58,7 @@ def drawn(*folders: Path) -> "plot_run.Figure":
 
 def curves(figure: "plot_run.Figure", title: str) -> list[tuple[list, list]]:
     """x and y of the lines in a panel, those of the key left out."""
-    (panel,) = [p for p in figure.axes if p.get_title(loc="left").startswith(title)]
+    (panel,) = [p for p in figure.axes if p.get_title().startswith(title)]
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
     return [line for line in lines if line[0]]
 

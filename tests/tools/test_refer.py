@@ -246,8 +246,8 @@ def test_broken_instances_are_refused(tmp_path: Path) -> None:
     path = write_refer(tmp_path, [refer_ref(1)]) / "toys" / "instances.json"
     content = path.read_text()
     for text, message in (
-        (content[:50], "Invalid JSON"),
-        ("[]", "must be an object"),
+        (content[:50], "is not readable JSON"),
+        ("[]", "must be a valid dictionary"),
         ("{}", "images: is missing"),
         (content.replace('"bbox"', '"box"'), r"annotations\[0\].bbox: is missing"),
         (

@@ -343,6 +343,8 @@ def test_impossible_parameters_are_named(tmp_path, counts, seed, message):
 
 
 def test_like_refcoco_means_its_counts_to_the_ref_and_to_the_sentence():
+    assert refshapes.LIKE["refcoco"]["train"] == (16994, 42404, None)
+    assert refshapes.LIKE["refcoco"]["val"] == (1500, 3811, 10834)
     for split, (images, refs, sentences) in refshapes.LIKE["refcoco"].items():
         quotas = [refshapes.quota(n, images, refs, sentences) for n in range(1, images + 1)]
         assert {len(quota) for quota in quotas} == {2, 3}
@@ -367,6 +369,10 @@ def test_like_draws_exactly_so_many_images_refs_and_sentences(tmp_path, monkeypa
         assert len(of_split) == num_refs
         if num_sentences:
             assert len(sentences) == num_sentences
+        for ref in of_split:
+            texts = [s["sent"] for s in ref["sentences"]]
+            assert 1 <= len(set(texts)) == len(texts) <= 4
+            assert {FORMS[kind_of(text)] for text in texts} <= set(refshapes.SPLITS[split])
     capsys.readouterr()
     refshapes.main(["-o", str(out), "--like", "toy"])
     assert "reused" in capsys.readouterr().out
