@@ -14,7 +14,7 @@ from engine.run import Run
 from model.clip import ClipSizes
 from utils.config import Config, to_dict
 from utils.distributed import unwrap
-from utils.records import JoinedReader, Records
+from utils.records import RecordReader
 
 # OpenAI's ResNets by blocks a stage and width.
 CLIP_NAMES = {
@@ -46,7 +46,7 @@ def announce(run: Run, source: str | None) -> None:
         return
     for notice in run.cfg.notices:
         logger.info(notice)
-    report_records(run.cfg, run.train_loader.dataset.reader)
+    report_records(run.cfg, run.train_loader.dataset.records)
     for label, text in banner(run, source):
         logger.info(f"{label:<12}{text}".rstrip())
 
@@ -61,10 +61,10 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield "parameters", f"{count:,}, of them {trained:,} trained"
-    for line in describe_records(run.train_loader.dataset.reader):
-        yield "training", line
+    for reader, kept in run.train_loader.dataset.records.parts:
+        yield "training", describe_records(reader, kept)
     dataset = run.val_loader.dataset
-    (line,) = describe_records(dataset.reader)
+    line = describe_records(dataset.reader, slice(None))
     ((name, protocol),) = run.protocols.items()
     yield "validation", f"{line}; {name} protocol, threshold {protocol.threshold:g}"
     if dataset.sentences == "first":
@@ -102,15 +102,13 @@ def origin(run: Run, source: str | None) -> str:
     return "random" if train.clip_pretrain is None else f"{train.clip_pretrain}, head random"
 
 
-def describe_records(records: Records) -> Iterator[str]:
-    """Tell the path, data set and split of each file, and how much of it is used."""
-    parts = records.parts if isinstance(records, JoinedReader) else [(records, slice(None))]
-    for reader, kept in parts:
-        sentences = np.array(reader.index.num_sentences)[kept]
-        images = np.unique(np.array(reader.index.image_keys)[kept])
-        numbers = {"ref": len(sentences), "sentence": sentences.sum(), "image": len(images)}
-        counts = ", ".join(counted(number, noun) for noun, number in numbers.items())
-        yield f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
+def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
+    """Tell the path, data set and split of a file, and how much of it is used."""
+    sentences = np.array(reader.index.num_sentences)[kept]
+    images = np.unique(np.array(reader.index.image_keys)[kept])
+    numbers = {"ref": len(sentences), "sentence": sentences.sum(), "image": len(images)}
+    counts = ", ".join(counted(number, noun) for noun, number in numbers.items())
+    return f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
 
 
 def device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from model.fold import fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
 from utils.config import Config
-from utils.dataset import EvaluationDataset, SentenceTask, load_mask
+from utils.dataset import EvaluationDataset, SentenceTask
 from utils.distributed import gather_objects
 from utils.machine import available_cores
 from utils.metrics import intersection_and_union, iou, summarize
@@ -29,6 +29,7 @@ from utils.transforms import (
     PROTOCOLS,
     Protocol,
     letterbox_mask,
+    load_mask,
     normalize_images,
     normalize_masks,
     restore_size,

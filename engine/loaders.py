@@ -1,8 +1,6 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -11,7 +9,7 @@ from loguru import logger
 from torch.utils.data import DataLoader, Sampler
 
 from engine.checks import check_records
-from utils.cache import SquareCache, SquareMaker, open_cache
+from utils.cache import open_cache
 from utils.config import Config
 from utils.dataset import (
     EvaluationDataset,
@@ -19,17 +17,13 @@ from utils.dataset import (
     collate_images,
     collate_refs,
     collate_refs_by_image,
-    group_by_image,
-    load_image,
-    load_mask,
 )
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logger import progress
 from utils.machine import available_cores
-from utils.records import ImageSet, JoinedReader, RecordReader, Records
+from utils.records import ImageSet, JoinedReader, RecordReader, group_positions
 from utils.signals import leave_stopping_to_the_parent
-from utils.transforms import letterbox_mask
 
 # Images that a CPU encodes at a time when it evaluates: more leave its caches, and gain nothing.
 CPU_IMAGES = 4
@@ -100,21 +94,8 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
             yield [(position, self.epoch) for position in micro.tolist()]
 
 
-class ShardSampler(Sampler[int]):
-    """Every `world_size`-th image, without padding: all ranks together see each exactly once."""
-
-    def __init__(self, num_images: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, num_images, world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-
 def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoader:
-    """This rank's micro-batches of the training split.
+    """Return the loader of this rank's micro-batches of the training split.
 
     Call `loader.batch_sampler.set_epoch` before each pass.
     """
@@ -122,9 +103,9 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
     records = training_records(cfg, readers)
     by_image = train.batch_by == "images"
-    groups = group_by_image(records) if by_image else [[i] for i in range(len(records))]
+    names = records.image_names() if by_image else range(len(records))
     sampler = VisitSampler(
-        groups,
+        group_positions(names),
         micro_batch,
         train.accumulation_steps,
         ranks.rank,
@@ -133,8 +114,10 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     )
     caches = {}
     if cfg.DATA.cache is not None:
-        say = partial(_inform, ranks)
-        caches = make_caches(cfg.DATA.cache, readers, train.input_size, say)
+        caches = {
+            reader.path: open_cache(cfg.DATA.cache, reader, train.input_size, progress)
+            for reader in readers
+        }
     dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
     return DataLoader(
@@ -145,15 +128,16 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     )
 
 
-def training_records(cfg: Config, readers: Sequence[RecordReader]) -> Records:
-    """The refs to train on: all of a single file, or of several all that no excluded image has.
+def training_records(cfg: Config, readers: Sequence[RecordReader]) -> JoinedReader:
+    """Choose the refs to train on: of several files those that lie on no excluded image.
+
+    A single file is trained on whole, as published.
 
     Raises:
         UserError: nothing is left.
     """
-    if len(readers) == 1:
-        return readers[0]
-    excluded = ImageSet(RecordReader(path) for path in cfg.DATA.exclude_lmdb)
+    names = cfg.DATA.exclude_lmdb if len(readers) > 1 else ()
+    excluded = ImageSet(RecordReader(path) for path in names)
     records = JoinedReader([(r, np.flatnonzero(~excluded.holds(r))) for r in readers])
     if len(records) == 0:
         raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
@@ -177,62 +161,35 @@ def build_loaders(cfg: Config, micro_batch: int, ranks: Ranks) -> tuple[DataLoad
     )
 
 
-def report_records(cfg: Config, records: Records) -> None:
+def report_records(cfg: Config, records: JoinedReader) -> None:
     """Log how many refs of each file are trained on, and how many lie on images of val.
 
     Args:
         records: from `training_records`.
     """
-    is_joined = isinstance(records, JoinedReader)
-    for reader, kept in records.parts if is_joined else ():
+    are_several = len(records.parts) > 1
+    for reader, kept in records.parts if are_several else ():
         logger.info(
             f"{reader.path}: {len(kept):,} of {len(reader):,} refs, "
             f"{len(reader) - len(kept):,} left out on images of DATA.exclude_lmdb"
         )
-    if cfg.DATA.exclude_lmdb and not is_joined:
+    if cfg.DATA.exclude_lmdb and not are_several:
         logger.warning("DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
     validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
-    parts = records.parts if is_joined else [(records, slice(None))]
-    shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in parts)
+    shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in records.parts)
     line = f"{shared:,} of {len(records):,} training refs are on images of {cfg.DATA.val_lmdb}"
     if shared == 0:
         logger.info(line)
-    elif is_joined:
+    elif are_several:
         logger.warning(f"{line}; name it in DATA.exclude_lmdb to leave them out")
     else:
         logger.warning(f"{line}; they are kept, as published")
 
 
-def make_caches(
-    folder: str | Path,
-    readers: Sequence[RecordReader],
-    side: int,
-    say: Callable[[str], object],
-    show: Callable[[Iterable, int, str], Iterable] = progress,
-) -> dict[Path, SquareCache]:
-    """The caches of some files by the files' paths, made where they are missing or do not fit.
-
-    Args:
-        folder, say, show: see `open_cache`.
-        side: S.
-    """
-    maker = SquareMaker(
-        side,
-        lambda reader, ref: load_image(reader, ref, side),
-        lambda ref: letterbox_mask(load_mask(ref), side),
-    )
-    return {reader.path: open_cache(folder, reader, maker, say, show) for reader in readers}
-
-
-def _inform(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        logger.info(line)
-
-
 def build_evaluation_loader(
     cfg: Config, lmdb: str, ranks: Ranks, sentences: str = "all", swap: bool = False
 ) -> DataLoader:
-    """This rank's images of a split; sentences come with their images.
+    """Return the loader of this rank's images of a split; sentences come with their images.
 
     Args:
         lmdb: path of the split's records.
@@ -246,7 +203,8 @@ def build_evaluation_loader(
     return DataLoader(
         dataset,
         batch_size=images_at_a_time(train.batch_size_val // ranks.world_size, ranks.device),
-        sampler=ShardSampler(len(dataset), ranks.rank, ranks.world_size),
+        # Without padding: all ranks together see each image exactly once.
+        sampler=range(ranks.rank, len(dataset), ranks.world_size),
         collate_fn=collate_images,
         **_worker_options(workers, ranks),
     )
@@ -262,7 +220,7 @@ def images_at_a_time(sentences: int, device: torch.device) -> int:
 
 
 def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:
-    """Loader processes for this rank: `wanted` is for the machine, as are its cores."""
+    """Count loader processes for this rank: `wanted` is for the machine, as are its cores."""
     cores = available_cores()
     allowed = min(wanted, cores)
     if allowed < wanted and ranks.is_main:

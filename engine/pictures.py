@@ -8,9 +8,9 @@ from pycocotools import mask as coco_mask
 
 from engine.evaluator import SentenceScore
 from engine.run import PICTURES, Run
-from utils.dataset import EvaluationDataset, load_mask
+from utils.dataset import EvaluationDataset
 from utils.files import remove_leftovers
-from utils.transforms import decode_image
+from utils.transforms import decode_image, load_mask
 from utils.visualize import comparison, save_picture
 
 

@@ -36,10 +36,12 @@ from model.clip import ClipSizes
 from model.segmenter import Segmenter, assemble
 from tools import data_process, folder2lmdb, refshapes
 from utils import distributed
+from utils.cache import SquareCache
 from utils.config import Config, TestConfig, TrainConfig, load_config
+from utils.dataset import TrainingDataset
 from utils.distributed import Ranks
 from utils.logger import Tracker
-from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.records import JoinedReader, RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
 from utils.transforms import PROTOCOLS, decode_mask, normalize_images
 
@@ -303,6 +305,13 @@ def loader_config(
     opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
     opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
     return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
+
+
+def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None, side: int = 32):
+    """All refs of a file for training, with sentences of 9 tokens."""
+    reader = RecordReader(path)
+    records = JoinedReader([(reader, range(len(reader)))])
+    return TrainingDataset(records, side, 9, seed, {path: cache} if cache else None)
 
 
 def make_run(folder: Path, data: Path, threshold: float) -> Path:

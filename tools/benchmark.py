@@ -28,18 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, find_device, settle_memory
 from engine.evaluator import evaluate, resolve_protocols
 from engine.guard import optimizer_step
-from engine.loaders import build_evaluation_loader, make_caches
+from engine.loaders import build_evaluation_loader
 from engine.optim import build_optimizer, build_schedule, parameter_groups
 from engine.run import Run
 from engine.trainer import build_scaler, forward_backward
 from tools import data_process, folder2lmdb, published, refshapes
 from tools.latency import count_flops, machine, take_turns, without_archive
 from utils.arguments import parse_with_opts
+from utils.cache import open_cache
 from utils.config import Config, load_config
 from utils.dataset import TrainingDataset, collate_refs
 from utils.distributed import Ranks
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
+from utils.logger import progress
 from utils.machine import peak_memory
 from utils.metrics import summarize
 from utils.records import RecordReader
@@ -109,6 +111,7 @@ class Setting:
         self.cfg = find_config(args.config, args.opts)
         self.ranks = Ranks(0, 1, 0, 1, self.device)
         self.lmdb, self.reader = args.records, RecordReader(args.records)
+        self.records = JoinedReader([(self.reader, range(len(self.reader)))])
         self.side, self.word_len = self.cfg.TRAIN.input_size, self.cfg.TRAIN.word_len
 
     def ours(self) -> nn.Module:
@@ -215,7 +218,9 @@ def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
         for positions in batches:
             images, tokens, masks = setting.batch(positions)
             yield published.train_step(model, optimizer, images, masks, tokens)[0]
-    dataset = TrainingDataset(setting.reader, setting.side, setting.word_len, cfg.TRAIN.manual_seed)
+    dataset = TrainingDataset(
+        setting.records, setting.side, setting.word_len, cfg.TRAIN.manual_seed
+    )
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     run = Run(
         cfg=cfg,
@@ -270,10 +275,10 @@ def compare_reading(setting: Setting, args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     batches = setting.position_batches(min(16, len(setting.reader)))
     with TemporaryDirectory() as folder:
-        caches = make_caches(folder, [setting.reader], setting.side, print)
+        cache = open_cache(folder, setting.reader, setting.side, progress)
         plain, cached = (
-            TrainingDataset(setting.reader, setting.side, setting.word_len, seed=0, caches=made)
-            for made in ({}, caches)
+            TrainingDataset(setting.records, setting.side, setting.word_len, seed=0, caches=made)
+            for made in ({}, {setting.reader.path: cache})
         )
 
         def read(dataset: TrainingDataset) -> None:

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, default_collate
 
 from utils.cache import SquareCache
 from utils.errors import UserError
-from utils.records import RecordReader, Records, RefRecord
+from utils.records import JoinedReader, RecordReader, RefRecord, group_positions
 from utils.seed import draw
 from utils.tokenizer import tokenize
-from utils.transforms import decode_image, decode_mask, letterbox_image, letterbox_mask
+from utils.transforms import load_image, load_square_mask
 
 
 class TrainingSample(TypedDict):
@@ -35,7 +35,7 @@ class TrainingDataset(Dataset):
     """Refs of one LMDB or several; each visit draws one of the ref's sentences.
 
     Args:
-        reader: the records.
+        records: which refs.
         input_size: S in pixels.
         word_len: L.
         seed: with epoch and position, decides the sentence.
@@ -44,20 +44,20 @@ class TrainingDataset(Dataset):
 
     def __init__(
         self,
-        reader: Records,
+        records: JoinedReader,
         input_size: int,
         word_len: int,
         seed: int,
         caches: Mapping[Path, SquareCache] | None = None,
     ) -> None:
-        self.reader = reader
+        self.records = records
         self.input_size = input_size
         self.word_len = word_len
         self.seed = seed
         self.caches = caches or {}
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.records)
 
     def __getitem__(self, visit: tuple[int, int]) -> TrainingSample:
         """Load the ref of a visit (position, epoch).
@@ -71,7 +71,7 @@ class TrainingDataset(Dataset):
         images: dict[tuple[Path, str], Tensor] = {}
         samples = []
         for position, epoch in visits:
-            reader, place = self.reader.locate(position)
+            reader, place = self.records.locate(position)
             ref = reader.ref(place)
             name = reader.path, ref.image_key
             if name not in images:
@@ -89,7 +89,7 @@ class TrainingDataset(Dataset):
 
     def describe(self, visit: tuple[int, int]) -> tuple[int, str]:
         """Return the ref_id and the drawn sentence of a visit (position, epoch)."""
-        reader, place = self.reader.locate(visit[0])
+        reader, place = self.records.locate(visit[0])
         ref = reader.ref(place)
         return ref.ref_id, self._sentence(ref, *visit)
 
@@ -104,7 +104,7 @@ class TrainingDataset(Dataset):
     def _mask(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
         if cache := self.caches.get(reader.path):
             return cache.mask(place)
-        return letterbox_mask(load_mask(ref), self.input_size)
+        return load_square_mask(ref, self.input_size)
 
 
 class TrainingBatch(TypedDict):
@@ -135,21 +135,15 @@ def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
 def _join(
     samples: Sequence[TrainingSample], with_images: Iterable[TrainingSample], index: Tensor | None
 ) -> TrainingBatch:
+    # In a worker default_collate stacks straight into memory that the main process shares.
+    # torch.stack would leave the worker's heap in a gigabyte of pieces.
     return TrainingBatch(
-        images=_stack([sample["image"] for sample in with_images]),
+        images=default_collate([sample["image"] for sample in with_images]),
         image_index=index,
-        masks=_stack([sample["mask"] for sample in samples]),
+        masks=default_collate([sample["mask"] for sample in samples]),
         tokens=torch.stack([sample["tokens"] for sample in samples]),
         positions=torch.tensor([sample["position"] for sample in samples]),
     )
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """Stack; in a worker straight into memory that the main process shares.
-
-    Without it each batch is copied once more, and a worker's heap breaks into a gigabyte of pieces.
-    """
-    return default_collate(tensors)
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,11 @@ class EvaluationDataset(Dataset):
         self.word_len = word_len
         self.sentences = sentences
         self.swap = swap
-        self.groups = [g for g in group_by_image(reader) if len(g) > 1 or not swap]
+        self.groups = [
+            group
+            for group in group_positions(reader.index.image_keys)
+            if len(group) > 1 or not swap
+        ]
         if not self.groups:
             raise UserError(
                 f"{reader.path}: no image has two refs whose sentences could be swapped"
@@ -256,32 +254,8 @@ def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
     """Join images into a batch."""
     counts = torch.tensor([len(sample["tasks"]) for sample in samples])
     return EvaluationBatch(
-        images=_stack([sample["image"] for sample in samples]),
+        images=default_collate([sample["image"] for sample in samples]),
         image_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
         tokens=torch.cat([sample["tokens"] for sample in samples]),
         tasks=[task for sample in samples for task in sample["tasks"]],
     )
-
-
-def group_by_image(reader: Records) -> list[list[int]]:
-    """Positions of the refs of each image, images in the order of their first ref."""
-    groups: dict[tuple[Path, str], list[int]] = {}
-    for position, name in enumerate(reader.image_names()):
-        groups.setdefault(name, []).append(position)
-    return list(groups.values())
-
-
-def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:
-    """Return the ref's photo in the network's square: (S, S, 3) uint8 RGB."""
-    image = decode_image(reader.image(ref.image_key), f"{reader.path}, image {ref.image_key}")
-    if image.shape[:2] != (ref.height, ref.width):
-        raise UserError(
-            f"{reader.path}, image {ref.image_key} is {image.shape[1]}×{image.shape[0]} pixels, "
-            f"ref {ref.ref_id} says {ref.width}×{ref.height}; pack the split again"
-        )
-    return letterbox_image(image, side)
-
-
-def load_mask(ref: RefRecord) -> np.ndarray:
-    """Return the ref's mask at the photo's size: (H, W) uint8, non-zero is the referent."""
-    return decode_mask(ref.mask, f"mask of ref {ref.ref_id}")

@@ -16,13 +16,12 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 import lmdb
@@ -44,7 +43,6 @@ LONGEST_KEY = 500  # bytes of an image's name; LMDB's keys end at 511
 T = TypeVar("T")
 
 _INITIAL_MAP_BYTES = 64 << 20
-_BATCH_BYTES = 32 << 20
 
 _REF_SCHEMA = pa.schema(
     [
@@ -61,21 +59,10 @@ _REF_SCHEMA = pa.schema(
 )
 _INDEX_SCHEMA = pa.schema(
     [
-        pa.field("ref_id", pa.int64(), nullable=False),
-        pa.field("image_key", pa.string(), nullable=False),
-        ("image_id", pa.int64()),
+        *(_REF_SCHEMA.field(name) for name in ("ref_id", "image_key", "image_id")),
         pa.field("num_sentences", pa.int32(), nullable=False),
     ]
 )
-_META_FIELDS = {
-    "dataset": str,
-    "split": str,
-    "refs": int,
-    "sentences": int,
-    "images": int,
-    "token_length": dict,
-    "tool": str,
-}
 
 
 @dataclass(frozen=True)
@@ -114,26 +101,19 @@ class RecordWriter:
             writer.add_ref(record, token_lengths)
 
     If the block raises, nothing is left and whatever stood at `path` before is untouched.
-    Memory holds one batch of records and the index.
 
     Args:
         path: the file to make; its folder is created.
         dataset, split: names that go into the file's meta entry.
-        map_size: bytes of LMDB map to begin with; it grows as needed.
     """
 
-    def __init__(
-        self, path: str | Path, dataset: str, split: str, *, map_size: int = _INITIAL_MAP_BYTES
-    ) -> None:
+    def __init__(self, path: str | Path, dataset: str, split: str) -> None:
         self.path = Path(path)
         self._dataset = dataset
         self._split = split
-        self._map_size = map_size
         self._image_keys: set[str] = set()
-        self._index = RefIndex([], [], [], [])
+        self._index: list[dict] = []  # its rows
         self._token_length: Counter[int] = Counter()
-        self._pending: list[tuple[bytes, bytes]] = []
-        self._pending_bytes = 0
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -142,16 +122,14 @@ class RecordWriter:
         partial.unlink(missing_ok=True)
         # One process writes a file that nobody else knows of: no lock file is needed, and one
         # sync at the end is enough.
-        self._env = self._stack.enter_context(
-            lmdb.open(str(partial), subdir=False, map_size=self._map_size, lock=False, sync=False)
+        env = lmdb.open(
+            str(partial), subdir=False, map_size=_INITIAL_MAP_BYTES, lock=False, sync=False
         )
+        self._env = self._stack.enter_context(env)
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         with self._stack:
             if error is not None:
@@ -184,36 +162,24 @@ class RecordWriter:
                 f"ref {record.ref_id}: {count} sentences, {len(record.sent_ids)} sentence ids, "
                 f"{len(token_lengths)} token lengths"
             )
-        row = {field.name: getattr(record, field.name) for field in fields(record)}
-        batch = pa.RecordBatch.from_pylist([row], schema=_REF_SCHEMA)
-        self._put(_ref_key(len(self._index.ref_ids)), _to_arrow(batch))
-        indexed = (record.ref_id, record.image_key, record.image_id, count)
-        for column, value in zip(self._index, indexed, strict=True):
-            column.append(value)
+        self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], _REF_SCHEMA))
+        row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
+        self._index.append(row | {"num_sentences": count})
         self._token_length.update(token_lengths)
 
     def _put(self, key: bytes, value: bytes) -> None:
-        self._pending.append((key, value))
-        self._pending_bytes += len(value)
-        if self._pending_bytes >= _BATCH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Commit what is pending; a map that is too small is doubled and the batch repeated."""
-        while self._pending:
+        """Write an entry, in a map that grows with the file: some systems give no terabyte."""
+        while True:
             try:
                 with self._env.begin(write=True) as txn:
-                    for key, value in self._pending:
-                        txn.put(key, value)
+                    txn.put(key, value)
             except lmdb.MapFullError:
-                self._map_size *= 2
-                self._env.set_mapsize(self._map_size)
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
             else:
-                self._pending.clear()
-                self._pending_bytes = 0
+                return
 
     def _finish(self) -> None:
-        if not self._index.ref_ids:
+        if not self._index:
             raise UserError(
                 f"split {self._split} of {self._dataset} has no refs: {self.path} not written"
             )
@@ -221,20 +187,14 @@ class RecordWriter:
             "format_version": FORMAT_VERSION,
             "dataset": self._dataset,
             "split": self._split,
-            "refs": len(self._index.ref_ids),
+            "refs": len(self._index),
             "sentences": self._token_length.total(),
             "images": len(self._image_keys),
             "token_length": dict(sorted(self._token_length.items())),
             "tool": TOOL,
         }
-        columns = [
-            pa.array(column, field.type)
-            for column, field in zip(self._index, _INDEX_SCHEMA, strict=True)
-        ]
-        index = pa.RecordBatch.from_arrays(columns, schema=_INDEX_SCHEMA)
-        self._put(_INDEX_KEY, _to_arrow(index))
+        self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
         self._put(META_KEY, json.dumps(meta).encode())
-        self._flush()
         self._env.sync(True)
 
 
@@ -243,13 +203,9 @@ class RecordReader:
 
     It costs nothing to make and to pickle (only the path travels) and may be carried through a
     fork. Any number of readers, of the same file or not, may live in a process.
-    What it returns are copies, valid for ever.
 
-    Raises (at the first use):
-        UserError: the file is missing, no LMDB, cut off, in the release's pickled format, in
-            another version of this format, or holds no refs.
-    Raises (at any use):
-        UserError: what is asked for is missing from the file, or damaged.
+    Raises:
+        UserError: the file, or what is asked for, is missing, damaged or in another format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -267,7 +223,14 @@ class RecordReader:
     def meta(self) -> dict:
         """Return the `__meta__` entry; the keys of `token_length` are integers."""
         if self._get(META_KEY) is None:
-            self._refuse_without_meta()
+            remedy = repack_command(self.path)
+            if self._get(RELEASE_KEY) is None:
+                raise UserError(f"{self.path} is an LMDB without __meta__: {remedy}")
+            raise UserError(
+                f"{self.path} is in the release's pickled format, which is not read: {remedy} (or, "
+                "where only this file is left, python tools/folder2lmdb.py --from-lmdb "
+                f"{self.path} -o FOLDER)"
+            )
         meta = self._read(META_KEY, _parse_meta)
         version = meta["format_version"]
         if version != FORMAT_VERSION:
@@ -290,14 +253,6 @@ class RecordReader:
         len(self)  # refuses a file that is not ours
         entries = (self._read(key, bytes) for key in (META_KEY, _INDEX_KEY))
         return hashlib.sha256(b"".join(entries)).hexdigest()
-
-    def image_names(self) -> list[tuple[Path, str]]:
-        """Return the file and key of each ref's image, which no other image shares."""
-        return [(self.path, key) for key in self.index.image_keys]
-
-    def locate(self, i: int) -> "tuple[RecordReader, int]":
-        """Return this reader and `i`, as a `JoinedReader` returns one of its files."""
-        return self, i
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len.
@@ -346,21 +301,9 @@ class RecordReader:
             raise ValueError(f"{batch.num_rows} rows for {len(self)} refs")
         return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
 
-    def _refuse_without_meta(self) -> None:
-        if self._get(RELEASE_KEY) is not None:
-            raise UserError(
-                f"{self.path} is in the release's pickled format, which is not read: "
-                f"{repack_command(self.path)} (or, where only this file is left, python "
-                f"tools/folder2lmdb.py --from-lmdb {self.path} -o FOLDER)"
-            )
-        raise UserError(f"{self.path} is an LMDB without __meta__: {repack_command(self.path)}")
-
 
 class JoinedReader:
-    """Joins some refs of several files into one sequence of positions, file by file.
-
-    Two files may hold different images under one key, so an image belongs to its file: where
-    files share photos, each has its own.
+    """Joins some refs of one file or several into one sequence of positions, file by file.
 
     Args:
         parts: files, and for each the positions of the refs that count, in increasing order.
@@ -374,7 +317,7 @@ class JoinedReader:
         return self._ends[-1] if self._ends else 0
 
     def image_names(self) -> list[tuple[Path, str]]:
-        """Return the file and key of each ref's image."""
+        """Return the file and key of each ref's image; images of two files are two images."""
         return [
             (reader.path, reader.index.image_keys[place])
             for reader, positions in self.parts
@@ -399,7 +342,16 @@ class JoinedReader:
         return reader.ref(place)
 
 
-Records = RecordReader | JoinedReader
+def group_positions(images: Iterable[Hashable]) -> list[list[int]]:
+    """Return the positions of each image's refs, images in the order of their first ref.
+
+    Args:
+        images: what tells a ref's image from others, for each ref.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image, []).append(position)
+    return list(groups.values())
 
 
 class ImageSet:
@@ -440,35 +392,23 @@ _environments_lock = threading.Lock()
 def open_lmdb(path: Path) -> lmdb.Environment:
     """Return this process's environment for an LMDB file, opened for reading if need be.
 
-    It closes when nobody holds it any more.
-
     Raises:
         UserError: the file is missing, no LMDB, or cut off.
     """
     if not path.is_file():
         what = "is a folder, not an LMDB file" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}: {repack_command(path, 'make it with')}")
-    stat = path.stat()
-    key = (os.getpid(), stat.st_dev, stat.st_ino)
+    pid, stat = os.getpid(), path.stat()
+    key = pid, stat.st_dev, stat.st_ino
     with _environments_lock:
-        _close_inherited()
+        # A forked child closes its copies of its parent's environments, because py-lmdb would not
+        # open their files again. Without locks they are its own, and the parent does not notice.
+        for inherited in [other for other in _environments if other[0] != pid]:
+            _environments.pop(inherited).close()
         env = _environments.get(key)
         if env is None:
-            env = _open_file(path)
-            _environments[key] = env
+            env = _environments[key] = _open_file(path)
     return env
-
-
-def _close_inherited() -> None:
-    """Close a forked child's copies of the parent's environments.
-
-    py-lmdb would not open their files again. Without locks an environment is a read-only map and
-    a descriptor, both the child's own: the parent does not notice.
-    """
-    for key, env in list(_environments.items()):
-        if key[0] != os.getpid():
-            del _environments[key]
-            env.close()
 
 
 def _open_file(path: Path) -> lmdb.Environment:
@@ -512,10 +452,10 @@ def _name(key: bytes) -> str:
     return key.decode().replace("image:", "image ", 1)
 
 
-def _to_arrow(batch: pa.RecordBatch) -> bytes:
+def _to_arrow(rows: list[dict], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     return sink.getvalue().to_pybytes()
 
 
@@ -535,11 +475,6 @@ def _parse_ref(data: bytes) -> RefRecord:
 
 def _parse_meta(data: bytes) -> dict:
     meta = json.loads(data)
-    if meta["format_version"] != FORMAT_VERSION or meta["refs"] == 0:
-        return meta  # refused, whatever else it says
-    for name, kind in _META_FIELDS.items():
-        if not isinstance(meta[name], kind):
-            raise ValueError(f"{name} is {meta[name]!r:.40}")
-    if meta["refs"] < 0:
-        raise ValueError(f"{meta['refs']} refs")
-    return meta | {"token_length": {int(k): int(n) for k, n in meta["token_length"].items()}}
+    if meta["format_version"] == FORMAT_VERSION and meta["refs"] > 0:  # else it is refused
+        meta["token_length"] = {int(k): int(n) for k, n in meta["token_length"].items()}
+    return meta

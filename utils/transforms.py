@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.photos import decode
+from utils.records import RecordReader, RefRecord
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -79,6 +81,27 @@ def letterbox_mask(mask: np.ndarray, side: int) -> np.ndarray:
     """Resize (H, W) uint8 to (S, S), linear, so that edges are soft; the border is 0."""
     forward, _ = letterbox_matrices(mask.shape, side)
     return cv2.warpAffine(mask, forward, (side, side), flags=cv2.INTER_LINEAR, borderValue=0)
+
+
+def load_image(reader: RecordReader, ref: RefRecord, side: int) -> np.ndarray:
+    """Return the ref's photo in the network's square: (S, S, 3) uint8 RGB."""
+    image = decode_image(reader.image(ref.image_key), f"{reader.path}, image {ref.image_key}")
+    if image.shape[:2] != (ref.height, ref.width):
+        raise UserError(
+            f"{reader.path}, image {ref.image_key} is {image.shape[1]}×{image.shape[0]} pixels, "
+            f"ref {ref.ref_id} says {ref.width}×{ref.height}; pack the split again"
+        )
+    return letterbox_image(image, side)
+
+
+def load_mask(ref: RefRecord) -> np.ndarray:
+    """Return the ref's mask at the photo's size: (H, W) uint8, non-zero is the referent."""
+    return decode_mask(ref.mask, f"mask of ref {ref.ref_id}")
+
+
+def load_square_mask(ref: RefRecord, side: int) -> np.ndarray:
+    """Return the ref's mask in the network's square: (S, S) uint8, soft at the edges."""
+    return letterbox_mask(load_mask(ref), side)
 
 
 def normalize_images(images: Tensor) -> Tensor:

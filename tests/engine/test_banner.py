@@ -56,7 +56,7 @@ def test_every_file_of_a_joined_training_is_counted_without_what_is_left_out(dat
     opts = ["DATA.train_lmdb", str(list(map(str, files))), "DATA.allow_mismatch", True]
     run = build_run(config, *opts, "DATA.exclude_lmdb", f"[{lmdb / 'testA.lmdb'}]")
     lines = lines_of(run)["training"]
-    parts = run.train_loader.dataset.reader.parts
+    parts = run.train_loader.dataset.records.parts
     assert len(lines) == len(parts) == 2
     for line, (reader, kept) in zip(lines, parts, strict=True):
         sentences = np.array(reader.index.num_sentences)[kept].sum()

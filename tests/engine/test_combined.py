@@ -4,17 +4,16 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from helpers import (
     ALONE,
     CPU,
     ROOT,
+    assert_same,
     encoded,
     error_of,
     loader_config,
@@ -28,11 +27,12 @@ from torch.utils.data import DataLoader
 
 from engine.loaders import build_train_loader, report_records, training_records
 from tools.inspect_lmdb import PUBLISHED
-from utils.config import load_config
-from utils.dataset import TrainingDataset, group_by_image, load_image
+from utils.config import Config, load_config
+from utils.dataset import TrainingDataset
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.records import ImageSet, JoinedReader, RecordReader, RecordWriter
+from utils.records import ImageSet, JoinedReader, RecordReader, RecordWriter, group_positions
+from utils.transforms import load_image
 
 SIZE = (40, 60)
 
@@ -70,12 +70,14 @@ def files(tmp_path) -> dict[str, Path]:
 
 def joined(files: dict[str, Path], **more: object):
     """A config over both files that leaves out the images of val and test."""
-    return loader_config(
-        files["val"],
-        files=[str(files["one"]), str(files["two"])],
-        exclude=[str(files["val"]), str(files["test"])],
-        **more,
-    )
+    train, exclude = ([str(files[n]) for n in names] for names in (("one", "two"), ("val", "test")))
+    return loader_config(files["val"], files=train, exclude=exclude, **more)
+
+
+def report(cfg: Config, log_lines: list[str]) -> list[str]:
+    """What is said about the records that the config trains on."""
+    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
+    return log_lines
 
 
 # ---------------------------------------------------------------------------------------- left out
@@ -89,7 +91,7 @@ def test_no_excluded_image_is_trained_on(files, tmp_path, batch_by, workers, cac
     folder = tmp_path / "cache" if cache else "null"
     cfg = joined(files, batch_by=batch_by, workers=workers, batch_size=2, cache=folder)
     loader = build_train_loader(cfg, 2, ALONE)
-    records = loader.dataset.reader
+    records = loader.dataset.records
     excluded = [RecordReader(files[name]) for name in ("val", "test")]
     forbidden_ids = {i for reader in excluded for i in reader.index.image_ids}
     forbidden_pixels = {
@@ -111,7 +113,7 @@ def test_no_excluded_image_is_trained_on(files, tmp_path, batch_by, workers, cac
 
 def test_everything_else_is_trained_on_once_an_epoch(files):
     loader = build_train_loader(joined(files, batch_size=2), 2, ALONE)
-    records = loader.dataset.reader
+    records = loader.dataset.records
     seen = [records.locate(p) for batch in loader for p in batch["positions"].tolist()]
     assert len(seen) == len(set(seen)) == len(records) - len(records) % 2
     kept = {
@@ -125,17 +127,13 @@ def test_everything_else_is_trained_on_once_an_epoch(files):
 
 
 def test_what_is_left_out_is_counted(files, log_lines):
-    cfg = joined(files)
-    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
-    one = [3, 7, 8]  # each with 1 + number % 3 refs
-    two = [7, 8, 15]
-    for name, numbers in (("one", one), ("two", two)):
+    *counts, overlap = report(joined(files), log_lines)
+    for line, name, numbers in zip(counts, ("one", "two"), ([3, 7, 8], [7, 8, 15]), strict=True):
         total = len(RecordReader(files[name]))
         out = sum(1 + number % 3 for number in numbers)
-        line = f"{files[name]}: {total - out} of {total} refs, {out} left out on images of DATA"
-        assert any(text.startswith(line) for text in log_lines)
-    assert log_lines[-1].startswith("0 of ")
-    assert log_lines[-1].endswith(f"training refs are on images of {files['val']}")
+        assert line.startswith(f"{files[name]}: {total - out} of {total} refs, {out} left out on ")
+    assert overlap.startswith("0 of ")
+    assert overlap.endswith(f"training refs are on images of {files['val']}")
 
 
 def test_an_image_without_an_id_is_known_by_its_name(tmp_path):
@@ -162,35 +160,24 @@ def test_two_ids_decide_whatever_the_names_say(tmp_path):
 
 def test_an_overlap_with_val_that_is_not_excluded_is_a_warning(files, log_lines):
     cfg = loader_config(files["val"], files=[str(files["one"]), str(files["two"])])
-    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
     shared = 1 + 3 % 3 + 2 * (1 + 7 % 3)
-    assert log_lines[-1] == (
+    assert report(cfg, log_lines)[-1] == (
         f"{shared} of {2 * 12 + 27} training refs are on images of {files['val']}; "
         "name it in DATA.exclude_lmdb to leave them out"
     )
 
 
 def test_a_single_data_set_is_never_thinned_out_and_its_overlap_is_said(files, log_lines):
+    loaders = []
     for train in (files["one"], [str(files["one"])]):
         cfg = loader_config(files["val"], files=train, exclude=[str(files["val"])], batch_size=2)
-        loader = build_train_loader(cfg, 2, ALONE)
-        assert len(loader.dataset) == len(RecordReader(files["one"])) == 24
-        report_records(cfg, loader.dataset.reader)
-        assert log_lines[-2:] == [
+        loaders.append(build_train_loader(cfg, 2, ALONE))
+        assert len(loaders[-1].dataset) == len(RecordReader(files["one"])) == 24
+        assert report(cfg, log_lines)[-2:] == [
             "DATA.exclude_lmdb does nothing with a single DATA.train_lmdb",
             f"3 of 24 training refs are on images of {files['val']}; they are kept, as published",
         ]
-
-
-def test_a_list_of_one_trains_on_the_same_batches_as_its_entry(shapes_lmdb):
-    loaders = [
-        build_train_loader(loader_config(shapes_lmdb, files=files), 4, ALONE)
-        for files in (shapes_lmdb, [str(shapes_lmdb)])
-    ]
-    for a, b in zip(*loaders, strict=True):
-        assert a["positions"].tolist() == b["positions"].tolist()
-        assert torch.equal(a["tokens"], b["tokens"])
-        assert torch.equal(a["images"], b["images"])
+    assert_same(*map(list, loaders))
 
 
 @pytest.mark.parametrize("excluded", [["refcoco"], ["refcoco+"], ["refcocog_u"]])
@@ -206,7 +193,7 @@ def test_real_photos_of_val_and_test_are_left_out(mini_root, tmp_path, excluded)
     exclude = [p for n in excluded for p in (lmdb / n).glob("*.lmdb") if p.stem != "train"]
     cfg = loader_config(train[0], files=[str(p) for p in train], exclude=[str(p) for p in exclude])
     loader = build_train_loader(cfg, 4, ALONE)
-    records = loader.dataset.reader
+    records = loader.dataset.records
     ids = {records.ref(p).image_id for batch in loader for p in batch["positions"].tolist()}
     forbidden = {i for path in exclude for i in RecordReader(path).index.image_ids}
     held = sum(i in forbidden for path in train for i in RecordReader(path).index.image_ids)
@@ -236,42 +223,33 @@ def test_photos_of_one_name_in_two_files_are_two_photos(strangers, tmp_path, bat
         cache=tmp_path / "cache" if cache else "null",
     )
     loader = build_train_loader(cfg, 8, ALONE)
-    dataset = loader.dataset
+    records = loader.dataset.records
     checked = 0
     for batch in loader:
         index = batch["image_index"]
         images = batch["images"] if index is None else batch["images"][index]
         for image, position in zip(images, batch["positions"].tolist(), strict=True):
-            reader, place = dataset.reader.locate(position)
+            reader, place = records.locate(position)
             assert np.array_equal(image, load_image(reader, reader.ref(place), 32))
             checked += 1
     assert checked == 24
-    groups = group_by_image(dataset.reader)
+    groups = group_positions(records.image_names())
     assert len(groups) == 16
-    assert all(dataset.reader.locate(a)[0] is dataset.reader.locate(b)[0]
-               for group in groups for a, b in pairwise(group))  # fmt: skip
+    assert all(len({records.locate(p)[0] for p in group}) == 1 for group in groups)
 
 
-def test_positions_run_through_the_files_in_order(strangers):
-    readers = [RecordReader(path) for path in strangers]
-    count = len(readers[0])
-    records = JoinedReader([(readers[0], range(count)), (readers[1], np.array([1, 4]))])
-    assert len(records) == count + 2
-    assert [records.locate(i) for i in (0, count - 1, count, count + 1)] == [
-        (readers[0], 0), (readers[0], count - 1), (readers[1], 1), (readers[1], 4),
-    ]  # fmt: skip
-    assert records.ref(count + 1) == readers[1].ref(4)
-    for position in (-1, count + 2):
-        with pytest.raises(IndexError, match=rf"2 files have {count + 2} refs, no position"):
+def test_positions_run_through_the_files_in_order_past_those_of_which_nothing_is_left(strangers):
+    one, two = (RecordReader(path) for path in strangers)
+    count = len(one)
+    parts = [(two, []), (one, range(count)), (two, np.array([1, 4])), (one, []), (one, [1])]
+    records = JoinedReader(parts)
+    assert len(records) == count + 3
+    places = [records.locate(i) for i in (0, count - 1, count, count + 1, count + 2)]
+    assert places == [(one, 0), (one, count - 1), (two, 1), (two, 4), (one, 1)]
+    assert records.ref(count + 1) == two.ref(4)
+    for position in (-1, count + 3):
+        with pytest.raises(IndexError, match=rf"5 files have {count + 3} refs, no position"):
             records.locate(position)
-
-
-def test_a_file_of_which_nothing_is_left_is_passed_over(strangers):
-    readers = [RecordReader(path) for path in strangers]
-    records = JoinedReader(
-        [(readers[0], []), (readers[1], [2]), (readers[0], []), (readers[0], [1])]
-    )
-    assert [records.locate(i) for i in range(2)] == [(readers[1], 2), (readers[0], 1)]
 
 
 def test_the_sentence_depends_on_seed_epoch_and_position_alone(files):
@@ -300,15 +278,14 @@ def test_two_ranks_together_see_the_batch_of_one(files):
 
 
 def test_spawned_workers_read_several_files(files):
-    records = build_train_loader(joined(files), 4, ALONE).dataset.reader
+    records = build_train_loader(joined(files), 4, ALONE).dataset.records
     assert len(pickle.dumps(records)) < 2_000
     dataset = TrainingDataset(records, 32, 9, 0)
     visits = [(position, 0) for position in range(len(records))]
-    loader = DataLoader(
-        dataset, None, sampler=visits, num_workers=1, multiprocessing_context="spawn"
-    )
-    for sample, visit in zip(loader, visits, strict=True):
-        assert torch.equal(sample["image"], dataset[visit]["image"])
+    options = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    loader = DataLoader(dataset, None, sampler=visits, **options)
+    images = [sample["image"] for sample in loader]
+    assert_same(images, [dataset[visit]["image"] for visit in visits])
 
 
 # ------------------------------------------------------------------------------- configs and faults
@@ -380,11 +357,8 @@ def test_another_split_among_several_is_refused(data, tmp_path):
 
 
 def test_leaving_out_everything_is_an_error(files):
-    cfg = loader_config(
-        files["val"],
-        files=[str(files["val"]), str(files["test"])],
-        exclude=[str(files["val"]), str(files["test"])],
-    )
+    held_out = [str(files["val"]), str(files["test"])]
+    cfg = loader_config(files["val"], files=held_out, exclude=held_out)
     with pytest.raises(UserError, match=r"every ref of DATA\.train_lmdb is on an image of DATA\.e"):
         build_train_loader(cfg, 4, ALONE)
 

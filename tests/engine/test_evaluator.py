@@ -37,13 +37,13 @@ from engine.evaluator import (
 from engine.loaders import build_evaluation_loader
 from model.loss import resize_target
 from utils.config import Config, load_config
-from utils.dataset import SentenceTask, collate_images, load_mask
+from utils.dataset import SentenceTask, collate_images
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
-from utils.transforms import PROTOCOLS, letterbox_mask, normalize_masks
+from utils.transforms import PROTOCOLS, letterbox_mask, load_mask, normalize_masks
 
 THRESHOLD = 0.15
 LOWERED = f"threshold{THRESHOLD}"  # in the names of files

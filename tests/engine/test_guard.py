@@ -107,7 +107,7 @@ def refs_of_step(config: Path, step: int) -> set[int]:
     epoch, position = divmod(step - 1, sampler.steps)
     sampler.set_epoch(epoch, position)
     visits = next(iter(sampler))
-    reader = run.train_loader.dataset.reader
+    reader = run.train_loader.dataset.records
     return {reader.ref(position).ref_id for position, _ in visits}
 
 

@@ -5,11 +5,10 @@ import os
 import cv2
 import pytest
 import torch
-from helpers import ALONE, CPU, loader_config
+from helpers import ALONE, CPU, assert_same, loader_config
 from torch.utils.data import DataLoader, Dataset
 
 from engine.loaders import (
-    ShardSampler,
     VisitSampler,
     build_evaluation_loader,
     build_train_loader,
@@ -96,15 +95,6 @@ def test_fewer_refs_than_a_batch_names_the_key():
         VisitSampler(singles(7), 2, 2, 0, 2, seed=0)
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 7, 8])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_shards_cover_every_image_exactly_once(num_images, world_size):
-    shards = [ShardSampler(num_images, rank, world_size) for rank in range(world_size)]
-    assert sorted(i for shard in shards for i in shard) == list(range(num_images))
-    assert [len(list(shard)) for shard in shards] == [len(shard) for shard in shards]
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
-
-
 # ------------------------------------------------------------------------------------------ loaders
 
 
@@ -113,19 +103,16 @@ by_refs_or_images = pytest.mark.parametrize("batch_by", ["refs", "images"])
 
 @by_refs_or_images
 def test_training_batches_are_the_same_with_and_without_workers(shapes_lmdb, batch_by):
-    cfg = loader_config(shapes_lmdb, workers=2, batch_by=batch_by)
-    loader = build_train_loader(cfg, 4, ALONE)
-    plain = build_train_loader(loader_config(shapes_lmdb, batch_by=batch_by), 4, ALONE)
+    loaders = [
+        build_train_loader(loader_config(shapes_lmdb, workers=n, batch_by=batch_by), 4, ALONE)
+        for n in (0, 2)
+    ]
     for epoch in range(2):
-        batches = []
-        for each in (loader, plain):
-            each.batch_sampler.set_epoch(epoch)
-            batches.append(list(each))
-        assert len(batches[0]) == len(loader) == 29 // 4
-        for found, expected in zip(*batches, strict=True):
-            assert found["positions"].tolist() == expected["positions"].tolist()
-            assert torch.equal(found["tokens"], expected["tokens"])
-            assert torch.equal(found["images"], expected["images"])
+        for loader in loaders:
+            loader.batch_sampler.set_epoch(epoch)
+        plain, found = map(list, loaders)
+        assert len(found) == len(loaders[1]) == 29 // 4
+        assert_same(found, plain)
 
 
 @by_refs_or_images
@@ -152,18 +139,19 @@ def test_both_ways_of_batching_visit_the_same_number_of_refs(shapes_lmdb, batch_
         assert num_images <= 12 + 6
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 13])  # of 12 images
 @pytest.mark.parametrize("swap", [False, True])
 def test_evaluation_loaders_of_all_ranks_bring_every_sentence_once(shapes_lmdb, world_size, swap):
-    cfg = loader_config(shapes_lmdb, batch_size_val=16)
-    keys = [
-        task.key
-        for rank in range(world_size)
-        for batch in build_evaluation_loader(
+    cfg = loader_config(shapes_lmdb, batch_size_val=52)
+    loaders = [
+        build_evaluation_loader(
             cfg, str(shapes_lmdb), Ranks(rank, world_size, rank, world_size, CPU), swap=swap
         )
-        for task in batch["tasks"]
+        for rank in range(world_size)
     ]
+    shares = [len(loader.sampler) for loader in loaders]
+    assert max(shares) - min(shares) <= 1
+    keys = [task.key for loader in loaders for batch in loader for task in batch["tasks"]]
     assert len(keys) == len(set(keys))
     assert set(keys) == EvaluationDataset(RecordReader(shapes_lmdb), 32, 9, swap=swap).keys()
 

@@ -74,7 +74,7 @@ def test_dataset_and_split_are_named_after_the_json(data: Path, capsys) -> None:
     assert (meta["dataset"], meta["split"]) == ("toys", "val")
     assert meta["token_length"][5] == 3  # <start> the red thing <end>
     out = capsys.readouterr().out
-    assert "val.lmdb: 3 refs, 6 sentences, 2 images, 0.0 MB" in out
+    assert "val.lmdb: 3 refs, 6 sentences, 2 images, 0.1 MB" in out
     assert "at 22: 0, of 6 sentences" in out
     assert pack(data, "--dataset", "games").meta["dataset"] == "games"
 

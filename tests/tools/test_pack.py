@@ -298,23 +298,28 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(".*.partial"))
 
 
-def die_at(moment: str, path: Path) -> None:
-    """Pack version 2 and kill this process at a moment."""
+def die_at(moment: bytes, path: Path) -> None:
+    """Pack version 2 and kill this process before it writes the entry, or moves the file."""
 
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    records._BATCH_BYTES = 100_000
-    if moment == "first batch":
-        RecordWriter._flush = die
-    elif moment == "before the index":
-        RecordWriter._finish = die
-    else:
+    put = RecordWriter._put
+
+    def put_or_die(self: RecordWriter, key: bytes, value: bytes) -> None:
+        if key.startswith(moment):
+            die()
+        put(self, key, value)
+
+    if moment == b"the move":
         os.replace = die
+    RecordWriter._put = put_or_die
     pack_version(path, 2)
 
 
-@pytest.mark.parametrize("moment", ["first batch", "before the index", "before the move"])
+@pytest.mark.parametrize(
+    "moment", [b"image:0", b"ref:000000030", b"__index__", b"__meta__", b"the move"]
+)
 @pytest.mark.parametrize("has_old", [True, False])
 def test_kill_9_at_a_given_moment_leaves_the_old_file_or_none(tmp_path, moment, has_old):
     path = tmp_path / "val.lmdb"

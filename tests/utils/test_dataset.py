@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, all_refs, encoded, sample_ref, smooth_photo
+from helpers import ROOT, all_refs, encoded, sample_ref, smooth_photo, training_dataset
 from torch.utils.data import DataLoader
 
 from utils.dataset import (
@@ -21,18 +21,13 @@ from utils.dataset import (
     collate_images,
     collate_refs,
     collate_refs_by_image,
-    group_by_image,
 )
 from utils.errors import UserError
-from utils.records import RecordReader, RecordWriter, RefRecord
+from utils.records import RecordReader, RecordWriter, RefRecord, group_positions
 from utils.tokenizer import token_lengths, tokenize
 from utils.transforms import decode_mask, letterbox_mask
 
 SIDE, WORD_LEN = 32, 9
-
-
-def training_dataset(path: Path, seed: int = 0) -> TrainingDataset:
-    return TrainingDataset(RecordReader(path), SIDE, WORD_LEN, seed)
 
 
 def evaluation_dataset(path: Path, **options: object) -> EvaluationDataset:
@@ -42,7 +37,7 @@ def evaluation_dataset(path: Path, **options: object) -> EvaluationDataset:
 def drawn_sentence(dataset: TrainingDataset, position: int, epoch: int) -> int:
     """Place of the sentence that the visit draws."""
     tokens = dataset[position, epoch]["tokens"]
-    sentences = dataset.reader.ref(position).sentences
+    sentences = dataset.records.ref(position).sentences
     (place,) = (
         n for n, text in enumerate(sentences) if torch.equal(tokenize(text, WORD_LEN)[0], tokens)
     )
@@ -105,7 +100,7 @@ def test_sentences_are_the_same_with_and_without_workers(shapes_lmdb, num_worker
 def test_every_sentence_of_a_ref_is_drawn_about_equally_often(shapes_lmdb):
     dataset = training_dataset(shapes_lmdb)
     position, count = 3, 4
-    assert len(dataset.reader.ref(position).sentences) == count
+    assert len(dataset.records.ref(position).sentences) == count
     drawn = Counter(drawn_sentence(dataset, position, epoch) for epoch in range(600))
     assert sorted(drawn) == list(range(count))
     deviation = (600 / count * (1 - 1 / count)) ** 0.5
@@ -129,13 +124,9 @@ def test_refs_batched_by_image_are_the_same_refs_with_each_image_once(shapes_lmd
         assert torch.equal(sample["tokens"], dataset[visit]["tokens"])
 
 
-def test_groups_by_image_hold_every_ref_once(shapes_lmdb):
-    groups = group_by_image(RecordReader(shapes_lmdb))
-    refs = all_refs(shapes_lmdb)
-    assert sorted(position for group in groups for position in group) == list(range(29))
-    names = [{refs[position].image_key for position in group} for group in groups]
-    assert [len(name) for name in names] == [1] * 12
-    assert len(set.union(*names)) == 12
+def test_positions_are_grouped_by_image_in_the_order_of_first_refs():
+    assert group_positions(["b", "a", "b", "c", "a"]) == [[0, 2], [1, 4], [3]]
+    assert group_positions(range(3)) == [[0], [1], [2]]
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -262,7 +253,7 @@ def test_memory_does_not_grow_over_epochs(shapes_lmdb):
 @pytest.mark.parametrize("collate", [collate_refs, collate_refs_by_image])
 def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb, collate):
     """Batches of full size: stacked on a worker's heap they left it in pieces, a gigabyte."""
-    dataset = TrainingDataset(RecordReader(shapes_lmdb), 416, WORD_LEN, 0)
+    dataset = training_dataset(shapes_lmdb, side=416)
     batches = [[(i % 29, epoch) for i in range(64)] for epoch in range(16)]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate)
     sizes = []

@@ -38,8 +38,8 @@ def make_ref(ref_id: int, **changes) -> RefRecord:
 REFS = [make_ref(1), make_ref(2, image_key="b.png", image_id=None, category=None), make_ref(3)]
 
 
-def write(path: Path, refs: list[RefRecord] = REFS, **kwargs) -> Path:
-    with RecordWriter(path, "toys", "val", **kwargs) as writer:
+def write(path: Path, refs: list[RefRecord] = REFS) -> Path:
+    with RecordWriter(path, "toys", "val") as writer:
         for ref in refs:
             writer.add_image(ref.image_key, f"bytes of {ref.image_key}".encode())
             writer.add_ref(ref, [5, 4])
@@ -53,11 +53,7 @@ def path(tmp_path: Path) -> Path:
 
 def put(path: Path, entries: dict[bytes, bytes]) -> None:
     """Write raw entries as another program would."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        lmdb.open(str(path), subdir=False, lock=False, map_size=1 << 20) as env,
-        env.begin(write=True) as txn,
-    ):
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
         for key, value in entries.items():
             txn.put(key, value)
 
@@ -120,31 +116,27 @@ def test_values_are_arrow_or_json_or_the_original_bytes(path: Path) -> None:
 
 
 def test_the_map_grows_from_almost_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(records, "_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(records, "_INITIAL_MAP_BYTES", 1 << 14)
     refs = [make_ref(i, mask=os.urandom(9_000)) for i in range(100)]
-    reader = RecordReader(write(tmp_path / "x.lmdb", refs, map_size=1 << 14))
+    reader = RecordReader(write(tmp_path / "x.lmdb", refs))
     assert [reader.ref(i) for i in range(100)] == refs
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failing_writer_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "x.lmdb"
+@pytest.mark.parametrize("old", [[], ["x.lmdb"]])
+def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, error, old: list[str]) -> None:
+    for name in old:
+        write(tmp_path / name)
 
     def fail() -> None:
-        with RecordWriter(path, "toys", "val") as writer:
+        with RecordWriter(tmp_path / "x.lmdb", "toys", "val") as writer:
             writer.add_image(SHARED, b"x")
             raise error
 
     with pytest.raises(error):
         fail()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_failing_writer_keeps_the_old_file(path: Path) -> None:
-    with pytest.raises(RuntimeError), RecordWriter(path, "toys", "val"):
-        raise RuntimeError
-    assert os.listdir(path.parent) == ["val.lmdb"]
-    assert RecordReader(path).ref(2) == REFS[2]
+    assert os.listdir(tmp_path) == old
+    assert all(RecordReader(tmp_path / name).ref(2) == REFS[2] for name in old)
 
 
 def test_a_split_without_refs_is_not_written(tmp_path: Path) -> None:
@@ -188,13 +180,11 @@ def test_a_file_packed_anew_is_read_by_the_next_reader(path: Path) -> None:
     assert old.ref(2) == REFS[2]
 
 
-def test_making_and_pickling_a_reader_opens_nothing(tmp_path: Path) -> None:
-    reader = pickle.loads(pickle.dumps(RecordReader(tmp_path / "missing.lmdb")))
+def test_making_and_pickling_a_reader_opens_nothing_and_only_the_path_travels(
+    path: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError):
-        len(reader)
-
-
-def test_a_pickled_reader_carries_only_the_path(path: Path) -> None:
+        len(pickle.loads(pickle.dumps(RecordReader(tmp_path / "missing.lmdb"))))
     reader = RecordReader(path)
     assert reader.index.ref_ids == [1, 2, 3]
     data = pickle.dumps(reader)
@@ -239,16 +229,13 @@ COMMAND = (
     "python tools/folder2lmdb.py -j d/anns/toys/val.json -i d/images/train2014 "
     "-m d/masks/toys -o d/lmdb/toys"
 )
-META = b'{"format_version": %d, "refs": %d, "token_length": {}}'
-FULL = b'{"format_version":1,"dataset":"d","split":"s","refs":%s,"sentences":6,"images":2,'
-FULL += b'"token_length":%s,"tool":"t"}'
+META = b'{"format_version": %d, "refs": %s, "token_length": %s}'
 
 
 def index_of(refs: int) -> bytes:
     """A sound index of another number of refs."""
-    columns = {"ref_id": range(refs), "image_key": ["a"] * refs, "num_sentences": [1] * refs}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return records._to_arrow(pa.RecordBatch.from_pylist(rows, schema=records._INDEX_SCHEMA))
+    row = {"ref_id": 1, "image_key": "a", "num_sentences": 1}
+    return records._to_arrow([row] * refs, records._INDEX_SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +247,7 @@ def index_of(refs: int) -> bytes:
         (b"__meta__", b"[1]", "a damaged __meta__"),
         (b"__meta__", b'{"refs": 3}', r"a damaged __meta__ \(KeyError\('format_version'"),
         (b"__meta__", b'{"format_version": 1}', r"a damaged __meta__ \(KeyError\('refs'"),
-        (b"__meta__", META % (1, 3), r"a damaged __meta__ \(KeyError\('dataset'"),
-        (b"__meta__", FULL % (b"-3", b"{}"), "a damaged __meta__"),
-        (b"__meta__", FULL % (b'"3"', b"{}"), "a damaged __meta__ .*refs is '3'"),
-        (b"__meta__", FULL % (b"3", b"[]"), "a damaged __meta__ .*token_length is"),
-        (b"__meta__", FULL % (b"3", b'{"a":1}'), "a damaged __meta__"),
+        (b"__meta__", META % (1, b"3", b'{"a": 1}'), "a damaged __meta__"),
         (b"__index__", None, "no __index__"),
         (b"__index__", b"garbage", "a damaged __index__"),
         (b"__index__", index_of(2), "a damaged __index__ .*2 rows for 3 refs"),
@@ -318,8 +301,11 @@ def test_the_command_for_a_file_that_lies_elsewhere_is_a_general_one(name, jsons
         (lambda p: p.write_text("<html>" * 4000), "no LMDB can be read from .*: re-pack with"),
         (lambda p: put(p, {b"__keys__": b"\x80", b"__len__": b"\x80"}), "the release's pickled"),
         (lambda p: put(p, {b"a": b"b"}), "is an LMDB without __meta__: re-pack with"),
-        (lambda p: put(p, {b"__meta__": META % (9, 1)}), "record format 9, this code reads 1"),
-        (lambda p: put(p, {b"__meta__": META % (1, 0)}), "holds no refs: re-pack with"),
+        (
+            lambda p: put(p, {b"__meta__": META % (9, b"1", b"{}")}),
+            "record format 9, this code reads 1",
+        ),
+        (lambda p: put(p, {b"__meta__": META % (1, b"0", b"{}")}), "holds no refs: re-pack with"),
     ],
     ids=["missing", "folder", "empty", "html", "release", "other", "version", "no-refs"],
 )
