@@ -195,22 +195,30 @@ def test_a_missing_file_a_folder_and_a_device_are_no_image_files(tmp_path):
             read_photo(path)
 
 
-def test_larger_photos_than_allowed_are_refused_with_their_size(tmp_path):
+def test_larger_photos_than_allowed_are_refused_with_their_size(tmp_path, monkeypatch):
     path = tmp_path / "photo.png"
     picture().save(path)
     for source in (path, PIXELS, picture()):
-        assert read_photo(source, 53 * 37).shape == (37, 53, 3)
+        monkeypatch.setattr("utils.photos.MAX_PIXELS", 53 * 37)
+        assert read_photo(source).shape == (37, 53, 3)
+        monkeypatch.setattr("utils.photos.MAX_PIXELS", 53 * 37 - 1)
         with pytest.raises(UserError, match=r"53×37, has 0.0 million pixels, at most 0.00196 mil"):
-            read_photo(source, 53 * 37 - 1)
+            read_photo(source)
 
 
-@pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_a_picture_that_only_announces_to_be_huge_is_never_decoded(tmp_path, size):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((10_001, 10_000), "100.0 million pixels, at most 100 million are read"),
+        ((20_000, 20_000), "is too large to be read: .*400000000 pixels"),
+        ((2**31 - 1, 2**31 - 1), "is too large to be read: .*4611686014132420609 pixels"),
+    ],
+)
+def test_a_picture_that_only_announces_to_be_huge_is_never_decoded(tmp_path, size, message):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_head(*size) + png_chunk(b"IDAT", b""))
-    with pytest.raises(UserError, match=r"million pixels, at most 100 million are read") as error:
+    with pytest.raises(UserError, match=message):
         read_photo(path)
-    assert f"{size[0] * size[1] / 1e6:.1f}" in str(error.value)
 
 
 def test_a_bomb_of_few_bytes_costs_no_memory(tmp_path):
@@ -232,10 +240,3 @@ def test_a_bomb_of_few_bytes_costs_no_memory(tmp_path):
     assert ending.stderr.count("\n") == 1
     assert "144.0 million pixels" in ending.stderr
     assert int(ending.stdout) < 50_000  # KiB; decoded it would be 0.4 GB
-
-
-def test_a_file_of_more_bytes_than_a_photo_can_have_is_not_read(tmp_path):
-    path = tmp_path / "photo.png"
-    path.write_bytes(encoded(PIXELS) + bytes(8 * 53 * 37))
-    with pytest.raises(UserError, match="too many for a photo"):
-        read_photo(path, 53 * 37)
