@@ -44,7 +44,7 @@ from utils.files import atomic_path
 from utils.logger import progress
 from utils.machine import peak_memory
 from utils.metrics import summarize
-from utils.records import RecordReader
+from utils.records import JoinedReader, RecordReader
 from utils.seed import draw
 from utils.tokenizer import tokenize
 
