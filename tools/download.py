@@ -35,32 +35,31 @@ class _PassingError(UnfitError):
 
 
 def fetch(sources: Sequence[str], path: Path, check: Callable[[Path], object]) -> None:
-    """Get a file from the first address whose answer passes `check`.
+    """Get a file from the first source that has it; a file of this machine is linked to.
 
     Args:
-        sources: addresses of the same file, `https://...` or `hf:...`, in order.
+        sources: paths, `https://...` or `hf:...`, in order.
         check: raises UnfitError for another file.
     Raises:
-        UserError: no address had it; the text gives the reason of each.
+        UserError: none had it; the text gives the reason of each.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, reasons = path.with_stem(f"{path.stem}.part"), []
     for source in sources:
-        # What another address or an earlier call has begun may be of another file.
+        # What another source or an earlier call has begun may be of another file.
         for is_last in (False, True) if part.is_file() else (True,):
             try:
-                _get(source, part)
-                check(part)
-                return os.replace(part, path)
+                here = _get(source, part)
+                check(here)
+                return os.replace(here, path) if here == part else path.symlink_to(here)
             except UnfitError as reason:
                 print(f"  {source}: {reason}")
-                if is_last:
-                    reasons.append(f"{source}: {reason}")
+                reasons += [f"{source}: {reason}"] if is_last else []
                 if not isinstance(reason, _PassingError):
                     part.unlink(missing_ok=True)
     raise UserError(
-        f"{path.name} could not be downloaded ({'; '.join(reasons)}): get it in another way, "
-        "put it into a folder and pass --from FOLDER, or name an address with --mirror"
+        f"{path.name} could not be had ({'; '.join(reasons)}): get it in another way, put it into "
+        "a folder and pass --from FOLDER, or name an address with --mirror"
     )
 
 
@@ -152,10 +151,14 @@ def ask_hub(download: Callable[..., str], repository: str, **what: Any) -> str:
         ) from None
 
 
-def _get(source: str, part: Path) -> None:
-    """Complete `part` from one address, asking again while that may help."""
-    if not source.startswith("hf:"):
+def _get(source: str, part: Path) -> Path:
+    """Return a file of this machine, or `part`, completed from an address."""
+    if source.startswith(("http://", "https://")):
         return _go_on(source, part)
+    if not source.startswith("hf:"):
+        if not Path(source).is_file():
+            raise UnfitError("there is no such file")
+        return Path(source).resolve()
     parts = source.removeprefix("hf:").split("/")
     kind = "dataset" if parts[0] == "datasets" else None
     owner, name, *file = parts[1:] if kind else parts
@@ -163,6 +166,7 @@ def _get(source: str, part: Path) -> None:
     where = {"filename": "/".join(file), "repo_type": kind, "local_dir": folder}
     try:
         os.replace(ask_hub(hf_hub_download, f"{owner}/{name}", **where), part)
+        return part
     finally:
         if not any(folder.rglob("*.incomplete")):  # which the Hub's library continues
             shutil.rmtree(folder, ignore_errors=True)
@@ -174,8 +178,8 @@ def _get(source: str, part: Path) -> None:
     wait=wait_exponential(max=60),
     reraise=True,
 )
-def _go_on(url: str, part: Path) -> None:
-    """Make one request: for the rest of what is there, or for all of it."""
+def _go_on(url: str, part: Path) -> Path:
+    """Complete `part` by one request: for the rest of what is there, or for all of it."""
     offset = part.stat().st_size if part.is_file() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
     try:
@@ -184,6 +188,7 @@ def _go_on(url: str, part: Path) -> None:
                 part.unlink()
                 raise _PassingError(f"has no byte {offset:,}: starting anew")
             total = _length(response, offset)
+            check_space(part.parent, (total or 0) - offset, f"downloading {url}")
             with part.open("ab" if response.status_code == 206 else "wb") as file:
                 bar = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
                 with tqdm(total=total, initial=file.tell(), desc=part.stem, **bar) as progress:
@@ -198,6 +203,7 @@ def _go_on(url: str, part: Path) -> None:
         raise
     if total not in (None, reached := part.stat().st_size):
         raise _PassingError(f"the answer ended after {reached:,} of {total:,} bytes")
+    return part
 
 
 def _length(response: requests.Response, offset: int) -> int | None:

@@ -1,11 +1,14 @@
 """Prepare a data set by one command: download, unpack, convert, pack, verify; CLIP's weights too.
 
+    python tools/prepare.py refcoco clip-rn50
+    python tools/prepare.py refcocog_u --from ~/Downloads     # files that are there, no network
+
 What is there and whole is not made again, so an interrupted run is continued by the same command.
-To make something anew, delete it.
+To make something anew, delete it. tools/prepare_datasets.md tells the size of each target; "all"
+is everything but the evaluation splits.
 """
 
 import argparse
-import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -25,7 +28,6 @@ from tools.download import UnfitError, ask_hub, check_file, check_space, fetch, 
 from tools.inspect_lmdb import PUBLISHED, differences, inspect
 from tools.parquet import write_refer
 from utils.errors import UserError, run_entry_point
-from utils.files import atomic_path
 from utils.records import RecordReader
 
 SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text())
@@ -33,18 +35,6 @@ ARCHIVES, DATASETS, CLIP = SOURCES["archives"], SOURCES["datasets"], SOURCES["cl
 COCO, PHOTOS = "coco-train2014", "train2014"
 TARGETS = (*DATASETS, *CLIP, COCO)
 REFS_BYTES = 4 * 10**8  # of a data set's annotations and masks, about
-
-EPILOG = """refcoco refcoco+ refcocog_u refcocog_g: records for training and evaluation
-refcoco-eval refcoco+-eval refcocog_u-eval refcoco-m: evaluation splits with photos, without COCO;
-    refcoco-m is RefCOCO's val with masks drawn anew
-clip-rn50 clip-rn101: CLIP's weights; coco-train2014: 13.5 GB of photos, and as much unpacked
-all: everything but the evaluation splits
-
-  python tools/prepare.py refcoco clip-rn50
-  python tools/prepare.py refcocog_u --from ~/Downloads     # files that are there, no network
-
-reads and writes below ROOT: downloads/ refer/ images/ anns/ masks/ lmdb/. Photos and annotations
-that are unpacked there already are used as they are."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,14 +132,12 @@ def make_photos(args: argparse.Namespace) -> None:
 
 def unpack(args: argparse.Namespace, name: str, folder: Path) -> None:
     """Get an archive, unless it is there, and unpack its folder."""
-    archive = ARCHIVES[name]
-    path = given(args, name) or args.root / "downloads" / name
+    archive, path = ARCHIVES[name], args.root / "downloads" / name
     check = partial(check_archive, archive, is_subset=args.subset)
     if path.is_file():
         check(path)
     else:
-        check_space(args.root, archive["size"], f"downloading {name}")
-        fetch(addresses(args, name, archive["sources"]), path, check)
+        fetch(sources(args, name, archive["sources"]), path, check)
     print(f"{folder}: unpack {path}", flush=True)
     unzip(path, archive["folder"], folder)
 
@@ -166,16 +154,9 @@ def check_archive(archive: dict, path: Path, is_subset: bool) -> None:
 
 def make_clip(args: argparse.Namespace, clip: dict) -> None:
     """Get OpenAI's archive, or the same weights as safetensors."""
-    path, check = args.pretrain / clip["file"], partial(check_clip, clip)
-    here = given(args, clip["file"]) or given(args, path.with_suffix(".safetensors").name)
-    if path.is_file():
-        return
-    check_space(args.pretrain, clip["size"], f"{path.name}")
-    if here is None:
-        return fetch(addresses(args, path.name, clip["sources"]), path, check)
-    with atomic_path(path) as copy:
-        check(here)
-        shutil.copyfile(here, copy)
+    path = args.pretrain / clip["file"]
+    if not path.is_file():
+        fetch(sources(args, path.name, clip["sources"]), path, partial(check_clip, clip))
 
 
 def check_clip(clip: dict, path: Path) -> None:
@@ -201,25 +182,19 @@ def check_clip(clip: dict, path: Path) -> None:
         raise UnfitError(f"{path} is not OpenAI's CLIP: half precision changes {changed[0]}")
 
 
-def given(args: argparse.Namespace, name: str) -> Path | None:
-    """Return a file of the folder of --from, if it is there."""
-    path = args.given and args.given / name
-    return path if path and path.is_file() else None
-
-
-def addresses(args: argparse.Namespace, name: str, sources: Sequence[str]) -> Sequence[str]:
-    """Return where to download a file: the mirrors, or else where it is published."""
+def sources(args: argparse.Namespace, name: str, published: Sequence[str]) -> Sequence[str]:
+    """Return where to get a file: from the folder given, the mirrors, or where it is published."""
     if args.given is not None:
-        raise UserError(f"{args.given} has no {name}: put it there, or leave --from away")
-    return [f"{mirror.rstrip('/')}/{name}" for mirror in args.mirror] or sources
+        return [str(args.given / name)]
+    return [f"{mirror.rstrip('/')}/{name}" for mirror in args.mirror] or published
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("targets", nargs="+", choices=(*TARGETS, "all"), metavar="TARGET", help="see below")
+    add("targets", nargs="+", choices=(*TARGETS, "all"), help="what to make")
     add("--root", type=Path, default=Path("datasets"), help="data root (%(default)s)")
     add("--pretrain", type=Path, default=Path("pretrain"), help="for CLIP (%(default)s)")
     add("--from", dest="given", type=Path, metavar="DIR", help="use files in DIR, offline")
