@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from model.fold import fold_batch_norm
+from model.fold import check_folding, fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
 from utils.config import Config
@@ -127,9 +128,9 @@ def evaluate(
     Returns:
         By protocol, the scores of all ranks' sentences in the order of the LMDB, on every rank.
     Raises:
-        RuntimeError: a sentence was scored twice or not at all.
+        RuntimeError: a sentence was scored twice or not at all; or folding changes the model.
     """
-    model = fold_batch_norm(model)
+    model, plain = fold_batch_norm(model), model
     pending: deque[Future] = deque()
     rows: list[dict[str, SentenceScore]] = []
     pool = ThreadPoolExecutor(min(max(available_cores() // 2, 2), MAX_THREADS))
@@ -139,7 +140,11 @@ def evaluate(
                 batch[name].to(device, non_blocking=True)
                 for name in ("images", "tokens", "image_index")
             )
-            features, side = model.encode_image(normalize_images(images)), images.shape[1]
+            images, side = normalize_images(images), images.shape[1]
+            if not rows:
+                first = partial(answer_first, images=images, tokens=tokens, index=image_index)
+                check_folding(plain, first)
+            features = model.encode_image(images)
             for part, squares in probability_maps(
                 model, features, image_index, tokens, side, protocols, sentences_per_batch
             ):
@@ -153,6 +158,12 @@ def evaluate(
     scores = {name: [row[name] for row in rows] for name in protocols}
     expected = loader.dataset.keys() if batches is None else None
     return {name: _gather(scores[name], expected) for name in protocols}
+
+
+def answer_first(model: nn.Module, images: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+    """Return the logits of a batch's first sentence; `index` tells the sentences' images."""
+    features = model.encode_image(images.index_select(0, index[:1]))
+    return model.segment(features, tokens[:1])
 
 
 def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float]:

@@ -31,10 +31,15 @@ class ClipSizes:
     transformer_layers: int
 
 
+# Convolutions that a BatchNorm follows immediately, so that model/fold.py may fold it.
+CONV_BN = tuple((f"conv{i}", f"bn{i}") for i in (1, 2, 3))
+
+
 class Bottleneck(nn.Module):
     """Residual block whose convolutions keep stride 1; an average pool before conv3 strides."""
 
     expansion = 4
+    FOLDED = CONV_BN
 
     def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -116,6 +121,8 @@ class DenseResNet(nn.Module):
         sizes: of the CLIP; `embed_dim`, `image_resolution`, `vision_layers`, `vision_width` count.
         recompute: keep what enters stem, bottlenecks and attention pool alone, see `checkpointed`.
     """
+
+    FOLDED = CONV_BN
 
     def __init__(self, sizes: ClipSizes, recompute: bool = False) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from helpers import random_batch, small_segmenter
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.fold import fold_batch_norm
+from model.fold import check_folding, fold_batch_norm
 from utils.transforms import normalize_images
 
 SIDE = 64
@@ -82,3 +82,37 @@ def test_a_linear_layer_takes_over_its_norm_too():
     twin, x = fold_batch_norm(model), torch.randn(4, 5)
     torch.testing.assert_close(twin(x), model.eval()(x))
     assert norms(twin) == []
+
+
+class PreActivation(nn.Module):
+    """Adds conv(relu(bn(x))) to x, and registers the two the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(self.bn(x).relu())
+
+
+def test_a_block_that_applies_its_norm_first_is_scored_as_it_was_trained():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), PreActivation()), 3 * torch.randn(8, 3, 5, 5) + 1
+    for _ in range(5):
+        model(x)
+    check_folding(model, lambda each: each(x))
+    twin = fold_batch_norm(model)
+    assert norms(twin) == ["1.bn"]
+    torch.testing.assert_close(twin(x), model.eval()(x))
+
+
+def test_a_block_that_claims_another_order_than_its_own_stops_the_evaluation_by_name():
+    class Wrong(PreActivation):
+        FOLDED = (("conv", "bn"),)
+
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), Wrong()), 3 * torch.randn(8, 3, 5, 5) + 1
+    for _ in range(5):
+        model(x)
+    with pytest.raises(RuntimeError, match=r"changes what the model computes, at 1\.bn"):
+        check_folding(model, lambda each: each(x))
+    assert model.training
