@@ -13,6 +13,23 @@ from model.layers import conv_bn_relu
 KERNEL = 3
 
 
+class UpsampleConv(nn.Sequential):
+    """Upsamples ×2, then convolves, normalises and rectifies: keys `0` and `1`."""
+
+    FOLDED = (("0", "1"),)
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(*conv_bn_relu(in_channels, out_channels, KERNEL))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+        conv, *others = self
+        x = upsample_conv(x, conv.weight, conv.bias)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
 class Projector(nn.Module):
     """Upsamples the pixels to stride 4 and convolves them with the sentence's own kernel.
 
@@ -24,27 +41,23 @@ class Projector(nn.Module):
     def __init__(self, sent_dim: int, in_channels: int) -> None:
         super().__init__()
         self.channels = in_channels // 2
-        self.vis = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            conv_bn_relu(in_channels, in_channels, KERNEL),
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            conv_bn_relu(in_channels, self.channels, KERNEL),
-            nn.Conv2d(self.channels, self.channels, 1),
+        # Named as in the checkpoints, where upsampling has numbers 0 and 2.
+        self.vis = nn.ModuleDict(
+            {
+                "1": UpsampleConv(in_channels, in_channels),
+                "3": UpsampleConv(in_channels, self.channels),
+                "4": nn.Conv2d(self.channels, self.channels, 1),
+            }
         )
         self.txt = nn.Linear(sent_dim, self.channels * KERNEL**2 + 1)
 
     def forward(self, vis: Tensor, sent_feat: Tensor) -> Tensor:
         """vis (B, C, H, W), sent_feat (B, D) -> logits (B, 1, 4H, 4W).
 
-        Equal to `self.vis` followed by the dynamic convolution, at a quarter of the cost: see
-        `upsample_conv`, and the last 1×1 convolution, being linear, moves into the kernel.
+        The last 1×1 convolution, being linear, is not run: its weights move into the kernel.
         """
-        _, first, _, second, pointwise = self.vis
-        x = vis
-        for conv, *norm_relu in (first, second):
-            x = upsample_conv(x, conv.weight, conv.bias)
-            for layer in norm_relu:
-                x = layer(x)
+        x = self.vis["3"](self.vis["1"](vis))
+        pointwise = self.vis["4"]
         kernel, bias = self.txt(sent_feat).split([self.channels * KERNEL**2, 1], dim=1)
         kernel = kernel.unflatten(1, (self.channels, KERNEL**2)).transpose(1, 2)
         # In the order of channels last, as training stores it: so the gradient gets its strides.

@@ -195,7 +195,11 @@ def drop(layer: nn.Module, x: Tensor) -> Tensor:
 
 def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:
     """Upsample, convolve, twice; then a convolution with a group, and so a kernel, a sample."""
-    x = proj.vis(x)
+    for name in ("1", "3"):
+        x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        for layer in proj.vis[name]:
+            x = layer(x)
+    x = proj.vis["4"](x)
     batch, channels, height, width = x.shape
     numbers = proj.txt(state)
     kernel = numbers[:, :-1].reshape(batch, channels, 3, 3)

@@ -15,6 +15,7 @@ from model.clip_archive import derive_sizes
 from model.decoder import sequence_positions
 from model.projector import Projector, upsample_conv
 from model.segmenter import Segmenter, build_segmenter
+from tools import published
 from utils.config import Config, load_config
 from utils.transforms import normalize_images
 
@@ -255,18 +256,9 @@ def test_projector_equals_its_plain_form_forward_and_backward(size):
     ours, theirs = (Projector(sent_dim=6, in_channels=8).double().eval() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     vis, sent_feat = torch.randn(3, 8, *size).double(), torch.randn(3, 6).double()
-    pixels = theirs.vis(vis)
-    kernel, bias = theirs.txt(sent_feat).split([4 * 9, 1], dim=1)
-    height, width = 4 * size[0], 4 * size[1]
-    plain = F.conv2d(
-        pixels.reshape(1, 12, height, width),
-        kernel.reshape(3, 4, 3, 3),
-        bias.flatten(),
-        padding=1,
-        groups=3,
-    )
+    plain = published.project(theirs, vis, sent_feat)
     assert_same_values_and_gradients(
-        ours(vis, sent_feat), plain.transpose(0, 1), ours.parameters(), theirs.parameters()
+        ours(vis, sent_feat), plain, ours.parameters(), theirs.parameters()
     )
 
 
@@ -358,3 +350,11 @@ def test_the_positional_table_is_resized_bicubically():
     expected = F.interpolate(table, (5, 9), mode="bicubic", align_corners=False)
     got = pool.positions(5, 9).transpose(1, 2).unflatten(2, (5, 9))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_layer_may_be_appended_to_the_projector():
+    projector = Projector(sent_dim=6, in_channels=8)
+    names = set(projector.state_dict())
+    assert {"vis.1.0.weight", "vis.3.1.running_mean", "vis.4.bias", "txt.weight"} <= names
+    projector.vis["3"].append(nn.ReLU())
+    assert projector(torch.randn(2, 8, 3, 3), torch.randn(2, 6)).shape == (2, 1, 12, 12)
