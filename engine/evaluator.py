@@ -25,7 +25,7 @@ from utils.config import Config
 from utils.dataset import EvaluationDataset, SentenceTask
 from utils.distributed import gather_objects
 from utils.machine import available_cores
-from utils.metrics import intersection_and_union, iou, summarize
+from utils.metrics import BRIEF_NAMES, intersection_and_union, iou, summarize
 from utils.transforms import (
     PROTOCOLS,
     Protocol,
@@ -187,7 +187,7 @@ def describe_scores(
     threshold = protocols[name].threshold
     if threshold != PROTOCOLS[name].threshold:
         name += f", threshold {threshold:g}"
-    numbers = (f"{key} {100 * scores[key]:.2f}" for key in ("mIoU", "oIoU", "Pr@0.5"))
+    numbers = (f"{key} {100 * scores[key]:.2f}" for key in BRIEF_NAMES)
     return (
         f"{meta['dataset']} {meta['split']}, {scores['sentences']:,} {first}sentences, {name}: "
         + ", ".join(numbers)

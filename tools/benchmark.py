@@ -138,7 +138,7 @@ class Setting:
         refs = [self.reader.ref(position) for position in positions]
         seed = self.cfg.TRAIN.manual_seed
         chosen = [
-            ref.sentences[draw(len(ref.sentences), seed, 0, position)]
+            ref.sentences[draw("sentence", len(ref.sentences), seed, 0, position)]
             for ref, position in zip(refs, positions, strict=True)
         ]
         images = [published.read_image(self.reader.image(r.image_key), self.side) for r in refs]

@@ -94,7 +94,7 @@ class TrainingDataset(Dataset):
         return ref.ref_id, self._sentence(ref, *visit)
 
     def _sentence(self, ref: RefRecord, position: int, epoch: int) -> str:
-        return ref.sentences[draw(len(ref.sentences), self.seed, epoch, position)]
+        return ref.sentences[draw("sentence", len(ref.sentences), self.seed, epoch, position)]
 
     def _image(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
         if cache := self.caches.get(reader.path):

@@ -5,14 +5,14 @@ intersections over the sum of unions of the split (LAVT and most later work), Pr
 sentences whose IoU is strictly above X.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
-METRIC_NAMES = ("mIoU", "oIoU", *(f"Pr@{x}" for x in PRECISION_AT))
 EPSILON = 1e-6
 
 
@@ -23,19 +23,31 @@ def intersection_and_union(pred_mask: np.ndarray, mask: np.ndarray) -> tuple[int
     return intersection, union
 
 
-def iou(intersection: float, union: float) -> float:
-    """Divide intersection by union as the release does: two empty masks score 0."""
+def iou(intersection: float | np.ndarray, union: float | np.ndarray) -> float | np.ndarray:
+    """Divide intersections by unions as the release does: two empty masks score 0."""
     return intersection / (union + EPSILON)
 
 
+def _precision(at: float, inter: np.ndarray, union: np.ndarray) -> float:
+    return (iou(inter, union) > at).mean()
+
+
+# A metric is computed from the pixel counts of sentences, two float64 arrays of (N,). One that is
+# added here is in the test's tables, files and report, in the log, and in comparisons.
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "mIoU": lambda inter, union: iou(inter, union).mean(),
+    "oIoU": lambda inter, union: iou(inter.sum(), union.sum()),
+} | {f"Pr@{at}": partial(_precision, at) for at in PRECISION_AT}
+METRIC_NAMES = tuple(METRICS)
+BRIEF_NAMES = tuple(n for n in METRICS if not n.startswith("Pr@") or n == "Pr@0.5")  # in a line
+
+
 def summarize(intersections: Sequence[int], unions: Sequence[int]) -> dict[str, float]:
-    """Return the scores of a split from its sentences' pixel counts; keys are `METRIC_NAMES`."""
+    """Return the scores of a split from its sentences' pixel counts, by `METRIC_NAMES`."""
     if not len(intersections):
         raise ValueError("no sentences to score")
     inter, union = np.asarray(intersections, np.float64), np.asarray(unions, np.float64)
-    ious = inter / (union + EPSILON)
-    scores = {"mIoU": float(ious.mean()), "oIoU": float(inter.sum() / (union.sum() + EPSILON))}
-    return scores | {f"Pr@{x}": float((ious > x).mean()) for x in PRECISION_AT}
+    return {name: float(metric(inter, union)) for name, metric in METRICS.items()}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -31,12 +32,18 @@ def deterministic(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def draw(high: int, *names: int) -> int:
-    """Draw from 0 … high-1; the same `names` (seed, epoch, index …) always give the same number.
+def draw(purpose: str, high: int, *names: int) -> int:
+    """Draw from 0 … high-1; the same purpose and `names` always give the same number.
 
     It depends on nothing else: not on the process, the worker, or what was drawn before.
+
+    Args:
+        purpose: what is drawn; two purposes draw independently of each other.
+        names: seed, epoch, index …
     """
-    return int(np.random.Generator(np.random.PCG64(names)).integers(high))
+    # The sentences of earlier runs were drawn by names alone.
+    own = () if purpose == "sentence" else (int.from_bytes(sha256(purpose.encode()).digest()),)
+    return int(np.random.Generator(np.random.PCG64((*names, *own))).integers(high))
 
 
 def rng_state() -> dict:

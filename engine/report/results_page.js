@@ -7,7 +7,7 @@
     location.replace(address(results[0]));
     return;
   }
-  const metrics = ["mIoU", "oIoU", ...Object.keys(results[0] || {}).filter((name) => name.startsWith("Pr@"))];
+  const metrics = Object.keys(results.length ? results[0].ceiling : {});
   const percent = (value) => (100 * value).toFixed(2);
   const make = (tag, ...children) => {
     const node = document.createElement(tag);

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.report.categories import category_name
-from utils.metrics import EPSILON, PRECISION_AT, iou, summarize
+from utils.metrics import BRIEF_NAMES, METRICS, iou, summarize
 
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 50  # of the Pr@X curve, from X = 0 to 1
-GROUP_METRICS = ("mIoU", "oIoU", "Pr@0.5")  # of a row in a table
 
 # Lower ends of the bins but the first, which begins at 0.
 SIZE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # share of the photo that the object covers
@@ -148,12 +147,12 @@ def _grouping(
 
 
 def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:
-    """Score each label: {"sentences": its number, "models": `GROUP_METRICS` by each model}."""
+    """Score each label: {"sentences": its number, "models": `BRIEF_NAMES` by each model}."""
     rows = []
     for place in range(len(grouping.labels)):
         chosen = np.array([place in places for places in grouping.members])
         scores = [summarize(*model.of(chosen)) for model in models]
-        kept = [{name: score[name] for name in GROUP_METRICS} for score in scores]
+        kept = [{name: score[name] for name in BRIEF_NAMES} for score in scores]
         rows.append({"sentences": int(chosen.sum()), "models": kept})
     return rows
 
@@ -186,36 +185,22 @@ def paired_bootstrap(
     """
     _, owner = np.unique(np.asarray(clusters), return_inverse=True)
     num_clusters = owner.max() + 1
-    sums = np.zeros((num_clusters, 2, len(_addends(first))))
-    for model, count in enumerate((first, second)):
-        for column, values in enumerate(_addends(count)):
-            sums[:, model, column] = np.bincount(owner, values, num_clusters)
     generator = np.random.default_rng(seed)
     shares = np.full(num_clusters, 1 / num_clusters)
-    drawn = []
-    for start in range(0, draws, 500):  # a matrix of all draws at once would take hundreds of MB
-        size = min(500, draws - start)
-        weights = generator.multinomial(num_clusters, shares, size).astype(np.float64)
-        drawn.append(_differences(np.tensordot(weights, sums, 1)))
-    whole = _differences(sums.sum(0)[None])
+    rows = np.arange(len(owner))
+    drawn: dict[str, list[float]] = {name: [] for name in METRICS}
+    for _ in range(draws):
+        chosen = np.repeat(rows, generator.multinomial(num_clusters, shares)[owner])
+        for name, value in _differences(first, second, chosen).items():
+            drawn[name].append(value)
     tail = (1 - level) / 2
-    intervals = {}
-    for name, values in whole.items():
-        low, high = np.quantile(np.concatenate([part[name] for part in drawn]), [tail, 1 - tail])
-        intervals[name] = Interval(float(values[0]), float(low), float(high))
-    return intervals
+    return {
+        name: Interval(value, *map(float, np.quantile(drawn[name], [tail, 1 - tail])))
+        for name, value in _differences(first, second, rows).items()
+    }
 
 
-def _addends(model: Counts) -> list[np.ndarray]:
-    """Return what has to be summed over sentences to give every metric."""
-    ious = model.ious
-    above = [ious > x for x in PRECISION_AT]
-    return [np.ones(len(ious)), ious, model.intersections, model.unions, *above]
-
-
-def _differences(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Second minus first by metric, of sums (draws, 2, addends)."""
-    number, ious, intersections, unions, *above = np.moveaxis(sums, 2, 0)
-    scores = {"mIoU": ious / number, "oIoU": intersections / (unions + EPSILON)}
-    scores |= {f"Pr@{x}": a / number for x, a in zip(PRECISION_AT, above, strict=True)}
-    return {name: values[:, 1] - values[:, 0] for name, values in scores.items()}
+def _differences(first: Counts, second: Counts, chosen: np.ndarray) -> dict[str, float]:
+    """Return by metric the second model's score less the first's, on the sentences chosen."""
+    scores = [summarize(m.intersections[chosen], m.unions[chosen]) for m in (first, second)]
+    return {name: scores[1][name] - scores[0][name] for name in METRICS}

@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from contextlib import suppress
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,23 +13,35 @@ import torch
 
 from utils.seed import deterministic, draw, rng_state, seed_everything, set_rng_state
 
+EARLIER = [995, 703, 997, 988]  # drawn before purposes had names
+
 
 def sample() -> tuple:
     return random.random(), np.random.rand(), torch.rand(3).tolist()
 
 
 def test_draw_depends_on_its_names_alone():
-    numbers = [draw(1000, 0, epoch, 7) for epoch in range(20)]
+    numbers = [draw("sentence", 1000, 0, epoch, 7) for epoch in range(20)]
     seed_everything(5)
     sample()
-    assert [draw(1000, 0, epoch, 7) for epoch in range(20)] == numbers
+    assert [draw("sentence", 1000, 0, epoch, 7) for epoch in range(20)] == numbers
+
+
+def test_two_purposes_draw_independently_and_sentences_stay_what_they_were():
+    drawn = {
+        purpose: [draw(purpose, 2, 0, epoch, 7) for epoch in range(64)]
+        for purpose in ("sentence", "flip", "crop")
+    }
+    for first, second in combinations(drawn.values(), 2):
+        assert 16 < sum(a == b for a, b in zip(first, second, strict=True)) < 48
+    assert [draw("sentence", 1000, 0, epoch, 7) for epoch in range(4)] == EARLIER
 
 
 def test_draw_leaves_the_global_generators_alone():
     seed_everything(3)
     expected = sample()
     seed_everything(3)
-    draw(10, 1, 2, 3)
+    draw("sentence", 10, 1, 2, 3)
     assert sample() == expected
 
 
@@ -38,13 +51,13 @@ def test_draw_is_uniform_over_each_of_its_names(varying):
     counts = Counter()
     for value in range(2000):
         names[varying] = value
-        counts[draw(4, *names)] += 1
+        counts[draw("flip", 4, *names)] += 1
     assert sorted(counts) == [0, 1, 2, 3]
     assert all(abs(count - 500) < 100 for count in counts.values())
 
 
 def test_draw_of_one_is_zero():
-    assert draw(1, 0, 0, 0) == 0
+    assert draw("flip", 1, 0, 0, 0) == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
