@@ -16,10 +16,10 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.data_process import token_length_summary
+from tools.data_process import encode_mask, token_length_summary
 from tools.refer import load_plain, must, read_as, read_file, refuse_twice
 from utils.errors import UserError, run_entry_point
-from utils.photos import decode
+from utils.photos import decode, read_mask
 from utils.records import (
     LARGEST,
     LONGEST_KEY,
@@ -120,6 +120,7 @@ def pack(args: argparse.Namespace) -> Path:
     path = args.output_dir / f"{split}.lmdb"
 
     sizes: dict[str, tuple[int, int]] = {}
+    whitened = 0
     with RecordWriter(path, dataset, split) as writer:
         for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key = entry["img_name"]
@@ -130,8 +131,10 @@ def pack(args: argparse.Namespace) -> Path:
                 writer.add_image(key, data)
             mask_path = args.mask_dir / f"{entry['segment_id']}.png"
             mask = read_file(mask_path, _REDO_MASKS)
-            _check_png(mask, sizes[key], str(mask_path), _REDO_MASKS)
-            add_ref(writer, entry, sizes[key], mask, image_id_of(key))
+            white = whiten_mask(mask, sizes[key], str(mask_path), _REDO_MASKS)
+            whitened += white != mask
+            add_ref(writer, entry, sizes[key], white)
+    _note_whitened(whitened, len(entries))
     return path
 
 
@@ -152,14 +155,21 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
 
 
 def add_ref(
-    writer: RecordWriter, entry: Entry, size: tuple[int, int], mask: bytes, image_id: int | None
+    writer: RecordWriter,
+    entry: Entry,
+    size: tuple[int, int],
+    mask: bytes,
+    image_id: int | None = None,
 ) -> None:
-    """Add an entry whose image has been added and has `size` (height, width)."""
+    """Add an entry whose image has been added and has `size` (height, width).
+
+    Where no `image_id` is given, it is the one in a name of COCO, if any.
+    """
     sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
     record = RefRecord(
         ref_id=entry["segment_id"],
         image_key=entry["img_name"],
-        image_id=image_id,
+        image_id=image_id_of(entry["img_name"]) if image_id is None else image_id,
         category=entry["cat"],
         height=size[0],
         width=size[1],
@@ -170,9 +180,25 @@ def add_ref(
     writer.add_ref(record, token_lengths(sentences))
 
 
-def _check_png(data: bytes, size: tuple[int, int], name: str, remedy: str) -> None:
-    """Raise a `UserError` if a mask's file cannot be decoded or does not fit."""
-    check_mask(decode(data, cv2.IMREAD_GRAYSCALE, name, remedy), size, name, remedy)
+def whiten_mask(data: bytes, size: tuple[int, int], name: str, remedy: str) -> bytes:
+    """Return a mask's file in which the object is 253 to 255, as the release writes them.
+
+    A file that is so stays as it is; any other code becomes 255.
+
+    Raises:
+        UserError: it cannot be decoded, is empty, or is not of its image's size.
+    """
+    codes = read_mask(data, name, remedy)
+    check_mask(codes, size, name, remedy)
+    white = np.where((codes == 0) | (codes >= 253) & (codes <= 255), codes, 255).astype(np.uint8)
+    is_white = np.array_equal(decode(data, cv2.IMREAD_GRAYSCALE, name, remedy), white)
+    return data if is_white else encode_mask(white)
+
+
+def _note_whitened(count: int, total: int) -> None:
+    """Say how many masks `whiten_mask` has changed."""
+    if count:
+        print(f"note: {count} of {total} masks are not of 0 and 253 to 255: made so, object 255")
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) -> None:
@@ -188,9 +214,12 @@ def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) 
 
 
 def image_id_of(image_key: str) -> int | None:
-    """Return the number that an image's name ends in, as COCO's do; None without one."""
-    digits = re.search(r"(?<!\d)\d{1,18}$", Path(image_key).stem)
-    return int(digits[0]) if digits else None
+    """Return the number in a name that COCO gives; None in any other, such as a clip's frame."""
+    name = re.fullmatch(
+        r"(?:.*/)?COCO_[^/]*_(\d{12})\.\w+|(?:(?:.*/)?(?:train|val|test)20\d\d/)?(\d{12})\.jpg",
+        image_key,
+    )
+    return int(name[1] or name[2]) if name else None
 
 
 def image_size(data: bytes, name: str, remedy: str) -> tuple[int, int]:
@@ -214,7 +243,7 @@ def convert(args: argparse.Namespace) -> Path:
     remedy = f"{source} is damaged, {repack_command(source)}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
     ref_ids: list[int] = []
-    count = 0  # of sentences
+    count = whitened = 0  # sentences, masks
     with RecordWriter(path, dataset, source.stem) as writer:
         for item in tqdm(release_items(source), desc=str(source), unit="ref", disable=None):
             where = f"{source}: entry {len(ref_ids)}"
@@ -225,17 +254,19 @@ def convert(args: argparse.Namespace) -> Path:
             elif images[key][1] != digest:
                 raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
             size = images[key][0]
-            _check_png(item["mask"], size, f"{where}, mask", remedy)
+            mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
+            whitened += mask != item["mask"]
             sentences = [
                 Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
             ]
             entry = Entry(
                 segment_id=item["seg_id"], img_name=key, cat=item["cat"], sentences=sentences
             )
-            add_ref(writer, entry, size, item["mask"], image_id_of(key))
+            add_ref(writer, entry, size, mask)
             ref_ids.append(item["seg_id"])
             count += len(sentences)
         refuse_twice(ref_ids, f"{source}: seg_id", remedy)
+    _note_whitened(whitened, len(ref_ids))
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 

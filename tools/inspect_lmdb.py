@@ -73,6 +73,7 @@ class Check:
     faults: list[str] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of an image
     image_ids: dict[str, int | None] = field(default_factory=dict)  # of every image that refs name
+    pale: list[int] = field(default_factory=list)  # ids of refs whose masks have 1 to 252
     shares: list[float] = field(default_factory=list)  # of the image that a mask covers, (0, 1]
     token_lengths: Counter[int] = field(default_factory=Counter)
     categories: Counter[int | None] = field(default_factory=Counter)
@@ -201,6 +202,8 @@ def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
         mask = decode_mask(ref.mask, "mask")
         check_mask(mask, (ref.height, ref.width), "its mask", "replace it")
         check.shares.append(float((mask > 0).mean()))
+        if ((mask > 0) & (mask < 253)).any():
+            check.pale.append(ref.ref_id)
     except UserError as error:
         yield str(error)
 
@@ -226,6 +229,11 @@ def _count_problems(meta: Mapping, check: Check) -> Iterator[str]:
             yield f"the file says that it holds {meta[what]:,} {what}, but {count:,} were found"
     if meta["token_length"] != dict(check.token_lengths):
         yield "the file's histogram of sentence lengths is not that of its sentences"
+    if check.pale:
+        yield (
+            f"{len(check.pale):,} masks, such as that of ref {check.pale[0]}, have values from 1 "
+            "to 252, which training takes for background in part: pack the split again"
+        )
 
 
 def statistics(check: Check, word_len: int) -> list[str]:

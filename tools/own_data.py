@@ -6,7 +6,7 @@ Everything is checked before anything is written, and all problems are listed wi
 import argparse
 import posixpath
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 from pydantic import (
     AfterValidator,
@@ -40,7 +39,7 @@ from tools.folder2lmdb import (
 from tools.refer import draw_segmentation, must, read_file
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
-from utils.photos import decode
+from utils.photos import read_mask
 from utils.records import LARGEST, LONGEST_KEY, RecordWriter
 from utils.tokenizer import has_words
 
@@ -51,15 +50,13 @@ EPILOG = """a line, an object of one image (spread out here):
    "split": "train"}
 
 image      path of a JPEG or PNG; relative ones start at the folder of the file (or --images)
-mask       path of a PNG (not black is the object), or a COCO run-length mask
+mask       path of a PNG (0, index 0 or transparent: background), or a COCO run-length mask
            {"size": [height, width], "counts": ...}, or polygons [[x, y, x, y, ...], ...]
 sentences  one or more, each true of this object alone
 split      train, val, or any other name; each becomes OUTPUT/<split>.lmdb
 and, if you like, on all lines or on none: ref_id (unique); on any line: image_id, category
 
 docs/own_data.md has a worked example."""
-
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -105,7 +102,7 @@ class Contents:
     """Holds what has been read so far.
 
     `sizes` has (height, width), None for an unusable image; `image_ids` and `ref_ids` know the
-    lines that first gave them.
+    lines that first gave them; `odd_masks` has the lines of what a mask seldom is.
     """
 
     images: Path
@@ -114,6 +111,7 @@ class Contents:
     sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
     ref_ids: dict[int, int] = field(default_factory=dict)
+    odd_masks: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem in problems:
             print(f"{args.jsonl}:{problem}", file=sys.stderr)
         raise UserError(f"{args.jsonl}: {len(problems)} problems, listed above; nothing written")
+    for what, numbers in contents.odd_masks.items():
+        lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+        print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
     _note_shared_images(contents.entries)
     if args.check:
         print(f"{args.jsonl}: {len(contents.entries)} refs, no problem; nothing written")
@@ -208,7 +209,14 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
         yield f"its image {key} cannot be used, see above"
     if contents.sizes[key] is not None:
         try:
-            load_mask(entry.mask, contents.sizes[key], contents.masks)
+            codes = load_mask(entry.mask, contents.sizes[key], contents.masks)
+            if np.count_nonzero(codes) >= 0.99 * codes.size:
+                contents.odd_masks["cover 99 % of their photo or more"].append(number)
+            if (
+                len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0})
+                > 1
+            ):
+                contents.odd_masks["have several values, all taken for the object"].append(number)
         except (UserError, OSError) as error:
             yield str(error) if isinstance(entry.mask, str) else f"its mask is {error}"
     known, first = contents.image_ids.setdefault(key, (entry.image_id, number))
@@ -240,7 +248,8 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
                 stored.add((entry.split, entry.image))
                 writer.add_image(entry.image, (contents.images / entry.image).read_bytes())
             size = contents.sizes[entry.image]
-            mask = encode_mask(load_mask(entry.mask, size, contents.masks))
+            codes = load_mask(entry.mask, size, contents.masks)
+            mask = encode_mask(np.uint8(255) * (codes > 0))
             packed = Entry(
                 segment_id=entry.ref_id,
                 img_name=entry.image,
@@ -256,7 +265,7 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
 
 
 def load_mask(mask: str | dict | list, size: tuple[int, int], folder: Path) -> np.ndarray:
-    """Read or draw a mask: (height, width) uint8, 0 or 255.
+    """Read or draw a mask: (height, width), 0 in the background.
 
     Args:
         mask: path of a PNG, a COCO run-length mask, or polygons.
@@ -267,16 +276,10 @@ def load_mask(mask: str | dict | list, size: tuple[int, int], folder: Path) -> n
     """
     if isinstance(mask, str):
         path, remedy = folder / mask, "check mask"
-        data = read_file(path, remedy)
-        pixels = decode(data, cv2.IMREAD_UNCHANGED, str(path), remedy)
-        if not data.startswith(PNG_MAGIC):
-            raise UserError(f"{path} is no PNG, and other formats blur a mask: save it as a PNG")
-        if pixels.ndim == 3:
-            pixels = pixels[..., :3].any(axis=2)  # without transparency
-        check_mask(pixels, size, str(path), remedy)
-    else:
-        pixels = draw_segmentation(mask, *size)
-    return np.where(pixels > 0, np.uint8(255), np.uint8(0))
+        codes = read_mask(read_file(path, remedy), str(path), remedy)
+        check_mask(codes, size, str(path), remedy)
+        return codes
+    return draw_segmentation(mask, *size)
 
 
 def _note_shared_images(entries: Sequence[Line]) -> None:

@@ -218,11 +218,11 @@ def choose_examples(lines: Sequence[dict]) -> list[dict]:
     good = [r for r in lines if r["iou"] >= SUCCESS]
     chosen: list[dict] = []
     for kind in KIND_PATTERNS:
-        used = {r["image_id"] for r in chosen}
+        used = {r["image"] for r in chosen}
         of_kind = [r for r in good if kind in sentence_kinds(r["sentence"])]
-        chosen += [r for r in of_kind if r["image_id"] not in used][:1]
+        chosen += [r for r in of_kind if r["image"] not in used][:1]
     for last in chosen[-1:]:
-        same_image = [r for r in good if r["image_id"] == last["image_id"]]
+        same_image = [r for r in good if r["image"] == last["image"]]
         chosen += [r for r in same_image if r["ref_id"] != last["ref_id"]][-1:]
     return chosen + [r for r in lines if r["iou"] < FAILURE][:1]
 

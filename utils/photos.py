@@ -1,6 +1,9 @@
 """Read photos as people have them: any usual file, array or Pillow image becomes RGB pixels."""
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -12,6 +15,7 @@ from utils.errors import UserError
 MAX_PIXELS = 100_000_000  # of a photo; decoded 0.3 GB, and a probability map of it 0.4 GB more
 # What both decoders here know. Pillow is asked for no other: some of its readers start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 HIGH_BYTE_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 Photo = str | Path | np.ndarray | Image.Image
@@ -20,7 +24,7 @@ Photo = str | Path | np.ndarray | Image.Image
 def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     """Return the pixels of an image file, (H, W) or (H, W, channels), as cv2's `flags` say.
 
-    An EXIF orientation is followed unless the flags forbid it, as in the release.
+    An EXIF orientation is followed, as in the release.
 
     Args:
         name, remedy: for the error.
@@ -29,12 +33,65 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     """
     if not data:
         raise UserError(f"{name} is an empty file: {remedy}")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # it announces more pixels than OpenCV takes, for one
+        pixels = None
     if pixels is None:
-        raise UserError(
-            f"{name} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}"
-        )
+        raise _no_image(data, name, remedy)
+    if data[4:8] == b"ftyp":  # AVIF, the one format whose orientation OpenCV does not follow
+        with _opened(data, name, remedy) as image:
+            turn = image.getexif().get(0x0112, 1)
+        pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
+        pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+        pixels = np.ascontiguousarray(pixels[::-1] if turn in (3, 4, 7, 8) else pixels)
     return pixels
+
+
+def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
+    """Read which code a person gave each pixel of a mask: its grey, or a number of its colour.
+
+    Where some pixels are transparent, all others are the object. A palette's code is the index.
+
+    Args:
+        data: a PNG; other formats blur a mask.
+        name, remedy: for the error.
+    Returns:
+        (H, W), 0 in the background.
+    Raises:
+        UserError: it cannot be decoded, or is no PNG.
+    """
+    pixels = decode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, name, remedy)
+    if not data.startswith(PNG_MAGIC):
+        raise UserError(f"{name} is no PNG, and other formats blur a mask: save it as a PNG")
+    with _opened(data, name, remedy) as image:
+        if image.has_transparency_data:
+            alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
+            if not alpha.all():
+                return np.uint8(255) * (alpha > 0)
+        if image.mode == "P":
+            return np.asarray(ImageOps.exif_transpose(image))
+    if pixels.ndim == 2:
+        return pixels
+    is_grey = (pixels == pixels[..., :1]).all(axis=2)
+    return np.where(is_grey, pixels[..., 0], pixels @ np.array([1 << 8, 1 << 24, 1 << 40]))
+
+
+@contextmanager
+def _opened(data: bytes, name: str, remedy: str) -> Iterator[Image.Image]:
+    """Open a file with Pillow for what OpenCV does not tell; what fails within is a `UserError`."""
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+        ):
+            yield image
+    except Exception:  # a parser can stumble over foreign bytes in any way
+        raise _no_image(data, name, remedy) from None
+
+
+def _no_image(data: bytes, name: str, remedy: str) -> UserError:
+    return UserError(f"{name} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}")
 
 
 def read_photo(photo: Photo) -> np.ndarray:
@@ -69,25 +126,30 @@ def read_photo(photo: Photo) -> np.ndarray:
 def _read_file(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: there is no such image file")
-    size = path.stat().st_size
+    data = path.read_bytes()
     remedy = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} that other programs can open"
-    if size == 0:
+    if not data:
         raise UserError(f"{path} is an empty file: {remedy}")
     try:
-        # Large pictures are refused below, in one line, and not warned of in several.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+        # Large pictures are refused below, in one line, and not warned of in several. Given the
+        # path, Pillow would map the file, and with it a turned TIFF the wrong way round.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+        ):
             _check_size(image.size, str(path))
             if image.has_transparency_data:
                 return _from_pillow(image, str(path))
-    except (UserError, PermissionError):
+    except UserError:
         raise
     except Image.DecompressionBombError as error:  # far above our limit
         raise UserError(f"{path} is too large to be read: {error}") from None
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         raise UserError(
-            f"{path} cannot be read as an image ({size} bytes; {type(error).__name__}): {remedy}"
+            f"{path} cannot be read as an image ({len(data)} bytes; {type(error).__name__}): "
+            f"{remedy}"
         ) from None
-    return decode(path.read_bytes(), cv2.IMREAD_COLOR_RGB, str(path), remedy)
+    return decode(data, cv2.IMREAD_COLOR_RGB, str(path), remedy)
 
 
 def _from_array(pixels: np.ndarray) -> np.ndarray:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from helpers import encoded
 from helpers import pack as pack_refer
+from PIL import Image
 
 from tools import folder2lmdb
 from utils.errors import UserError
 from utils.records import RecordReader
+from utils.transforms import decode_mask
 
 HEIGHT, WIDTH = 12, 16
+COCO = "COCO_train2014_000000000012.jpg"
 
 
 def make_entry(ref_id: int, img_name: str) -> dict:
@@ -37,9 +40,9 @@ def data(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for folder in ("anns/toys", "images", "masks/toys"):
         (tmp_path / folder).mkdir(parents=True)
-    entries = [make_entry(i, name) for i, name in enumerate(("p_012.jpg", "q.png", "p_012.jpg"))]
+    entries = [make_entry(i, name) for i, name in enumerate((COCO, "q.png", COCO))]
     (tmp_path / "anns/toys/val.json").write_text(json.dumps(entries))
-    for name in ("p_012.jpg", "q.png"):
+    for name in (COCO, "q.png"):
         pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
         (tmp_path / "images" / name).write_bytes(encoded(pixels, Path(name).suffix))
     for ref_id in range(3):
@@ -58,7 +61,7 @@ def pack(data: Path, *more: str) -> RecordReader:
 def test_everything_lies_in_the_file_as_it_was(data: Path) -> None:
     reader = pack(data)
     assert len(reader) == 3
-    for i, (key, image_id) in enumerate((("p_012.jpg", 12), ("q.png", None), ("p_012.jpg", 12))):
+    for i, (key, image_id) in enumerate(((COCO, 12), ("q.png", None), (COCO, 12))):
         record = reader.ref(i)
         assert (record.ref_id, record.image_key, record.image_id) == (i, key, image_id)
         assert (record.category, record.height, record.width) == (5, HEIGHT, WIDTH)
@@ -83,13 +86,56 @@ def test_dataset_and_split_are_named_after_the_json(data: Path, capsys) -> None:
     ("key", "image_id"),
     [
         ("COCO_train2014_000000581857.jpg", 581857),
-        ("saiapr/19579.jpg", 19579),
-        ("REFSHAPES_7a.png", None),
-        ("f" + "1" * 30 + ".jpg", None),
+        ("images/COCO_val2014_000000581857.png", 581857),
+        ("000000581857.jpg", 581857),
+        ("train2017/000000581857.jpg", 581857),
+        ("clip3/000000581857.jpg", None),
+        ("clip3/00007.jpg", None),
+        ("saiapr/19579.jpg", None),
+        ("REFSHAPES_train2014_000000000012.jpg", None),
+        ("COCO_train2014_000000581857_2.jpg", None),
     ],
 )
-def test_the_image_id_is_the_number_that_the_name_ends_in(key: str, image_id: int | None) -> None:
+def test_only_a_name_of_coco_gives_an_image_id(key: str, image_id: int | None) -> None:
     assert folder2lmdb.image_id_of(key) == image_id
+
+
+def palette(codes: np.ndarray) -> Image.Image:
+    """A label map whose background is painted, as viewers of such maps write it."""
+    image = Image.fromarray(codes)
+    image.putpalette([68, 1, 84, 253, 231, 37, 9, 0, 0, 0, 0, 9])
+    return image
+
+
+OBJECT = np.zeros((HEIGHT, WIDTH), np.uint8)
+OBJECT[2:6, 3:9] = 1
+MASKS = {
+    "ones": Image.fromarray(OBJECT),
+    "class numbers": Image.fromarray(OBJECT * np.arange(1, 17, dtype=np.uint8)),
+    "16 bits": Image.fromarray(OBJECT.astype(np.uint16) * 7),
+    "one bit": Image.fromarray(OBJECT > 0),
+    "dark blue": Image.fromarray(OBJECT[..., None] * np.array([0, 0, 1], np.uint8)),
+    "palette": palette(OBJECT * np.tile([1, 2, 3, 3], 4).astype(np.uint8)),
+    "cut-out of black": Image.fromarray(np.dstack([0 * OBJECT] * 3 + [99 * OBJECT])),
+    "grey with alpha": Image.fromarray(np.dstack([OBJECT + 200, 255 * OBJECT])),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_other_codes_are_packed_as_white_and_counted(data, capsys, kind) -> None:
+    MASKS[kind].save(data / "masks/toys/1.png")
+    reader = pack(data)
+    assert np.array_equal(decode_mask(reader.ref(1).mask, "mask"), 255 * OBJECT)
+    assert reader.ref(0).mask == (data / "masks/toys/0.png").read_bytes()
+    said = "note: 1 of 3 masks are not of 0 and 253 to 255: made so, object 255\n"
+    assert (said in capsys.readouterr().out) == (kind != "one bit")
+
+
+def test_an_object_of_253_to_255_is_packed_bit_for_bit(data, capsys) -> None:
+    file = encoded(OBJECT * np.tile([253, 254, 255, 255], 4).astype(np.uint8))
+    (data / "masks/toys/1.png").write_bytes(file)
+    assert pack(data).ref(1).mask == file
+    assert "note:" not in capsys.readouterr().out
 
 
 def edit_json(change: Callable[[list], object]) -> Callable[[Path], None]:
@@ -131,7 +177,7 @@ OTHER_SIZE = encoded(np.full((WIDTH, HEIGHT), 255, np.uint8))
     [
         (remove("images/q.png"), r"q\.png does not exist: check -i"),
         (write("images/q.png", b"<html>"), r"q\.png cannot be decoded \(6 bytes.*check -i"),
-        (cut("images/p_012.jpg"), r"p_012\.jpg cannot be decoded .* cut off"),
+        (cut(f"images/{COCO}"), r"012\.jpg cannot be decoded .* cut off"),
         (remove("masks/toys/1.png"), r"1\.png does not exist: .*data_process.py --generate_mask"),
         (write("masks/toys/1.png", b""), r"1\.png is an empty file: .*data_process"),
         (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask: make"),

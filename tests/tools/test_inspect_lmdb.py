@@ -18,6 +18,7 @@ from tools.inspect_lmdb import differences
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
+from utils.transforms import load_mask
 
 PER_IMAGE = [2, 3, 1, 2]
 NUM_REFS = sum(PER_IMAGE)
@@ -202,6 +203,16 @@ def test_each_fault_of_a_record_is_found_and_named(path, capsys, changes, fault)
     found = faults(path, capsys)
     assert any(text.startswith("ref ") and text.endswith(fault) for text in found), found
     assert len(found) <= 2
+
+
+def test_masks_that_older_tools_packed_with_class_numbers_are_told(path, capsys):
+    rewrite(path, lambda i, ref: replace(ref, mask=encoded(load_mask(ref) // 255 * (251 + i % 3))))
+    ids = RecordReader(path).index.ref_ids
+    found = [text for text in faults(path, capsys) if "values" in text]
+    assert found == [
+        f"6 masks, such as that of ref {ids[0]}, have values from 1 to 252, which training takes "
+        "for background in part: pack the split again"
+    ]
 
 
 def test_an_image_that_cannot_be_decoded_is_named_once(path, capsys):

@@ -121,13 +121,34 @@ def test_each_way_to_give_a_mask_gives_the_same_mask(data, mask):
         np.uint16(1) * DRAWN,
         DRAWN[..., None] * np.array([1, 0, 0], np.uint8),
         np.dstack([np.uint8(9) * DRAWN] * 3 + [np.full_like(DRAWN, 255, np.uint8)]),
+        np.dstack([np.full_like(DRAWN, 80, np.uint8)] * 3 + [np.uint8(255) * DRAWN]),
     ],
-    ids=["ones", "16 bits", "dark blue", "transparency"],
+    ids=["ones", "16 bits", "dark blue", "opaque", "cut-out"],
 )
-def test_whatever_is_not_black_in_a_png_is_the_object(data, pixels):
+def test_whatever_is_not_black_or_transparent_in_a_png_is_the_object(data, pixels):
     cv2.imwrite(str(data / "masks/2.png"), pixels)
     (ref,) = all_refs(pack(data, line(mask="masks/2.png")) / "train.lmdb")
     assert np.array_equal(decode_mask(ref.mask, "mask") > 0, DRAWN)
+
+
+def test_index_0_of_a_palette_is_background_however_it_is_painted(data):
+    image = Image.fromarray(DRAWN.astype(np.uint8))
+    image.putpalette([68, 1, 84, 0, 0, 0])
+    image.save(data / "masks/2.png")
+    (ref,) = all_refs(pack(data, line(mask="masks/2.png")) / "train.lmdb")
+    assert ref.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
+
+
+def test_masks_of_a_whole_photo_or_of_several_values_are_told_with_their_lines(data, capsys):
+    colours = np.full((HEIGHT, WIDTH, 3), (84, 1, 68), np.uint8)
+    colours[DRAWN] = 37, 231, 253
+    cv2.imwrite(str(data / "masks/2.png"), colours)
+    cv2.imwrite(str(data / "masks/3.png"), DRAWN * np.uint8(9) + np.tri(HEIGHT, WIDTH, dtype="u1"))
+    pack(data, line(mask="masks/2.png"), line(), line(mask="masks/3.png"), line(mask="masks/1.png"))
+    assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("note")] == [
+        "note: 1 masks cover 99 % of their photo or more: is that meant? Lines 1",
+        "note: 2 masks have several values, all taken for the object: is that meant? Lines 1, 3",
+    ]
 
 
 def test_a_photo_that_its_exif_tag_turns_is_turned_like_its_mask(data):

@@ -19,6 +19,7 @@ from utils import records
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
+from utils.transforms import decode_mask
 
 # ----------------------------------------------------------------- the release's own files
 
@@ -92,6 +93,15 @@ def test_a_file_of_the_release_is_converted_with_each_image_once(tmp_path, proto
     assert [reader.ref(i).sent_ids for i in range(3)] == [(0, 1), (2,), (3,)]
     assert "sentence ids: 0 to 3 in the order of" in capsys.readouterr().out
     assert sorted(os.listdir(source.parent)) == ["val.lmdb", "val.lmdb-lock"]
+
+
+def test_masks_of_ones_in_a_file_of_the_release_become_white_with_a_line(tmp_path, capsys):
+    ones = encoded(blob(HEIGHT, WIDTH) // 255)
+    source = write_release(tmp_path / "old/refcoco/val.lmdb", [ITEMS[0], ITEMS[1] | {"mask": ones}])
+    reader = convert(source, tmp_path / "new")
+    assert reader.ref(0).mask == MASK
+    assert np.array_equal(decode_mask(reader.ref(1).mask, "mask"), blob(HEIGHT, WIDTH))
+    assert "note: 1 of 2 masks are not of 0 and 253 to 255" in capsys.readouterr().out
 
 
 def test_a_file_of_the_release_in_a_folder_is_converted_too(tmp_path):

@@ -59,16 +59,16 @@ def test_examples_are_a_success_of_each_kind_two_on_one_image_and_a_failure():
     lines = []
     for image_id, sentence in enumerate(sentences.values()):
         for ref_id, (iou, area) in enumerate([(0.9, 5), (0.95, 20), (0.5, 1)]):
-            place = {"image_id": image_id, "ref_id": 10 * image_id + ref_id}
+            place = {"image": str(image_id), "ref_id": 10 * image_id + ref_id}
             lines.append(line(sentence, 1, 1, iou=iou, target_area=area, **place, **size))
-    lines.append(line("lowest star", 0, 9, iou=0.0, target_area=9, image_id=9, ref_id=99, **size))
+    lines.append(line("lowest star", 0, 9, iou=0.0, target_area=9, image="9", ref_id=99, **size))
     chosen = quickstart.choose_examples(lines)
     # The smallest successful referent of each kind, not the hopeless smaller one.
     assert [r["ref_id"] for r in chosen] == [0, 10, 20, 30, 31, 99]
 
 
 def test_without_success_or_failure_there_are_fewer_examples():
-    middling = line("red star", 5, 10, iou=0.5, target_area=9, image_id=1, ref_id=1)
+    middling = line("red star", 5, 10, iou=0.5, target_area=9, image="1", ref_id=1)
     middling |= {"height": 10, "width": 10}
     assert quickstart.choose_examples([middling]) == []
 
