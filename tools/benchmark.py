@@ -34,7 +34,7 @@ from engine.run import Run
 from engine.trainer import build_scaler, forward_backward
 from tools import data_process, folder2lmdb, published, refshapes
 from tools.latency import count_flops, machine, take_turns, without_archive
-from utils.arguments import parse_with_opts
+from utils.arguments import check_at_least, parse_with_opts
 from utils.cache import open_cache
 from utils.config import Config, load_config
 from utils.dataset import TrainingDataset, collate_refs
@@ -375,9 +375,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parse_with_opts(parser, argv)
     if args.rounds is None:
         args.rounds = COMMANDS[args.command][1]
-    for name, low in {"rounds": 1, "photos": 1, "batch": 2, "threads": 0}.items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name} {getattr(args, name)}: give a number from {low}")
+    check_at_least(parser, args, rounds=1, photos=1, batch=2, threads=0)
     return args
 
 

@@ -1,11 +1,12 @@
 """Compare two models sentence by sentence: who won, where, and is it more than luck?"""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.report.pages import (
@@ -19,6 +20,7 @@ from engine.report.pages import (
 )
 from engine.report.statistics import counts, outcomes, paired_bootstrap
 from engine.tester import print_aligned
+from utils.arguments import check_at_least
 from utils.errors import UserError, run_entry_point
 from utils.metrics import METRIC_NAMES, summarize
 from utils.records import RecordReader
@@ -37,20 +39,41 @@ DRAWS, LEVEL = 10_000, 0.95
 # What two results must share for their numbers to be comparable.
 SAME = ("dataset", "split")
 SAME_PROTOCOL = ("protocol", "threshold", "swapped_sentences")
-FIELDS = {
-    "ref_id": int,
-    "sent_id": int,
-    "sentence": str,
-    "image": str,
-    "category": int | None,
-    "height": int,
-    "width": int,
-    "target_area": int,
-    "intersection": int,
-    "union": int,
-    "iou": int | float,
-    "pred_rle": dict,
-}
+
+
+class Line(BaseModel):
+    """What is read of a sentence's record."""
+
+    model_config = ConfigDict(strict=True)
+
+    ref_id: int
+    sent_id: int
+    sentence: str
+    image: str
+    category: int | None
+    height: int
+    width: int
+    target_area: int
+    intersection: int
+    union: int
+    iou: float
+    pred_rle: dict
+
+
+class Result(BaseModel):
+    """What the scores and the way they were made must name; all else is kept too."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    dataset: str
+    split: str
+    protocol: str
+    threshold: float
+    swapped_sentences: bool
+    checkpoint: str
+    refs: int
+    ceiling: dict
+    lmdb: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "_".join(file_stem(model.name) for model in (first, second))
     folder = args.output or args.second.parent / f"comparison_{name}"
     lmdb = find_lmdb(args.lmdb, [first.result, second.result])
-    write(folder, first, second, numbers, lmdb, args)
+    write(folder, [first, second], numbers, lmdb, args)
     print(f"\nopen {folder / 'index.html'} in a browser to look at them")
 
 
@@ -90,48 +113,34 @@ def load_results(*paths: Path) -> list[Scored]:
 
 
 def read_result(path: Path) -> dict:
-    """The scores and how they were made."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Read the scores and how they were made."""
+    if not path.is_file():
         raise UserError(
             f"{path} is not there; test.py writes it beside the .jsonl, to say how that was made"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): run test.py again") from None
-    needed = (*SAME, *SAME_PROTOCOL, "checkpoint", "refs", "ceiling")
-    missing = [name for name in needed if not isinstance(result, dict) or name not in result]
-    if missing:
-        raise UserError(f"{path} lacks {missing[0]}: it is not what test.py writes")
-    return result
+        )
+    return _checked(Result, path.read_bytes(), str(path))
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of all sentences."""
+    """Read the records of all sentences."""
     if path.suffix != ".jsonl":
         raise UserError(f"{path} is no .jsonl: name the file with a line a sentence")
-    lines = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                raise UserError(f"{path}:{number} is no JSON: run test.py again") from None
-            wrong = _wrong_field(line)
-            if wrong:
-                raise UserError(f"{path}:{number} has no usable {wrong}: test.py did not write it")
-            lines.append(line)
+    with path.open("rb") as file:
+        lines = [_checked(Line, text, f"{path}:{number}") for number, text in enumerate(file, 1)]
     if not lines:
         raise UserError(f"{path} has no sentences")
     return lines
 
 
-def _wrong_field(line: object) -> str | None:
-    """The first field that is missing or of another type."""
-    if not isinstance(line, dict):
-        return "object"
-    wrong = (n for n, kind in FIELDS.items() if n not in line or not isinstance(line[n], kind))
-    return next(wrong, None)
+def _checked(model: type[BaseModel], text: bytes, where: str) -> dict:
+    try:
+        return model.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        fault = error.errors()[0]
+    if fault["type"] == "json_invalid":
+        raise UserError(f"{where} is no JSON: run test.py again")
+    name = fault["loc"][0] if fault["loc"] else "object"
+    raise UserError(f"{where} has no usable {name}: test.py did not write it")
 
 
 def check_same(
@@ -158,15 +167,14 @@ def align(path_a: Path, a: Scored, path_b: Path, b: Scored) -> Scored:
         UserError: they have different sentences, or the same sentences of other objects.
     """
     lines_a, lines_b = by_sentence(path_a, a.lines), by_sentence(path_b, b.lines)
-    for here, there, mine, other in (
-        (path_a, path_b, lines_a, lines_b),
-        (path_b, path_a, lines_b, lines_a),
+    for here, there, extra in (
+        (path_a, path_b, lines_a.keys() - lines_b.keys()),
+        (path_b, path_a, lines_b.keys() - lines_a.keys()),
     ):
-        extra = [line for key, line in mine.items() if key not in other]
         if extra:
             raise UserError(
-                f"not the same sentences: {len(extra):,} of {here} are not in {there}, "
-                f"such as {_describe(extra[0])}; score both on the same records"
+                f"not the same sentences: {len(extra):,} of {here} are not in {there}, such as "
+                f"{_describe((lines_a | lines_b)[min(extra)])}; score both on the same records"
             )
     for key, line in lines_a.items():
         for name in ("sentence", "image", "height", "width", "target_area"):
@@ -250,26 +258,20 @@ def find_lmdb(given: Path | None, results: Sequence[Mapping]) -> Path:
 
 
 def write(
-    folder: Path,
-    first: Scored,
-    second: Scored,
-    numbers: Mapping,
-    lmdb: Path,
-    args: argparse.Namespace,
+    folder: Path, models: Sequence[Scored], numbers: Mapping, lmdb: Path, args: argparse.Namespace
 ) -> None:
     """Write the page and its photos.
 
     Raises:
         UserError: the LMDB is of other data than the results, or cannot be read.
     """
-    reader, wanted = RecordReader(lmdb), [first.result[name] for name in SAME]
-    held = [reader.meta[name] for name in SAME]
+    reader = RecordReader(lmdb)
+    held, wanted = ([what[name] for name in SAME] for what in (reader.meta, models[0].result))
     if held != wanted:
         raise UserError(f"{lmdb} holds {' '.join(held)}, the results are of {' '.join(wanted)}")
-    shown = choose_shown(second.lines, args.limit)
-    lines = [first.lines[place] for place in shown]
+    shown = choose_shown(models[1].lines, args.limit)
+    lines = [models[0].lines[place] for place in shown]
     pictures = write_pictures(reader, lines, folder / PHOTOS, args.photo_size)
-    models = [first, second]
     data = report_data(models, shown, pictures, photos_folder=f"{PHOTOS}/")
     data["comparison"] = numbers
     write_page(folder, data, mask_data(models, shown, pictures))
@@ -289,33 +291,21 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--lmdb", type=Path, metavar="FILE", help="records (default: those that B.json names)"
     )
     parser.add_argument(
-        "--margin", type=_share, default=MARGIN, help="IoU within which it is a tie (%(default)s)"
+        "--margin", type=float, default=MARGIN, help="IoU within which it is a tie (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
     parser.add_argument(
-        "--limit", type=_positive, help="at most so many sentences to look at (default: all)"
+        "--limit", type=int, help="at most so many sentences to look at (default: all)"
     )
     parser.add_argument(
-        "--photo-size", type=_positive, default=384, help="longest side in pixels (%(default)s)"
+        "--photo-size", type=int, default=384, help="longest side in pixels (%(default)s)"
     )
     parser.add_argument(
         "--any-protocol", action="store_true", help="compare results of different protocols"
     )
-    return parser.parse_args(argv)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    args = parser.parse_args(argv)
+    check_at_least(parser, args, margin=0, limit=1, photo_size=1)
+    return args
 
 
 if __name__ == "__main__":

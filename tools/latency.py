@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, find_device, restore_trained
 from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
-from utils.arguments import config_parser, parse_with_opts
+from utils.arguments import check_at_least, config_parser, parse_with_opts
 from utils.config import ClipArch, Config, load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
@@ -249,9 +249,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parse_with_opts(parser, argv)
-    for name in ("sentences", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: give a number from 1")
+    check_at_least(parser, args, sentences=1, rounds=1)
     return args
 
 

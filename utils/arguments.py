@@ -35,6 +35,16 @@ def config_parser(description: str, epilog: str | None = None) -> argparse.Argum
     return parser
 
 
+def check_at_least(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, **lowest: int
+) -> None:
+    """End the program with a usage error where an option's number is below its lowest."""
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            parser.error(f"--{name.replace('_', '-')} {value}: give a number from {low}")
+
+
 def parse_with_opts(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:

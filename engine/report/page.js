@@ -36,9 +36,8 @@
     const first = models[0];
     document.title = `${report.title}: ${isPair ? "comparison" : first.protocol}`;
     $("title").textContent = isPair ? `${report.title}: ${models[1].name} against ${models[0].name}` : report.title;
-    const facts = [fact("data set", first.dataset), fact("split", first.split)];
-    facts.push(fact("refs", number(first.refs)), fact("sentences", number(report.sentences)));
-    if (!isPair) facts.push(...modelFacts(first));
+    const facts = [fact("data set", first.dataset), fact("split", first.split), fact("refs", number(first.refs)),
+      fact("sentences", number(report.sentences)), ...(isPair ? [] : modelFacts(first))];
     $("facts").append(...facts.flatMap((node) => [node, " "]));
   }
 
@@ -114,9 +113,9 @@
   const SHARE_TICKS = [0, 0.25, 0.5, 0.75, 1].map((share) => [share, percent(share, 0)]);
 
   function niceTicks(most) {
-    const rough = most / 4, power = 10 ** Math.floor(Math.log10(Math.max(rough, 1)));
-    const step = Math.max(1, [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough));
-    const top = Math.max(step, Math.ceil(most / step) * step);
+    const rough = Math.max(1, most / 4), power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+    const top = Math.ceil(most / step) * step;
     return { top, ticks: Array.from({ length: top / step + 1 }, (_, i) => [i * step / top, number(i * step)]) };
   }
 
@@ -186,9 +185,8 @@
       class: "value", x: x((i + 0.5) / count), y: y(Math.max(...heights.map((values) => values[i]))) - 4, "text-anchor": "middle",
     }, number(row.sentences)));
     const content = bars(heights, count, tell, (i) => apply({ [grouping.key]: String(i) }));
-    const axis = grouping.key === "size" ? "% of the photo that the object covers" : grouping.title;
-    return frame(`mIoU by ${grouping.key === "size" ? "object size" : "length"}`, "in %, above: count",
-      SHARE_TICKS, `mIoU by ${grouping.title}`, axis, labels, content, numbers);
+    const title = `mIoU by ${grouping.title}`;
+    return frame(title, "in %, above: count", SHARE_TICKS, title, "", labels, content, numbers);
   }
 
   function drawCharts() {

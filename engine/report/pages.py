@@ -13,10 +13,11 @@ JSON and is set as text, never as HTML.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from engine.report import statistics
-from engine.report.statistics import Counts, Grouping
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.logger import progress
@@ -39,13 +39,7 @@ TEMPLATES = Path(__file__).parent
 PHOTOS, INDEX, RESULTS = "photos", "index.html", "results.js"
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A photo as the report shows it; sizes are (height, width) in pixels."""
-
-    file: str
-    size: tuple[int, int]
-    shown_size: tuple[int, int]
+Photo = tuple[str, int, int, int, int, str]  # file, height, width, both as shown, key in the LMDB
 
 
 @dataclass(frozen=True)
@@ -99,20 +93,18 @@ def write_pictures(
     if missing := [ref_id for ref_id in refs if ref_id not in positions]:
         raise UserError(f"{reader.path} has no ref {missing[0]}: it is not what was scored")
 
-    def photo(item: tuple[str, tuple[int, int]]) -> tuple[str, Photo]:
-        return item[0], _write_photo(reader, *item, folder, photo_size)
-
-    def mask(ref_id: int) -> tuple[int, str]:
-        return ref_id, _encode_mask(reader, positions[ref_id])
-
     # Decoding, shrinking and compressing let go of the interpreter, so threads use all cores.
     with ThreadPoolExecutor(available_cores()) as pool:
-        photos = dict(progress(pool.map(photo, sizes.items()), len(sizes), "photos of the report"))
-        return Pictures(photos, dict(pool.map(mask, refs)))
+        write = partial(_write_photo, reader, folder, photo_size)
+        photos = progress(
+            pool.map(write, sizes, sizes.values()), len(sizes), "photos of the report"
+        )
+        masks = pool.map(lambda ref_id: _encode_mask(reader, positions[ref_id]), refs)
+        return Pictures({photo[-1]: photo for photo in photos}, dict(zip(refs, masks, strict=True)))
 
 
 def _write_photo(
-    reader: RecordReader, key: str, size: tuple[int, int], folder: Path, photo_size: int
+    reader: RecordReader, folder: Path, photo_size: int, key: str, size: tuple[int, int]
 ) -> Photo:
     """Its content and size are in its name: what is there already is what would be written."""
     scale = min(1.0, photo_size / max(size))
@@ -124,7 +116,7 @@ def _write_photo(
         image = decode_image(data, f"{reader.path}, image {key}")
         small = cv2.resize(image, shown[::-1], interpolation=cv2.INTER_AREA)
         save_picture(Image.fromarray(small), path)
-    return Photo(path.name, size, shown)
+    return (path.name, *size, *shown, key)
 
 
 def _encode_mask(reader: RecordReader, position: int) -> str:
@@ -154,6 +146,14 @@ def report_data(
     counts = [statistics.counts(model.lines) for model in models]
     dataset, split = (models[0].result[name] for name in ("dataset", "split"))
     groupings = statistics.group_sentences(lines, dataset)
+    chosen = [lines[place] for place in shown]
+    keys = list(dict.fromkeys(line["image"] for line in chosen))
+    photo_places = {key: place for place, key in enumerate(keys)}
+    rows = {name: [line[name] for line in chosen] for name in ("ref_id", "sent_id", "sentence")}
+    rows["photo"] = [photo_places[line["image"]] for line in chosen]
+    rows["share"] = [round(statistics.object_share(line), 6) for line in chosen]
+    rows["iou"] = [[model.lines[place]["iou"] for place in shown] for model in models]
+    rows["groups"] = {g.key: [g.members[place] for place in shown] for g in groupings}
     return {
         "title": f"{dataset} {split}",
         "metrics": list(METRIC_NAMES),
@@ -161,42 +161,20 @@ def report_data(
         "sentences": len(lines),
         "histogram": [statistics.histogram(count.ious) for count in counts],
         "curve": [statistics.precision_curve(count.ious) for count in counts],
-        "groupings": [_group_data(grouping, counts) for grouping in groupings],
+        "groupings": [
+            {
+                "key": grouping.key,
+                "title": grouping.title,
+                "is_scale": grouping.is_scale,
+                "labels": grouping.labels,
+                "rows": statistics.group_scores(grouping, counts),
+            }
+            for grouping in groupings
+        ],
         "photos_folder": photos_folder,
-        **_rows(models, shown, pictures, groupings),
+        "photos": [pictures.photos[key] for key in keys],
+        "rows": rows,  # the shown sentences as columns, a value a sentence
     }
-
-
-def _group_data(grouping: Grouping, counts: Sequence[Counts]) -> dict:
-    return {
-        "key": grouping.key,
-        "title": grouping.title,
-        "is_scale": grouping.is_scale,
-        "labels": grouping.labels,
-        "rows": statistics.group_scores(grouping, counts),
-    }
-
-
-def _rows(
-    models: Sequence[Scored],
-    shown: Sequence[int],
-    pictures: Pictures,
-    groupings: Sequence[Grouping],
-) -> dict:
-    """The shown sentences as columns, a value a sentence."""
-    lines = [models[0].lines[place] for place in shown]
-    keys = list(dict.fromkeys(line["image"] for line in lines))
-    places = {key: place for place, key in enumerate(keys)}
-    photos = [(key, pictures.photos[key]) for key in keys]
-    columns = {name: [line[name] for line in lines] for name in ("ref_id", "sent_id", "sentence")}
-    columns["photo"] = [places[line["image"]] for line in lines]
-    columns["share"] = [round(statistics.object_share(line), 6) for line in lines]
-    columns["iou"] = [[model.lines[place]["iou"] for place in shown] for model in models]
-    columns["groups"] = {
-        grouping.key: [grouping.members[place] for place in shown] for grouping in groupings
-    }
-    shapes = [[p.file, *p.size, *p.shown_size, key] for key, p in photos]
-    return {"photos": shapes, "rows": columns}
 
 
 def mask_data(models: Sequence[Scored], shown: Sequence[int], pictures: Pictures) -> dict:
@@ -214,24 +192,15 @@ def mask_data(models: Sequence[Scored], shown: Sequence[int], pictures: Pictures
 
 
 def write_page(folder: Path, data: Mapping, masks: Mapping) -> None:
-    """Write the page of a result to `folder`, which may hold an older one: whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = INDEX, "data.js", "masks.js", "page.css", "page.js"
-    _remove(folder, names)  # old numbers must not stand beside new masks
-    try:
-        _write_script(folder / "masks.js", "MASKS", masks)
-        _write_script(folder / "data.js", "REPORT", data)
-        _write_html(folder / INDEX, "Report", "page.html")
-        for name in ("page.css", "page.js"):
-            shutil.copyfile(TEMPLATES / name, folder / name)
-    except BaseException:
-        _remove(folder, names)
-        raise
+    """Write the page of a result to `folder`, which may hold an older one.
 
-
-def _remove(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    `index.html` is removed first and written last: it never stands beside files of two results.
+    """
+    (folder / INDEX).unlink(missing_ok=True)
+    _write_script(folder / "masks.js", "MASKS", masks)
+    _write_script(folder / "data.js", "REPORT", data)
+    _copy_templates(folder, "page.css", "page.js")
+    _write_html(folder / INDEX, "Report", "page.html")
 
 
 def write_results(folder: Path) -> None:
@@ -241,22 +210,26 @@ def write_results(folder: Path) -> None:
         if (folder / path.stem / INDEX).is_file():
             with suppress(ValueError):  # a foreign file
                 results.append({"page": path.stem, **json.loads(path.read_text())})
-    with atomic_path(folder / RESULTS) as partial:
-        _write_script(partial, "RESULTS", results)
-    with atomic_path(folder / INDEX) as partial:
-        _write_html(partial, "Results", "results.html")
-    for name in ("page.css", "results_page.js"):
-        with atomic_path(folder / name) as partial:
-            shutil.copyfile(TEMPLATES / name, partial)
+    _write_script(folder / RESULTS, "RESULTS", results)
+    _copy_templates(folder, "page.css", "results_page.js")
+    _write_html(folder / INDEX, "Results", "results.html")
+
+
+def _copy_templates(folder: Path, *names: str) -> None:
+    for name in names:
+        with atomic_path(folder / name) as partial_path:
+            shutil.copyfile(TEMPLATES / name, partial_path)
 
 
 def _write_html(path: Path, title: str, body: str) -> None:
     """The head that all pages share, above the body in a file that lies here."""
     head, rest = ((TEMPLATES / name).read_text("utf-8") for name in ("head.html", body))
-    path.write_text(head.replace("TITLE", title) + rest, encoding="utf-8")
+    with atomic_path(path) as partial_path:
+        partial_path.write_text(head.replace("TITLE", title) + rest, encoding="utf-8")
 
 
 def _write_script(path: Path, name: str, value: object) -> None:
     """JSON as a script: pages from the disk may load those, and nothing else."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    path.write_text(f"window.{name} = {text};\n", encoding="ascii")
+    with atomic_path(path) as partial_path:
+        partial_path.write_text(f"window.{name} = {text};\n", encoding="ascii")

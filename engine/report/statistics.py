@@ -5,7 +5,6 @@ All scores lie in [0, 1]. N is the number of sentences, M that of models scored 
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +15,12 @@ from utils.metrics import BRIEF_NAMES, METRICS, iou, summarize
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 50  # of the Pr@X curve, from X = 0 to 1
 
-# Lower ends of the bins but the first, which begins at 0.
-SIZE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # share of the photo that the object covers
-LENGTH_EDGES = (2, 3, 4, 5, 7, 10, 15)  # words
+# Bins by their lower ends. Size is the share of the photo that the object covers, length in words.
+SIZES = {
+    0: "under 1 %", 0.01: "1–2 %", 0.02: "2–5 %", 0.05: "5–10 %", 0.1: "10–20 %",
+    0.2: "20–40 %", 0.4: "from 40 %",
+}  # fmt: skip
+LENGTHS = {0: "1", 2: "2", 3: "3", 4: "4", 5: "5–6", 7: "7–9", 10: "10–14", 15: "from 15"}
 
 # Which words make a sentence one of a kind. English, and by the words alone: "orange" is a colour
 # even where the fruit is meant. A sentence may be of several kinds.
@@ -108,42 +110,34 @@ def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
     Args:
         dataset: gives the categories their names.
     """
-    kinds = [*_KINDS, OTHER_KIND]
-    of_kinds = [sentence_kinds(line["sentence"]) for line in lines]
-    members = [tuple(kinds.index(kind) for kind in found) for found in of_kinds]
-    found = [_grouping("kind", "kind of sentence", kinds, members)]
+    kinds = [sentence_kinds(line["sentence"]) for line in lines]
+    found = [_grouping("kind", "kind of sentence", [*_KINDS, OTHER_KIND], kinds)]
     categories = sorted({line["category"] for line in lines} - {None})
-    if categories:
-        places = {category: (place,) for place, category in enumerate(categories)}
-        names = [category_name(dataset, category) for category in categories]
-        members = [places.get(line["category"], ()) for line in lines]
-        found.append(_grouping("category", "category", names, members))
-    percent = tuple(round(100 * edge) for edge in SIZE_EDGES)
-    sizes = [f"under {percent[0]} %"]
-    sizes += [f"{a}–{b} %" for a, b in pairwise(percent)]
-    sizes.append(f"from {percent[-1]} %")
-    members = _bins([object_share(line) for line in lines], SIZE_EDGES)
-    found.append(_grouping("size", "object size", sizes, members, is_scale=True))
-    ends = pairwise(LENGTH_EDGES)
-    lengths = ["1", *(f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in ends)]
-    lengths.append(f"from {LENGTH_EDGES[-1]}")
-    members = _bins([len(line["sentence"].split()) for line in lines], LENGTH_EDGES)
-    found.append(_grouping("length", "words in the sentence", lengths, members, is_scale=True))
+    names = {category: category_name(dataset, category) for category in categories}
+    if names:
+        given = [[names[c]] if (c := line["category"]) is not None else [] for line in lines]
+        found.append(_grouping("category", "category", list(names.values()), given))
+    shares = [object_share(line) for line in lines]
+    lengths = [len(line["sentence"].split()) for line in lines]
+    found.append(_scale("size", "object size, % of the photo", SIZES, shares))
+    found.append(_scale("length", "words in the sentence", LENGTHS, lengths))
     return found
 
 
-def _bins(values: Sequence[float], edges: Sequence[float]) -> list[tuple[int, ...]]:
-    return [(int(place),) for place in np.digitize(values, edges)]
+def _scale(key: str, title: str, bins: Mapping[float, str], values: Sequence[float]) -> Grouping:
+    labels = list(bins.values())
+    given = [[labels[place - 1]] for place in np.digitize(values, list(bins))]
+    return _grouping(key, title, labels, given, is_scale=True)
 
 
 def _grouping(
-    key: str, title: str, labels: list[str], members: list[tuple[int, ...]], is_scale: bool = False
+    key: str, title: str, labels: list[str], given: list[list[str]], is_scale: bool = False
 ) -> Grouping:
-    """Leave out labels without a sentence."""
-    used = sorted({place for places in members for place in places})
-    new = {place: i for i, place in enumerate(used)}
-    moved = [tuple(new[place] for place in places) for places in members]
-    return Grouping(key, title, [labels[place] for place in used], moved, is_scale)
+    """Leave out labels without a sentence; `given` are those of each sentence."""
+    used = set().union(*given)
+    kept = [label for label in labels if label in used]
+    members = [tuple(kept.index(label) for label in own) for own in given]
+    return Grouping(key, title, kept, members, is_scale)
 
 
 def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:

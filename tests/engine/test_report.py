@@ -299,7 +299,7 @@ def test_another_photo_under_the_same_name_is_another_file(tmp_path, shapes_lmdb
     names = set()
     for size in (384, 50, 384):
         pictures = write_pictures(reader, lines, tmp_path, size)
-        names.add(pictures.photos["image_0.jpg"].file)
+        names.add(pictures.photos["image_0.jpg"][0])
     assert len(names) == 2
     assert sorted(names) == sorted(p.name for p in tmp_path.iterdir())
 

@@ -192,7 +192,7 @@ def test_what_lies_beside_must_be_there_and_whole(runs):
     beside.write_text("{")
     assert f"{beside} is no JSON" in error(*runs)
     beside.write_text(json.dumps({k: v for k, v in content.items() if k != "ceiling"}))
-    assert f"{beside} lacks ceiling" in error(*runs)
+    assert f"{beside} has no usable ceiling" in error(*runs)
     beside.unlink()
     assert f"{beside} is not there; test.py writes it" in error(*runs)
     assert "is no .jsonl" in error(beside, runs[1])
