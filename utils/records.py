@@ -3,7 +3,8 @@
 The file holds these entries. None is pickled, and all can be read without this module:
 
     __meta__         JSON: format_version, dataset, split, refs, sentences, images,
-                     token_length {length: sentences}, tool
+                     token_length {length: sentences}, tool, digest (SHA-256 of all other
+                     entries, each as key and value, in the order they were written)
     __index__        Arrow table, a row a ref: ref_id, image_key, image_id, num_sentences
     ref:<position>   Arrow table of one row, the fields of `RefRecord`
     image:<key>      the image file's original bytes, once however many refs share it
@@ -114,6 +115,7 @@ class RecordWriter:
         self._image_keys: set[str] = set()
         self._index: list[dict] = []  # its rows
         self._token_length: Counter[int] = Counter()
+        self._digest = hashlib.sha256()
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -176,6 +178,8 @@ class RecordWriter:
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
             else:
+                self._digest.update(key)
+                self._digest.update(value)
                 return
 
     def _finish(self) -> None:
@@ -183,6 +187,7 @@ class RecordWriter:
             raise UserError(
                 f"split {self._split} of {self._dataset} has no refs: {self.path} not written"
             )
+        self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
         meta = {
             "format_version": FORMAT_VERSION,
             "dataset": self._dataset,
@@ -192,8 +197,8 @@ class RecordWriter:
             "images": len(self._image_keys),
             "token_length": dict(sorted(self._token_length.items())),
             "tool": TOOL,
+            "digest": self._digest.hexdigest(),
         }
-        self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
 
@@ -249,8 +254,12 @@ class RecordReader:
         return self._read(_INDEX_KEY, self._parse_index)
 
     def digest(self) -> str:
-        """Return a SHA-256 of the meta entry and the index."""
-        len(self)  # refuses a file that is not ours
+        """Return what tells these records from others, such as the same refs packed anew.
+
+        It is in the meta entry; an older file has none, and its meta entry and index serve.
+        """
+        if "digest" in self.meta:
+            return self.meta["digest"]
         entries = (self._read(key, bytes) for key in (META_KEY, _INDEX_KEY))
         return hashlib.sha256(b"".join(entries)).hexdigest()
 

@@ -1,5 +1,6 @@
 """utils/records.py: what is written is read, from any process, and bad files are refused."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -35,7 +36,8 @@ def make_ref(ref_id: int, **changes) -> RefRecord:
     return RefRecord(**{**fields, **changes})
 
 
-REFS = [make_ref(1), make_ref(2, image_key="b.png", image_id=None, category=None), make_ref(3)]
+NAMELESS = {"image_key": "b.png", "image_id": None, "category": None}
+REFS = [make_ref(1), make_ref(2, **NAMELESS), make_ref(3)]
 
 
 def write(path: Path, refs: list[RefRecord] = REFS) -> Path:
@@ -76,6 +78,7 @@ def test_what_is_written_is_read(path: Path) -> None:
 def test_meta_counts_the_split(path: Path) -> None:
     version = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
     assert RecordReader(path).meta == {
+        "digest": RecordReader(path).digest(),
         "format_version": 1,
         "dataset": "toys",
         "split": "val",
@@ -85,6 +88,28 @@ def test_meta_counts_the_split(path: Path) -> None:
         "token_length": {4: 3, 5: 3},
         "tool": f"cris {version['project']['version']}",
     }
+
+
+def test_records_packed_anew_have_another_digest_only_if_they_differ(path, tmp_path) -> None:
+    digest = RecordReader(path).digest()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert RecordReader(write(tmp_path / "same.lmdb")).digest() == digest
+    other_mask = [REFS[0], make_ref(2, **NAMELESS, mask=b"\x89PNG\x09"), REFS[2]]
+    assert RecordReader(write(tmp_path / "mask.lmdb", other_mask)).digest() != digest
+    with RecordWriter(tmp_path / "photo.lmdb", "toys", "val") as writer:
+        for ref in REFS:
+            writer.add_image(ref.image_key, b"other photo")
+            writer.add_ref(ref, [5, 4])
+    assert RecordReader(tmp_path / "photo.lmdb").digest() != digest
+
+
+def test_records_of_an_older_tool_have_a_digest_too(path) -> None:
+    meta = {k: v for k, v in RecordReader(path).meta.items() if k != "digest"}
+    put(path, {b"__meta__": json.dumps(meta).encode()})
+    digest = RecordReader(path).digest()
+    assert digest == RecordReader(path).digest()
+    put(path, {b"__meta__": json.dumps(meta | {"sentences": 7}).encode()})
+    assert RecordReader(path).digest() != digest
 
 
 def test_index_lists_every_ref(path: Path) -> None:
