@@ -98,9 +98,8 @@ def find_config(path: str, opts: Sequence[str]) -> Config:
     """Load the config; where CLIP's archive is not at hand, its published sizes do."""
     if "TRAIN.precision" in opts:
         raise UserError("TRAIN.precision: both ways are measured in float32; leave it out")
-    fixed = {"TRAIN.precision": "fp32", "TRAIN.accumulation_steps": "1", "TRAIN.workers_val": "0"}
-    words = [word for pair in fixed.items() for word in pair]
-    return without_archive(load_config(path, [*opts, *words]))
+    fixed = "TRAIN.precision fp32 TRAIN.accumulation_steps 1 TRAIN.workers_val 0"
+    return without_archive(load_config(path, [*opts, *fixed.split()]))
 
 
 class Setting:
@@ -135,16 +134,20 @@ class Setting:
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Read refs as the release's loader does: images, tokens, masks, on the device."""
-        refs = [self.reader.ref(position) for position in positions]
-        seed = self.cfg.TRAIN.manual_seed
-        chosen = [
-            ref.sentences[draw("sentence", len(ref.sentences), seed, 0, position)]
-            for ref, position in zip(refs, positions, strict=True)
-        ]
-        images = [published.read_image(self.reader.image(r.image_key), self.side) for r in refs]
-        masks = [published.read_mask(ref.mask, self.side) for ref in refs]
+        images, chosen, masks = [], [], []
+        for position in positions:
+            ref = self.reader.ref(position)
+            place = draw("sentence", len(ref.sentences), self.cfg.TRAIN.manual_seed, 0, position)
+            chosen.append(ref.sentences[place])
+            images.append(published.read_image(self.reader.image(ref.image_key), self.side))
+            masks.append(published.read_mask(ref.mask, self.side))
         parts = torch.stack(images), tokenize(chosen, self.word_len), torch.stack(masks)
         return tuple(part.to(self.device) for part in parts)
+
+    def dataset(self, caches: Mapping | None = None) -> TrainingDataset:
+        """Return the refs as training reads them here."""
+        seed = self.cfg.TRAIN.manual_seed
+        return TrainingDataset(self.records, self.side, self.word_len, seed, caches=caches or {})
 
     def position_batches(self, size: int) -> list[list[int]]:
         """Shuffle all positions into whole batches."""
@@ -197,14 +200,13 @@ def compare_training(setting: Setting, args: argparse.Namespace) -> dict:
     steps = {name: training_steps(setting, name, args.batch) for name in (PUBLISHED, OURS)}
     settle_memory(setting.cfg, setting.device)
     losses = {name: next(step) for name, step in steps.items()}
+    change = abs(losses[OURS] / losses[PUBLISHED] - 1)
     ways = {name: partial(next, step) for name, step in steps.items()}
     result = time_ways(ways, args.rounds, args.batch, "refs/s", setting.device)
     return result | {
         "what": f"training steps of {args.batch} refs at {setting.side} px, dropout "
         f"{setting.cfg.TRAIN.dropout:g}",
-        "differences": {
-            "loss of the first step, relative": abs(losses[OURS] / losses[PUBLISHED] - 1)
-        },
+        "differences": {"loss of the first step, relative": change},
     }
 
 
@@ -218,23 +220,18 @@ def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
         for positions in batches:
             images, tokens, masks = setting.batch(positions)
             yield published.train_step(model, optimizer, images, masks, tokens)[0]
-    dataset = TrainingDataset(
-        setting.records, setting.side, setting.word_len, cfg.TRAIN.manual_seed
-    )
+    dataset = setting.dataset()
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
+    unused = ("folder", "train_loader", "val_loader", "protocols", "tracker")
     run = Run(
         cfg=cfg,
         ranks=setting.ranks,
-        folder=None,
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, cfg, steps_per_epoch=1000),
         scaler=build_scaler(torch.float32, setting.device),
         dtype=torch.float32,
-        train_loader=None,
-        val_loader=None,
-        protocols={},
-        tracker=None,
+        **dict.fromkeys(unused),
     )
     for positions in batches:
         samples = dataset.__getitems__([(position, 0) for position in positions])
@@ -276,10 +273,7 @@ def compare_reading(setting: Setting, args: argparse.Namespace) -> dict:
     batches = setting.position_batches(min(16, len(setting.reader)))
     with TemporaryDirectory() as folder:
         cache = open_cache(folder, setting.reader, setting.side, progress)
-        plain, cached = (
-            TrainingDataset(setting.records, setting.side, setting.word_len, seed=0, caches=made)
-            for made in ({}, {setting.reader.path: cache})
-        )
+        plain, cached = setting.dataset(), setting.dataset({setting.reader.path: cache})
 
         def read(dataset: TrainingDataset) -> None:
             for batch in batches:
