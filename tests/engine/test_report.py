@@ -199,7 +199,9 @@ def test_two_photos_give_the_interval_that_can_be_counted():
 # ----------------------------------------------------------------------------------------- writing
 
 
-def test_a_page_has_every_sentence_and_each_photo_once(tmp_path, shapes_lmdb):
+def test_a_page_has_every_sentence_each_photo_once_and_the_numbers_of_its_result(
+    tmp_path, shapes_lmdb
+):
     jsonl = write_result(tmp_path / "run", shapes_lmdb)
     lines, refs = read_jsonl(jsonl), all_refs(shapes_lmdb)
     page = tmp_path / "run/report" / jsonl.stem
@@ -221,12 +223,7 @@ def test_a_page_has_every_sentence_and_each_photo_once(tmp_path, shapes_lmdb):
         with Image.open(photos / file) as image:
             assert (image.format, image.size) == ("JPEG", (shown_width, shown_height))
         assert (shown_height, shown_width) == (height, width)  # small ones stay as they are
-
-
-def test_numbers_of_a_page_are_those_of_its_result(tmp_path, shapes_lmdb):
-    jsonl = write_result(tmp_path / "run", shapes_lmdb)
     result = json.loads(jsonl.with_suffix(".json").read_text())
-    data = read_script(tmp_path / "run/report" / jsonl.stem / "data.js")
     assert data["models"] == [{"name": "published", **result}]
     assert sum(data["histogram"][0]) == data["sentences"] == result["sentences"]
     assert data["curve"][0][25] == result["Pr@0.5"]
@@ -253,21 +250,16 @@ def test_results_of_a_run_stand_side_by_side_share_photos_and_are_listed(tmp_pat
         assert models[0]["swapped_sentences"] == result["swapped_sentences"]
 
 
-def test_a_second_test_replaces_the_page(tmp_path, shapes_lmdb):
+def test_a_second_test_replaces_the_page_and_a_limit_leaves_the_numbers(tmp_path, shapes_lmdb):
     pages = []
-    for step in (7, 2):
-        jsonl = write_result(tmp_path / "run", shapes_lmdb, step=step)
+    for step, limit in ((7, None), (2, 5)):
+        jsonl = write_result(tmp_path / "run", shapes_lmdb, step=step, report_limit=limit)
         pages.append(read_script(tmp_path / "run/report" / jsonl.stem / "data.js"))
     assert pages[0]["models"][0]["mIoU"] < pages[1]["models"][0]["mIoU"]
     assert not list((tmp_path / "run").rglob("*.partial"))
-
-
-def test_a_limit_leaves_the_numbers_and_shows_worst_to_best(tmp_path, shapes_lmdb):
-    jsonl = write_result(tmp_path / "run", shapes_lmdb, report_limit=5)
     ious = [line["iou"] for line in read_jsonl(jsonl)]
-    data = read_script(tmp_path / "run/report" / jsonl.stem / "data.js")
-    assert data["sentences"] == len(ious) == sum(data["histogram"][0])
-    shown = data["rows"]["iou"][0]
+    assert pages[1]["sentences"] == len(ious) == sum(pages[1]["histogram"][0])
+    shown = pages[1]["rows"]["iou"][0]
     assert len(shown) == 5
     assert (min(shown), max(shown)) == (min(ious), max(ious))
 
