@@ -10,7 +10,6 @@ Coordinates are pixels as in COCO: x to the right, y down, pixel i covers [i, i 
 
 import argparse
 import json
-import os
 import pickle
 import sys
 from collections import Counter, defaultdict
@@ -18,10 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, product
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import cv2
@@ -32,7 +30,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import load_refs
 from utils.errors import UserError, run_entry_point
-from utils.files import atomic_path
 from utils.machine import available_cores
 
 EPILOG = """examples:
@@ -215,13 +212,9 @@ def phrases_about(scene: Scene, forms: Sequence[str]) -> Iterator[Phrase]:
         for word in WORDINGS[form]:
             if form == "attribute":
                 yield from (Phrase(form, shape, colour=colour) for colour, shape in looks)
-            elif form == "relation":
-                pairs = product(shapes, looks)
-                yield from (
-                    Phrase(form, shape, word, anchor=" ".join(look)) for shape, look in pairs
-                )
             else:
-                yield from (Phrase(form, shape, word) for shape in shapes)
+                anchors = [" ".join(look) for look in looks] if form == "relation" else [""]
+                yield from (Phrase(form, s, word, anchor=a) for s in shapes for a in anchors)
 
 
 @cache
@@ -384,8 +377,7 @@ def _refer(
     """
     phrases: dict[int, list[Phrase]] = defaultdict(list)
     for phrase in phrases_about(scene, forms):
-        thing = referent(scene, phrase)
-        if thing is not None:
+        if thing := referent(scene, phrase):
             phrases[scene.things.index(thing)].append(phrase)
     order = rng.permutation(sorted(phrases)).tolist()
     if wanted is None:
@@ -492,8 +484,6 @@ def _write_image(
 
 def _write_files(out: Path, counts: Mapping[str, int], seed: int, like: str | None) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
-    (out / IMAGES).mkdir(parents=True)
-    (out / REFER).mkdir()
     jobs = [
         (split, number, quota(number, *LIKE[like][split]) if like else None)
         for split in SPLITS
@@ -528,7 +518,7 @@ def _write_files(out: Path, counts: Mapping[str, int], seed: int, like: str | No
 def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> None:
     """Write the data set in REFER format; files of an earlier run in the same place go.
 
-    Everything is made in a temporary folder beside `out` first; generator.json comes last.
+    generator.json comes last, so that an interrupted run is not taken for a complete one.
 
     Args:
         out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
@@ -546,20 +536,14 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
         raise UserError(f"--seed {seed}: give a number that is not negative")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder")
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        _write_files(Path(folder), counts, seed, like)
-        marker = out / REFER / "generator.json"
-        marker.unlink(missing_ok=True)
-        for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
-            old.unlink()
-        for new in sorted(Path(folder).rglob("*.*")):
-            target = out / new.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new, target)
-        with atomic_path(marker) as path:
-            path.write_text(_marker(counts, seed, like))
+    marker = out / REFER / "generator.json"
+    marker.unlink(missing_ok=True)
+    for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
+        old.unlink()
+    for folder in (IMAGES, REFER):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    _write_files(out, counts, seed, like)
+    marker.write_text(_marker(counts, seed, like))
 
 
 def blind_baselines(root: Path, split: str) -> dict[str, float]:
@@ -570,16 +554,15 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
         centre of the image, and any object at random (the exact expectation, not a draw).
     """
     instances = json.loads((root / REFER / "instances.json").read_text())
-    images = {image["id"]: image for image in instances["images"]}
-    by_image = defaultdict(list)
+    images = {image["id"]: image | {"objects": []} for image in instances["images"]}
     for annotation in instances["annotations"]:
-        by_image[annotation["image_id"]].append(annotation)
+        images[annotation["image_id"]]["objects"].append(annotation)
     scores = defaultdict(list)
     for ref in load_refs(root / REFER / "refs(unc).p"):
         if ref["split"] != split:
             continue
-        objects, image = by_image[ref["image_id"]], images[ref["image_id"]]
-        height, width = image["height"], image["width"]
+        image = images[ref["image_id"]]
+        objects, height, width = image["objects"], image["height"], image["width"]
         masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
         truth = [o["id"] for o in objects].index(ref["ann_id"])
         ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
