@@ -75,7 +75,6 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
         seed_everything(options.manual_seed + ranks.rank)
 
         accumulation = options.accumulation_steps
-        steps = len(train_loader) // accumulation
         # A checkpoint that was moved away takes up the records and pictures of its run again.
         is_own = resume.is_own_checkpoint(cfg, source)
         keeps = is_own or (source is not None and not options.force)
@@ -92,7 +91,7 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
                 folder=folder,
                 model=distributed.wrap(model, ranks, options.sync_bn, accumulation == 1),
                 optimizer=optimizer,
-                schedule=build_schedule(optimizer, cfg, steps),
+                schedule=build_schedule(optimizer, cfg),
                 scaler=build_scaler(dtype, device),
                 dtype=dtype,
                 train_loader=train_loader,

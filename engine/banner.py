@@ -74,10 +74,10 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     micro_batch = train.batch_size // ranks.world_size // train.accumulation_steps
     shares = f"{ranks.world_size} rank(s) x {micro_batch} x {train.accumulation_steps}"
     yield "step", f"{shares} (accumulation) = batch {train.batch_size}"
-    steps = len(run.train_loader) // train.accumulation_steps
-    length = f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
+    length = f"{counted(train.epochs, 'epoch')} of {counted(run.length, 'step')}"
+    left = max(0, (train.epochs - run.epoch) * run.length - run.position)
     done = f", {run.step:,} of them done" if run.step else ""
-    yield "length", f"{length}: {train.epochs * steps:,} in all{done}"
+    yield "length", f"{length}: {run.step + left:,} in all{done}"
     yield "output", str(run.folder)
     options = ", ".join(options_on(run.cfg)) or "as published"
     lines = textwrap.wrap(options, 80, break_long_words=False, break_on_hyphens=False)

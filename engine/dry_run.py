@@ -40,17 +40,16 @@ def dry_run(run: Run) -> None:
 def _one_step(run: Run) -> tuple[dict[str, float], float]:
     """Return means over the step by name, and the seconds it took, loading included."""
     start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
-    epoch, position = run.epoch, run.position
-    if position >= len(run.train_loader) // passes:  # it was stopped in the validation
-        epoch, position = epoch + 1, 0
+    if run.position >= run.length:  # it was stopped in the validation
+        run.epoch, run.position = run.epoch + 1, 0
     run.model.train()
-    run.train_loader.batch_sampler.set_epoch(epoch, position)
-    run.schedule.set(epoch, run.step)
+    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
+    run.schedule.set(run.progress, run.step)
     total = torch.zeros_like(run.sums[0])
     for count, batch in enumerate(islice(run.train_loader, passes), start=1):
         total += forward_backward(run, batch, synchronize=count == passes)
     optimizer_step(run)
-    return means(total, passes), time.monotonic() - start
+    return means(total), time.monotonic() - start
 
 
 def _memory(run: Run) -> str:

@@ -36,7 +36,7 @@ def build_optimizer(groups: list[dict], cfg) -> optim.Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Give learning rates by epoch and step; it keeps no state, so resuming is free.
+    """Give learning rates by progress; it keeps no state, so resuming is free.
 
     As in the release, the first epoch trains **every** group at the base rate: the groups set only
     `initial_lr`, which takes effect when the schedule is stepped for the first time.
@@ -47,8 +47,8 @@ class Schedule:
         base_lr: the rate of the first epoch.
         milestones: epochs (from 0) from which the rate is multiplied by `decay` once more.
         decay: factor.
-        cosine_steps: optimiser steps of the whole run, over which the rates fall along half a
-            cosine to 0 instead of at milestones; 0: milestones, as published.
+        cosine_epochs: over which the rates fall along half a cosine to 0 instead of at milestones;
+            0: milestones, as published.
         warmup_steps: optimiser steps over which the rates rise linearly from 0; 0 as published.
         backbone_start: "published" or "lr_multi", see above.
     """
@@ -57,30 +57,36 @@ class Schedule:
     base_lr: float
     milestones: Sequence[int]
     decay: float
-    cosine_steps: int = 0
+    cosine_epochs: int = 0
     warmup_steps: int = 0
     backbone_start: str = "published"
 
-    def rates(self, epoch: int, step: int) -> list[float]:
-        """The rate of each group at optimiser step `step` (of the whole run), both from 0."""
-        if self.cosine_steps:
-            drop = (1 + math.cos(math.pi * step / self.cosine_steps)) / 2
+    def rates(self, progress: float, step: int) -> list[float]:
+        """Return the rate of each group.
+
+        Args:
+            progress: epochs of the run that are done, with the share of the present one.
+            step: optimiser steps taken in the run, for the warm-up.
+        """
+        if self.cosine_epochs:  # the cosine would rise again after its end
+            drop = (1 + math.cos(math.pi * min(1.0, progress / self.cosine_epochs))) / 2
         else:
-            drop = self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+            drop = self.decay ** sum(progress >= milestone for milestone in self.milestones)
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        at_base = epoch == 0 and self.backbone_start == "published"
+        at_base = progress < 1 and self.backbone_start == "published"
         return [
             (self.base_lr if at_base else group["initial_lr"]) * drop * ramp
             for group in self.optimizer.param_groups
         ]
 
-    def set(self, epoch: int, step: int) -> None:
+    def set(self, progress: float, step: int) -> None:
         """Give the optimiser the rates of this step."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates(epoch, step), strict=True):
+        rates = self.rates(progress, step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
 
-def build_schedule(optimizer: optim.Optimizer, cfg, steps_per_epoch: int) -> Schedule:
+def build_schedule(optimizer: optim.Optimizer, cfg) -> Schedule:
     """The schedule that the config's TRAIN section describes."""
     train = cfg.TRAIN
     return Schedule(
@@ -88,7 +94,7 @@ def build_schedule(optimizer: optim.Optimizer, cfg, steps_per_epoch: int) -> Sch
         train.base_lr,
         train.milestones,
         train.lr_decay,
-        train.epochs * steps_per_epoch if train.schedule == "cosine" else 0,
+        train.epochs if train.schedule == "cosine" else 0,
         train.warmup_steps,
         train.backbone_start,
     )

@@ -12,12 +12,13 @@ from typing import NoReturn
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from engine.build import build_model, restore_model
 from engine.checks import check_checkpoint
 from engine.run import PICTURES, Run
 from model.segmenter import Segmenter
-from utils.checkpoint import find_newest, list_checkpoints, read_checkpoint, save_checkpoint
+from utils.checkpoint import BEST, find_newest, list_checkpoints, read_checkpoint, save_checkpoint
 from utils.config import AUTO, Config, save_config, to_dict
 from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop, unwrap
 from utils.errors import UserError
@@ -27,6 +28,8 @@ from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
+SAVED = ("config", "position", "rng", "sums", "faults", "version", "threads", "length", "best_on")
+PUBLISHED = to_dict(Config())
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
 
 
@@ -48,9 +51,13 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         "epoch": run.epoch,
         "step": run.step,
         "position": run.position,
+        "length": run.length,
+        "progress": run.progress,
         "sums": list(sums),
         "faults": run.faults.cpu(),
         "best_iou": run.best,
+        "best_on": measured_on(run),
+        "records": digests(run),
         "scores": scores,
         "state_dict": unwrap(run.model).state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -226,7 +233,7 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if "rng" not in state:
+    if not {"epoch", "step", "optimizer"} <= state.keys():
         raise UserError(
             f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
             "from them give it as TRAIN.weight"
@@ -236,18 +243,36 @@ def load_start(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
-    """Give the optimiser its moments back; before a run writes anything, since it may not fit.
+    """Give the optimiser its moments back; rates, decay and all other settings stay the config's.
+
+    Before a run writes anything, since it may not fit.
 
     Raises:
-        UserError: the checkpoint's optimiser had other parameters.
+        UserError: the checkpoint's optimiser had other parameters, or was of another kind.
     """
+    fault, saved = None, state["optimizer"]
     try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
+        pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        groups = [own | {"params": group["params"]} for own, group in pairs]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        if any(group.get("decoupled_weight_decay") for group in saved["param_groups"]) or any(
+            moments.keys() != {"step", "exp_avg", "exp_avg_sq"}
+            for moments in saved["state"].values()
+        ):
+            fault = "it is of another kind than Adam"
+        elif any(
+            moments[name].shape != parameter.shape
+            for parameter, moments in optimizer.state.items()
+            for name in ("exp_avg", "exp_avg_sq")
+        ):
+            fault = "its moments have other shapes"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fault = str(error).splitlines()[0]
+    if fault:
         raise UserError(
-            f"TRAIN.resume: the optimiser in {source} does not fit ({error}); resume with the "
+            f"TRAIN.resume: the optimiser in {source} does not fit ({fault}); resume with the "
             "config of its run, or start from its weights with TRAIN.weight"
-        ) from None
+        )
 
 
 def records_until(state: dict) -> Callable[[dict], bool]:
@@ -255,27 +280,97 @@ def records_until(state: dict) -> Callable[[dict], bool]:
     return lambda record: record.get(record["kind"], 0) <= state[record["kind"]]
 
 
+def measured_on(run: Run) -> dict[str, object]:
+    """Return what a score of the validation depends on, but for the model."""
+    dataset = run.val_loader.dataset
+    ((name, protocol),) = run.protocols.items()
+    return {
+        "data set": dataset.reader.meta["dataset"],
+        "split": dataset.reader.meta["split"],
+        "protocol": name,
+        "threshold": protocol.threshold,
+        "val_sentences": dataset.sentences,
+        "records": dataset.reader.digest(),
+    }
+
+
+def digests(run: Run) -> dict[str, str]:
+    """Return the digest of each file that is trained on, by its path."""
+    parts = run.train_loader.dataset.records.parts
+    return {str(reader.path): reader.digest() for reader, _ in parts}
+
+
 def resume(run: Run, state: dict, source: str) -> None:
     """Continue where the checkpoint stopped; model and optimiser have been restored before.
 
-    What has changed since is logged: the run may differ from an uninterrupted one.
+    What has changed since is logged: the run may differ from an uninterrupted one. What a
+    checkpoint of an older version lacks starts anew.
     """
-    run.epoch, run.step, run.position = state["epoch"], state["step"], state["position"]
-    run.best = state["best_iou"]
-    run.faults.copy_(state["faults"])
-    if state["scaler"]:  # empty if the precision needed no scaling then
+    trained = state.get("config", {})
+    train = to_dict(run.cfg)["TRAIN"] | trained.get("TRAIN", {})
+    position, rngs = state.get("position", 0), state.get("rng", [])
+    length = state.get("length", len(run.train_loader.dataset) // train["batch_size"])
+    length = max(length, position, 1)
+    run.epoch, run.step, run.position = state["epoch"], state["step"], position
+    run.reached = state.get("progress", run.epoch + position / length)
+    if length == run.length:
+        run.faults.copy_(state.get("faults", run.faults))
+    elif position:
+        run.position = position * run.length // length
+        logger.warning(
+            f"epoch {run.epoch + 1} goes on at step {run.position} of {run.length}, where {source} "
+            f"had taken {position} of {length}: some refs may come twice"
+        )
+    if state.get("scaler"):  # empty if the precision needed no scaling then
         run.scaler.load_state_dict(state["scaler"])
-    if len(state["rng"]) == run.ranks.world_size:
-        run.sums.copy_(state["sums"][run.ranks.rank])
-        set_rng_state(state["rng"][run.ranks.rank])
-    else:
-        run.sums.copy_(torch.stack(state["sums"]).mean(0))  # gives the same means over all ranks
-    was = {"ranks": len(state["rng"]), "threads": state["threads"], "code": state["version"]}
+    sums = [_counted(s, position * train["accumulation_steps"]) for s in state.get("sums", [])]
+    if len(rngs) == run.ranks.world_size:
+        set_rng_state(rngs[run.ranks.rank])
+    if len(sums) == run.ranks.world_size:
+        run.sums.copy_(sums[run.ranks.rank])
+    elif sums:
+        run.sums.copy_(torch.stack(sums).mean(0))  # gives the same means over all ranks
+    _resume_best(run, state, source)
+    for path, digest in digests(run).items():
+        if state.get("records", {}).get(path, digest) != digest:
+            logger.warning(f"{path} holds other records now than when {source} was saved")
+    was = {"ranks": len(rngs), "threads": state.get("threads"), "code": state.get("version")}
     now = {"ranks": run.ranks.world_size, "threads": torch.get_num_threads(), "code": run.version}
+    if absent := [key for key in SAVED if key not in state]:
+        logger.warning(f"{source} is of an older version, without {', '.join(absent)}")
+        was |= {name: now[name] for name in now if not was[name]}
     for section, values in to_dict(run.cfg).items():
         for key, value in values.items():
-            was[f"{section}.{key}"] = state["config"].get(section, {}).get(key)
+            was[f"{section}.{key}"] = trained.get(section, {}).get(key, PUBLISHED[section][key])
             now[f"{section}.{key}"] = value
     for name in now:
         if was[name] != now[name] and name not in ("TRAIN.resume", "TRAIN.force"):
             logger.warning(f"{name} was {was[name]} when {source} was saved, now {now[name]}")
+
+
+def _counted(sums: Tensor, count: int) -> Tensor:
+    """Add to the sums of an older version how many micro-batches they are of."""
+    if sums.shape[1] == 4:
+        return sums
+    total = torch.cat([sums.sum(0), torch.tensor([float(count)])])
+    return torch.stack([total, torch.zeros(4)])
+
+
+def _resume_best(run: Run, state: dict, source: str) -> None:
+    """Take over the best score, unless it was measured otherwise or its model is not there."""
+    best, now = float(state.get("best_iou", -1)), measured_on(run)
+    was = state.get("best_on", {})
+    others = [
+        f"{key} {was.get(key)}, now {value}" for key, value in now.items() if was.get(key) != value
+    ]
+    if best < 0:
+        return
+    if not others and (run.folder / BEST).exists():
+        run.best = best
+        return
+    if not was:
+        others = ["it does not say what it was measured on"]
+    reason = "; ".join(others) or f"{run.folder / BEST} is not there"
+    logger.warning(
+        f"best mIoU {100 * best:.2f} of {source} does not count, a new best begins: {reason}"
+    )

@@ -38,8 +38,9 @@ class Run:
     decides what checkpoint is best. `best` is in [0, 1].
 
     `epoch` counts complete epochs, with their validation; `position` the steps of the one after
-    them, and `step` all steps of the run. `sums` is (2, 3) on the device, the sums of loss, IoU
-    and Pr@0.5 in this epoch up to the last line in the log, and since. `faults` is (3,) int64 on
+    them, and `step` all steps of the run. `reached` is the progress of the run that is resumed.
+    `sums` is (2, 4) on the device, the sums of loss, IoU, Pr@0.5 and 1 over the micro-batches of
+    this epoch up to the last line in the log, and since. `faults` is (3,) int64 on
     the device: steps left out since that line, how many the last ones are in a row, and the
     position of the first (from 1; 0: none).
     """
@@ -59,6 +60,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     position: int = 0
+    reached: float = 0.0
     best: float = -1.0
     sums: Tensor = field(init=False)
     faults: Tensor = field(init=False)
@@ -67,5 +69,15 @@ class Run:
     version: str | None = field(default_factory=code_version)
 
     def __post_init__(self) -> None:
-        self.sums = torch.zeros(2, 3, device=self.ranks.device)
+        self.sums = torch.zeros(2, 4, device=self.ranks.device)
         self.faults = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
+
+    @property
+    def length(self) -> int:
+        """Return the steps of an epoch."""
+        return len(self.train_loader) // self.cfg.TRAIN.accumulation_steps
+
+    @property
+    def progress(self) -> float:
+        """Return the epochs done; refs that come again after resuming turn nothing back."""
+        return max(self.reached, self.epoch + self.position / self.length)

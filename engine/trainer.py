@@ -85,32 +85,30 @@ def train_one_epoch(run: Run) -> dict[str, float]:
     if run.position == 0:
         run.sums.zero_()
     total, window = run.sums
-    batches = len(run.train_loader)
-    steps, done = batches // train.accumulation_steps, run.position * train.accumulation_steps
+    done = run.position * train.accumulation_steps
     pace = Pace(run.ranks.device)
     loader = pace.watch(run.train_loader)
-    bar = progress(loader, batches, f"epoch {run.epoch + 1}", run.ranks.is_main, done)
+    bar = progress(loader, len(run.train_loader), f"epoch {run.epoch + 1}", run.ranks.is_main, done)
     for count, batch in enumerate(bar, start=done + 1):
         completes = count % train.accumulation_steps == 0
         if (count - 1) % train.accumulation_steps == 0:
-            run.schedule.set(run.epoch, run.step)
+            run.schedule.set(run.progress, run.step)
         window += forward_backward(run, batch, synchronize=completes)
         if not completes:
             continue
         optimizer_step(run)
         run.step += 1
         run.position += 1
-        if run.position % train.print_freq == 0 or run.position == steps:
-            passes = (run.position - 1) % train.print_freq + 1
-            values = means(window, passes * train.accumulation_steps)
+        if run.position % train.print_freq == 0 or run.position == run.length:
+            values = means(window)
             values["skipped_steps"] = log_skipped_steps(run)
             values |= pace.lap(train.batch_size // train.accumulation_steps)
-            log_step(run, steps, values)
+            log_step(run, values)
             bar.set_postfix_str(describe_step(values))
             total += window
             window.zero_()
         save_if_due(run)
-    return means(total, batches)
+    return means(total + window)
 
 
 def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tensor:
@@ -119,7 +117,7 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
     Args:
         synchronize: whether ranks exchange gradients now (the last micro-batch of a step).
     Returns:
-        (3,) on the device: loss, IoU, Pr@0.5.
+        (4,) on the device: loss, IoU, Pr@0.5 and 1, which counts it.
     """
     train, device = run.cfg.TRAIN, run.ranks.device
     images = normalize_images(batch["images"].to(device, non_blocking=True))
@@ -134,23 +132,23 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
         loss = text_to_pixel_loss(logits, masks, train.target)
         run.scaler.scale(loss / train.accumulation_steps).backward()
     scores = training_scores(logits, resize_target(masks, logits.shape[-2:], train.target))
-    return torch.cat([loss.detach()[None], scores])
+    return torch.cat([loss.detach()[None], scores, scores.new_ones(1)])
 
 
-def means(sums: Tensor, count: int) -> dict[str, float]:
-    """Turn sums over `count` micro-batches into means over all ranks. Waits for the device."""
-    values = mean_over_ranks(sums / count).tolist()
+def means(sums: Tensor) -> dict[str, float]:
+    """Turn sums and their count into means over all ranks. Waits for the device."""
+    values = mean_over_ranks(sums[:-1] / sums[-1]).tolist()
     return dict(zip(TRAINING_METRICS, values, strict=True))
 
 
-def log_step(run: Run, steps: int, values: dict[str, float]) -> None:
-    """Tell the log and the tracker how the last of an epoch's `steps` went."""
+def log_step(run: Run, values: dict[str, float]) -> None:
+    """Tell the log and the tracker how the steps since the last line went."""
     rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
     run.tracker.log("step", {"epoch": run.epoch + 1, "step": run.step, **values, **rates})
     speed = values["images_per_second"]
-    left = (steps - run.position) * run.cfg.TRAIN.batch_size / speed
+    left = (run.length - run.position) * run.cfg.TRAIN.batch_size / speed
     logger.info(
-        f"epoch {run.epoch + 1} step {run.position}/{steps}: {describe_step(values)}, "
+        f"epoch {run.epoch + 1} step {run.position}/{run.length}: {describe_step(values)}, "
         f"{speed:.1f} images/s, {duration(left)} left in the epoch"
     )
 

@@ -228,7 +228,7 @@ def training_steps(setting: Setting, name: str, batch: int) -> Iterator[float]:
         ranks=setting.ranks,
         model=model,
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, cfg, steps_per_epoch=1000),
+        schedule=build_schedule(optimizer, cfg),
         scaler=build_scaler(torch.float32, setting.device),
         dtype=torch.float32,
         **dict.fromkeys(unused),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from loguru import logger
 from torch import Tensor, nn
@@ -19,6 +20,31 @@ from utils.errors import UserError
 from utils.files import atomic_path, remove_leftovers
 
 LAST, BEST, STEPS = "last_model.pth", "best_model.pth", "step_*.pth"
+WEIGHTS = ("state_dict", "model_state_dict", "model")  # the names of weights here and elsewhere
+
+
+class NumberType:
+    """Stand in for the type of a numpy scalar while it is read."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def number(kind: NumberType, data: bytes) -> float:
+    """Return a numpy scalar as a plain number: its bytes are read, and nothing else is made."""
+    if not re.fullmatch("[=<>|][biuf][1248]", kind.order + kind.code):
+        raise ValueError(f"a numpy scalar of {kind.code} is no number")
+    return np.frombuffer(data, kind.order + kind.code)[0].item()
+
+
+# What numpy's pickles name, in its versions 1 and 2.
+ADMITTED = [
+    (NumberType, "numpy.dtype"),
+    *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 0) -> None:
@@ -37,8 +63,8 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
     remove_leftovers(last)
     with atomic_path(last) as partial:
         _write(state, partial)
-    if is_best:
-        _link(last, folder / BEST)
+        if is_best:  # first: a run killed in between comes to this point again
+            _link(partial, folder / BEST)
     if keep:
         _link(last, folder / f"step_{state['step']:08d}.pth")
         for old in _newest_first(folder.glob(STEPS))[keep:]:
@@ -108,16 +134,17 @@ def _link(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, purpose: str) -> dict:
-    """Read a checkpoint onto the CPU; nothing but tensors and plain containers is admitted.
+    """Read a checkpoint onto the CPU; only tensors, numbers and plain containers are admitted.
 
     The `module.` prefix that DataParallel and DistributedDataParallel leave on the names of
     weights is removed.
 
     Args:
-        path: a checkpoint of ours or of the release, or weights that `save_weights` wrote.
+        path: a checkpoint of ours or of the release, weights that `save_weights` wrote, or a bare
+            dict of weights; they may also lie under `model` or `model_state_dict`.
         purpose: the config key that asked for it, for the error.
     Raises:
-        UserError: missing, torn, asking for code, or without a `state_dict`.
+        UserError: missing, torn, asking for code, or without weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,19 +154,26 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
             state = _read(path)
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         raise UserError(f"{purpose}: {path} {_fault(error, path)}") from None
-    weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
+    state = {"state_dict": state} if _are_weights(state) else state
+    place = isinstance(state, dict) and next((k for k in WEIGHTS if _are_weights(state.get(k))), "")
+    if not place:
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
+    weights = state.pop(place)
     return state | {"state_dict": {k.removeprefix("module."): v for k, v in weights.items()}}
+
+
+def _are_weights(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in value.items()
+    )
 
 
 def _read(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(ADMITTED):
+            return torch.load(path, map_location="cpu", weights_only=True)
     from safetensors import safe_open
 
     with safe_open(path, framework="pt", device="cpu") as file:

@@ -9,8 +9,6 @@ from torch import nn
 
 from engine.optim import BACKBONE, HEAD, build_optimizer, build_schedule, parameter_groups
 
-STEPS = 100  # an epoch
-
 
 def recipe(**changes: object) -> SimpleNamespace:
     """A config with the published values."""
@@ -33,8 +31,8 @@ def small_optimizer(cfg: SimpleNamespace) -> torch.optim.Optimizer:
     return build_optimizer(parameter_groups(model, cfg), cfg)
 
 
-def rates(cfg: SimpleNamespace, epoch: int, step: int = 0) -> list[float]:
-    return build_schedule(small_optimizer(cfg), cfg, STEPS).rates(epoch, step)
+def rates(cfg: SimpleNamespace, progress: float, step: int = 0) -> list[float]:
+    return build_schedule(small_optimizer(cfg), cfg).rates(progress, step)
 
 
 def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_the_head():
@@ -57,13 +55,13 @@ def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_t
 
 
 def test_first_epoch_trains_both_groups_at_the_base_rate():
-    assert rates(recipe(), epoch=0) == [1e-4, 1e-4]
-    assert rates(recipe(), epoch=1) == pytest.approx([1e-5, 1e-4])
+    assert rates(recipe(), 0) == rates(recipe(), 0.99) == [1e-4, 1e-4]
+    assert rates(recipe(), 1) == pytest.approx([1e-5, 1e-4])
 
 
 def test_backbone_may_have_its_own_rate_from_the_start():
     cfg = recipe(backbone_start="lr_multi")
-    assert rates(cfg, epoch=0) == pytest.approx([1e-5, 1e-4])
+    assert rates(cfg, 0) == pytest.approx([1e-5, 1e-4])
     assert [rates(cfg, epoch) for epoch in range(1, 50)] == [
         rates(recipe(), epoch) for epoch in range(1, 50)
     ]
@@ -76,14 +74,15 @@ def test_each_milestone_multiplies_both_rates_once_more():
     assert rates(cfg, 7)[0] == pytest.approx(0.2 * heads[7])
 
 
-def test_cosine_falls_from_the_groups_own_rates_to_nothing_over_all_steps():
+def test_cosine_falls_from_the_groups_own_rates_to_nothing_and_stays_there():
     cfg = recipe(schedule="cosine", backbone_start="lr_multi", epochs=4, milestones=(1,))
-    table = {step: rates(cfg, step // STEPS, step) for step in (0, 100, 200, 300, 399)}
-    heads = {step: head for step, (_, head) in table.items()}
+    table = {progress: rates(cfg, progress) for progress in (0, 1, 2, 3, 3.99, 4, 4.5, 8)}
+    heads = {progress: head for progress, (_, head) in table.items()}
     assert heads[0] == 1e-4
-    assert heads[200] == pytest.approx(0.5e-4)
-    assert heads[100] + heads[300] == pytest.approx(1e-4)
-    assert 0 < heads[399] < 1e-8
+    assert heads[2] == pytest.approx(0.5e-4)
+    assert heads[1] + heads[3] == pytest.approx(1e-4)
+    assert 0 < heads[3.99] < 1e-8
+    assert heads[4] == heads[4.5] == heads[8] == 0
     assert all(backbone == pytest.approx(0.1 * head) for backbone, head in table.values())
     warm = rates(recipe(schedule="cosine", epochs=4, warmup_steps=50), 0, 24)
     assert warm[1] == pytest.approx(0.5 * rates(recipe(schedule="cosine", epochs=4), 0, 24)[1])
@@ -100,7 +99,7 @@ def test_warm_up_rises_linearly_over_optimiser_steps_and_then_changes_nothing():
 def test_schedule_keeps_no_state_so_any_order_of_epochs_gives_the_same_rates():
     cfg = recipe()
     optimizer = small_optimizer(cfg)
-    schedule = build_schedule(optimizer, cfg, STEPS)
+    schedule = build_schedule(optimizer, cfg)
     seen = {}
     for epoch in [49, 0, 34, 35, 1, 0, 49, 35]:
         schedule.set(epoch, 0)

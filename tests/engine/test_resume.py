@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -144,6 +145,161 @@ def test_what_has_changed_since_the_checkpoint_is_listed(straight, config, tmp_p
     ]
     keys = {line.split()[1] for line in lines[3:]}
     assert keys == {"TRAIN.output_folder", "TRAIN.save_every", "TRAIN.keep_checkpoints"}
+
+
+# --------------------------------------------------------------- with another config, or on others
+
+
+def saved_run(
+    straight: Path, path: Path, step: int, without: Sequence[str] = (), **changes
+) -> Path:
+    """Write a checkpoint of the uninterrupted run again, changed as told."""
+    state = load(straight / f"step_{step:08d}.pth") | changes
+    torch.save({key: value for key, value in state.items() if key not in without}, path)
+    return path
+
+
+def rates_of(folder: Path) -> list[float]:
+    return [r["lr_head"] for r in read_metrics(folder) if r["kind"] == "step"]
+
+
+def test_rates_and_decay_given_to_a_resumed_run_are_those_that_run(config, folder, capfd):
+    run_program("train.py", config, "TRAIN.epochs", 1)
+    opts = ("TRAIN.base_lr", 1e-5, "TRAIN.lr_multi", 0.1, "TRAIN.weight_decay", 0.1)
+    capfd.readouterr()
+    run_program("train.py", config, "TRAIN.resume", "auto", *opts)
+    err = capfd.readouterr().err
+    last = read_metrics(folder)[-2]
+    assert (last["lr_head"], last["lr_backbone"]) == pytest.approx((1e-5, 1e-6))
+    groups = load(folder / "last_model.pth")["optimizer"]["param_groups"]
+    assert [g["initial_lr"] for g in groups] == pytest.approx([1e-6, 1e-5])
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.1]
+    for key, was in {"base_lr": 0.001, "lr_multi": 1.0, "weight_decay": 0.0}.items():
+        assert err.count(f"TRAIN.{key} was {was} when ") == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, "shapes"])
+def test_an_optimiser_of_another_kind_or_shape_is_refused(straight, config, tmp_path, kind):
+    run = build_run(config)
+    if kind == "shapes":
+        state = load(straight / "last_model.pth")["optimizer"]
+        for moments in state["state"].values():
+            moments["exp_avg"] = torch.ones(3)
+    else:
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        groups = [{k: g[k] for k in ("name", "params")} for g in run.optimizer.param_groups]
+        other = kind(groups, lr=0.1, **options)
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        other.step()
+        state = other.state_dict()
+    source = saved_run(straight, tmp_path / "x.pth", 2, optimizer=state)
+    line = error_of("train.py", config, "TRAIN.exp_name", "b", "TRAIN.resume", source)
+    assert line.startswith(f"TRAIN.resume: the optimiser in {source} does not fit (")
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_cosine_goes_on_where_it_was_with_another_batch(config, folder, batch, capfd):
+    opts = ("TRAIN.schedule", "cosine", "TRAIN.epochs", 4, "TRAIN.print_freq", 1)
+    run_program("train.py", config, *opts, "TRAIN.save_every", 1, "TRAIN.keep_checkpoints", 99)
+    before = rates_of(folder)
+    step = len(before) // 2 + 1
+    opts += ("TRAIN.resume", folder / f"step_{step:08d}.pth", "TRAIN.batch_size", batch)
+    capfd.readouterr()
+    run_program("train.py", config, *opts, "TRAIN.exp_name", "b")
+    after, err = rates_of(folder.parent / "b"), capfd.readouterr().err
+    assert "some refs may come twice" in err
+    assert f"{step + len(after)} in all, {step} of them done" in err
+    assert after == sorted(after, reverse=True)
+    assert after[0] == pytest.approx(before[step])
+    assert after[-1] < 2e-4
+
+
+def test_a_cosine_that_starts_at_an_epoch_ends_at_nothing(config, folder):
+    opts = ("TRAIN.schedule", "cosine", "TRAIN.epochs", 4, "TRAIN.start_epoch", 2)
+    run_program("train.py", config, *opts, "TRAIN.print_freq", 1)
+    rates = rates_of(folder)
+    assert rates[0] == pytest.approx(0.5e-3)
+    assert rates[-1] < 1e-4
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_an_epochs_loss_after_resuming_with_another_batch_is_a_mean(
+    straight, config, folder, batch
+):
+    source = straight / "step_00000004.pth"
+    opts = ("TRAIN.resume", source, "TRAIN.batch_size", batch, "TRAIN.print_freq", 1)
+    run_program("train.py", config, *opts, "TRAIN.epochs", 1)
+    *steps, epoch = read_metrics(folder)
+    (summed,) = load(source)["sums"]
+    total = summed[0, 0] + 2 * sum(record["loss"] for record in steps)  # two passes a step
+    assert epoch["loss"] == pytest.approx(float(total) / (8 + 2 * len(steps)), abs=1e-5)
+
+
+def test_records_packed_anew_since_the_checkpoint_are_told(straight, config, tmp_path, data, capfd):
+    lmdb = str(data / "lmdb/shapes/train.lmdb")
+    source = saved_run(straight, tmp_path / "x.pth", 2)
+    build_run(config, "TRAIN.resume", source)
+    assert "holds other records now" not in capfd.readouterr().err
+    source = saved_run(straight, tmp_path / "y.pth", 2, records={lmdb: "other"})
+    build_run(config, "TRAIN.resume", source, "TRAIN.exp_name", "b")
+    assert f"{lmdb} holds other records now than when {source} was saved" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("DATA.val_split", "testA", "split val, now testA; records "),
+        ("TEST.protocol", "aligned", "protocol published, now aligned; threshold 0.35, now 0.5"),
+        ("TEST.threshold", 0.05, "threshold 0.35, now 0.05"),
+        ("TRAIN.val_sentences", "first", "val_sentences all, now first"),
+        ("TRAIN.batch_size_val", 4, ""),
+    ],
+)
+def test_a_best_score_counts_only_for_what_it_was_measured_on(
+    config, ended, data, key, value, told, capfd
+):
+    last = ended / "last_model.pth"
+    torch.save(load(last) | {"best_iou": 0.99}, last)
+    split = value if key == "DATA.val_split" else "val"
+    opts = ("TRAIN.resume", last, "DATA.val_lmdb", data / f"lmdb/shapes/{split}.lmdb", key, value)
+    assert build_run(config, *opts).best == (-1.0 if told else 0.99)
+    line = f"best mIoU 99.00 of {last} does not count, a new best begins: {told}"
+    assert (line in capfd.readouterr().err) is bool(told)
+
+
+def test_a_run_begun_from_anothers_checkpoint_writes_its_own_best_model(straight, config, folder):
+    source = straight / "last_model.pth"
+    run_program("train.py", config, "TRAIN.resume", source, "TRAIN.epochs", EPOCHS + 1)
+    assert load(folder / "best_model.pth")["epoch"] == EPOCHS + 1
+
+
+OLD = ("length", "progress", "best_on", "records", "faults", "sums", "threads", "version")
+
+
+@pytest.mark.parametrize("without", [*([key] for key in OLD), (*OLD, "position", "config", "rng")])
+def test_a_checkpoint_of_an_older_version_goes_on(straight, config, folder, tmp_path, without):
+    source = saved_run(straight, tmp_path / "x.pth", 1, without)
+    run_program("train.py", config, "TRAIN.resume", source)
+    assert load(folder / "last_model.pth")["epoch"] == EPOCHS
+
+
+@pytest.mark.parametrize("key", ["epoch", "step", "optimizer"])
+def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path, key):
+    source = saved_run(straight, tmp_path / "x.pth", 1, [key])
+    line = error_of("train.py", config, "TRAIN.resume", source)
+    assert line.startswith(f"TRAIN.resume: {source} holds weights, not a run to continue; ")
+
+
+def test_sums_of_an_older_version_are_counted(straight, config, tmp_path, folder):
+    state = load(straight / "step_00000003.pth")
+    old = [sums[:, :3].clone() for sums in state["sums"]]
+    source = saved_run(straight, tmp_path / "x.pth", 3, ("length", "progress"), sums=old)
+    run_program("train.py", config, "TRAIN.resume", source)
+    got, expected = (
+        [r["loss"] for r in read_metrics(f) if r["kind"] == "epoch"] for f in (folder, straight)
+    )
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
 # -------------------------------------------------------------------- which checkpoints there are

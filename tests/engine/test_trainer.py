@@ -244,7 +244,7 @@ def test_one_batch_is_learnt(config):
         before = forward_backward(run, run.train_loader[0], True)[0].item()
         run.optimizer.zero_grad()
         train_one_epoch(run)
-        loss, iou, _ = forward_backward(run, run.train_loader[0], True).tolist()
+        loss, iou, *_ = forward_backward(run, run.train_loader[0], True).tolist()
     assert loss < 0.15 < 0.5 < before
     assert iou > 0.3
 

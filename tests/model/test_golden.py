@@ -268,7 +268,7 @@ def test_tiny_trains_three_steps_as_the_official_code_does(form, measure):
     golden, cfg = golden_arrays("tiny"), case_config("tiny")
     model, image, tokens, mask = tiny_in(form)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
-    schedule = build_schedule(optimizer, cfg, steps_per_epoch=1000)
+    schedule = build_schedule(optimizer, cfg)
     model.train()
     loss_limits = (1e-5, 2e-3, 2e-2)
     for step, (expected, limit) in enumerate(zip(golden["losses"], loss_limits, strict=True)):
@@ -350,7 +350,7 @@ def test_rates_of_fifty_epochs_are_the_official_ones(measure):
     assert table["columns"] == ["epoch", "backbone_lr", "head_lr"]
     cfg = load_config(ROOT / "config/refcoco/cris_r50.yaml")
     optimizer = build_optimizer(parameter_groups(small_segmenter(), cfg), cfg)
-    schedule = build_schedule(optimizer, cfg, steps_per_epoch=1000)
+    schedule = build_schedule(optimizer, cfg)
     assert [group["name"] for group in optimizer.param_groups] == ["backbone", "head"]
     off = 0.0
     for epoch, *expected in table["rows"]:

@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -136,12 +137,11 @@ def test_a_pickle_that_asks_for_a_function_is_refused_and_not_run(tmp_path, monk
     [
         (b"<!doctype html><html>not found</html>", "cut off, damaged or no checkpoint"),
         (b"TRAIN:\n  epochs: 3\n", "cut off, damaged or no checkpoint"),
-        (saved({"weight": torch.ones(2)}), "has no state_dict"),
         (saved({"state_dict": {"weight": "heavy"}}), "has no state_dict"),
         (saved({"state_dict": {5: torch.ones(2)}}), "has no state_dict"),
         (saved(torch.ones(2)), "has no state_dict"),
     ],
-    ids=["page", "yaml", "bare", "text", "number", "tensor"],
+    ids=["page", "yaml", "text", "number", "tensor"],
 )
 def test_something_else_is_refused(tmp_path, content, problem):
     path = tmp_path / "file.pth"
@@ -156,6 +156,22 @@ def test_a_torchscript_archive_is_pointed_to_its_key(tmp_path):
     assert "TRAIN.clip_pretrain" in refusal(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_scalars_are_read_as_plain_numbers(tmp_path, zipped):
+    numbers = {"f8": 0.1, "f4": 0.5, "f2": 2.0, "i8": -3, "i4": 7, "u1": 255, ">f8": 0.1, "?": True}
+    content = state() | {"best_iou": {k: np.dtype(k).type(v) for k, v in numbers.items()}}
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(content, _use_new_zipfile_serialization=zipped))
+    assert_same(read_checkpoint(path, "x"), state() | {"best_iou": numbers})
+
+
+@pytest.mark.parametrize("value", [np.arange(3), np.str_("x"), np.datetime64("2020-01-01")])
+def test_other_things_of_numpy_are_refused(tmp_path, value):
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(state() | {"extra": value}))
+    refusal(path)
+
+
 # ------------------------------------------------------------------------------- the weights
 
 
@@ -163,11 +179,13 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
 
+@pytest.mark.parametrize("place", ["state_dict", "model", "model_state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_are_loaded_with_and_without_the_prefix_of_parallel_models(prefix, tmp_path):
+def test_weights_are_loaded_from_where_other_projects_keep_them(prefix, place, tmp_path):
     source, target = small_model(), small_model()
     path = tmp_path / "x.pth"
-    torch.save({"state_dict": {prefix + k: v for k, v in source.state_dict().items()}}, path)
+    weights = {prefix + k: v for k, v in source.state_dict().items()}
+    torch.save({place: weights, "epoch": 3} if place else weights, path)
     load_weights(target, read_checkpoint(path, "TEST.weights")["state_dict"], path)
     assert_same(dict(target.state_dict()), dict(source.state_dict()))
 
@@ -228,6 +246,7 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
         *("config", "position", "sums", "faults", "version", "threads"),
+        *("length", "progress", "best_on", "records"),
     }
     assert not any(key.startswith("module.") for key in content["state_dict"])
     assert content["config"]["TRAIN"]["vis_dim"] == 64
