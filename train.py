@@ -24,6 +24,7 @@ from utils import distributed
 from utils.arguments import parse_config_arguments
 from utils.config import Config, check_batch, load_config, to_dict
 from utils.errors import run_entry_point
+from utils.lock import check_locks
 from utils.logger import Tracker, setup_logging
 from utils.seed import deterministic, seed_everything
 
@@ -36,6 +37,7 @@ def main() -> None:
         "took, and write nothing",
     )
     cfg = load_config(args.config, args.opts)
+    check_locks()
     if distributed.wants_launch():
         distributed.launch()
         return

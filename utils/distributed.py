@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
+from utils.signals import obeyed
 
 
 class Ranks(NamedTuple):
@@ -37,13 +38,16 @@ def start(alone: bool = False) -> Ranks:
     """Join the process group that `torchrun` announced, if it did, and choose the device.
 
     Args:
-        alone: stay a single process whatever the environment says.
+        alone: stay a single process whatever the environment says, on Apple's GPU as well.
     Raises:
-        UserError: there are GPUs, and fewer than ranks on this machine.
+        UserError: there are GPUs, and fewer than ranks on this machine; or the environment names
+            ranks, but not as torchrun does.
     """
     environ = os.environ
-    local_rank = 0 if alone else int(environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
+    numbers = None if alone else _announced()
+    local_rank = numbers["LOCAL_RANK"] if numbers else 0
+    has_mps = alone and torch.backends.mps.is_available()
+    device = torch.device("mps" if has_mps else "cpu")
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
             raise UserError(
@@ -52,15 +56,15 @@ def start(alone: bool = False) -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if alone or "WORLD_SIZE" not in environ:
+    if numbers is None:
         return Ranks(0, 1, 0, 1, device)
-    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
     store = None
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there,
         # after a restart, under which address a dead rank listened; ranks would wait for it until
         # the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
-        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        address, port = environ["MASTER_ADDR"], numbers["MASTER_PORT"]
         shared = dist.TCPStore(address, port, timeout=dist.default_pg_timeout)
         store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
     # What lies on the CPU goes by gloo everywhere, so that no device waits for it.
@@ -72,7 +76,28 @@ def start(alone: bool = False) -> Ranks:
         world_size=world_size,
         device_id=device if is_cuda else None,
     )
-    return Ranks(rank, world_size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", 1)), device)
+    return Ranks(rank, world_size, local_rank, numbers["LOCAL_WORLD_SIZE"], device)
+
+
+def _announced() -> dict[str, int] | None:
+    """Return the numbers that torchrun gives a rank; None where no rank is named."""
+    environ = os.environ
+    named = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in environ]
+    if not named:
+        return None
+    remedy = f"unset {' '.join(named)} for a single process, or start ranks with torchrun"
+    given = {"LOCAL_WORLD_SIZE": "1"} | environ
+    whole = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name in (*whole, "MASTER_ADDR"):
+        if name not in given:
+            raise UserError(f"{named[0]} is set in the environment, but {name} is not: {remedy}")
+        if name in whole and not (given[name].isascii() and given[name].isdecimal()):
+            raise UserError(f"{name} in the environment is {given[name]!r}, no number: {remedy}")
+    numbers = {name: int(given[name]) for name in whole}
+    if not max(numbers["RANK"], numbers["LOCAL_RANK"]) < numbers["WORLD_SIZE"]:
+        told = ", ".join(f"{name}={numbers[name]}" for name in whole[:3])
+        raise UserError(f"{told} in the environment name no rank: {remedy}")
+    return numbers
 
 
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
@@ -112,7 +137,7 @@ def stop() -> None:
 
 def wants_launch() -> bool:
     """Whether a plain `python train.py` sees several GPUs and nobody launched ranks for them."""
-    return "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1
+    return _announced() is None and torch.cuda.device_count() > 1
 
 
 def launch() -> None:
@@ -124,7 +149,11 @@ def launch() -> None:
     from torch.distributed.run import main
 
     try:
-        main(["--standalone", f"--nproc_per_node={torch.cuda.device_count()}", *sys.argv])
+        count = torch.cuda.device_count()
+        # torch's launcher would pass on a hang-up even where nohup has it ignored.
+        passed = ",".join(number.name for number in obeyed())
+        options = ("--standalone", f"--nproc_per_node={count}", f"--signals-to-handle={passed}")
+        main([*options, *sys.argv])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)

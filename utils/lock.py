@@ -6,6 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def check_locks() -> None:
+    """Raise UserError where files cannot be locked, so that two runs could write one folder."""
+    if fcntl is None:
+        raise UserError(
+            "training is supported on Linux and macOS, not on a system without file locks "
+            "(Windows: use WSL); predict, test, export and the demo run here"
+        )
+
 
 @contextmanager
 def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> Iterator[None]:
@@ -19,8 +35,6 @@ def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> It
             returns to wait on.
         patience: seconds before that.
     """
-    import fcntl
-
     deadline = time.monotonic() + patience
     with path.open("ab") as file:
         while True:

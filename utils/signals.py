@@ -1,4 +1,7 @@
-"""Being asked to stop: by Ctrl-C, by the system, or by SLURM before it takes a node away."""
+"""Being asked to stop: by Ctrl-C, by the system, or by SLURM before it takes a node away.
+
+What a system lacks is left out: Windows has no SIGHUP and no SIGUSR1, macOS no sigwaitinfo.
+"""
 
 import os
 import signal
@@ -9,7 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong, start it again later
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 INSISTS = 2.0  # seconds; a launcher passes one Ctrl-C on as a second one, but sooner
 
 
@@ -32,7 +36,7 @@ class StopRequest:
 @contextmanager
 def listen(request: StopRequest) -> Iterator[None]:
     """Let `request` receive the signals instead of what they do otherwise."""
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    before = {number: signal.signal(number, request.receive) for number in obeyed()}
     try:
         yield
     finally:
@@ -40,11 +44,23 @@ def listen(request: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def obeyed() -> list[signal.Signals]:
+    """Return the signals that ask to stop; a hang-up that nohup has ignored stays ignored."""
+    return [
+        number
+        for number in SIGNALS
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
 def leave_stopping_to_the_parent() -> None:
     """Let a helper process outlive a signal to the whole group; only the parent's ends it."""
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # who sent a signal cannot be told
+        return
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey() -> None:

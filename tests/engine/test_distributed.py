@@ -20,6 +20,7 @@ from helpers import (
     Batches,
     assert_same,
     build_run,
+    error_of,
     load,
     on_cpu,
     spawn,
@@ -305,18 +306,66 @@ def test_alone_everything_works_without_a_process_group(monkeypatch):
     distributed.stop()
 
 
+def announce(monkeypatch, **changes: str | None) -> None:
+    """Set what torchrun tells the first of two ranks, but for the changes; None: not set."""
+    told = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (
+        told | {"MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": None} | changes
+    ).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+NOT_SET = dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (NOT_SET | {"WORLD_SIZE": "1"}, "WORLD_SIZE is set in the environment, but RANK is not"),
+        (NOT_SET | {"RANK": "0"}, "RANK is set in the environment, but WORLD_SIZE is not"),
+        (NOT_SET | {"LOCAL_RANK": "0"}, "LOCAL_RANK is set in the environment, but WORLD_SIZE is"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not: unset WORLD_SIZE RANK for a single process, or"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not"),
+        ({"RANK": "two"}, "RANK in the environment is 'two', no number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment is '', no number"),
+        ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE in the environment is '-1', no number"),
+        ({"RANK": "2"}, "WORLD_SIZE=2, RANK=2, LOCAL_RANK=0 in the environment name no rank"),
+    ],
+)
+def test_training_where_the_environment_names_half_a_rank(
+    data, tmp_path, monkeypatch, changes, message
+):
+    config = write_config(tmp_path, data)
+    announce(monkeypatch, **changes)
+    line = error_of("train.py", config)
+    assert message in line
+    assert "start ranks with torchrun" in line
+    assert not (tmp_path / "exp").exists()
+
+
+def test_apples_gpu_scores_and_predicts_and_does_not_train(monkeypatch):
+    for name in NOT_SET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with on_cpu():
+        assert distributed.start(alone=True).device.type == "mps"
+        assert distributed.start().device.type == "cpu"
+
+
 def test_a_plain_start_takes_all_visible_gpus(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.wants_launch()
-    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun has done it already
+    announce(monkeypatch)  # torchrun has done it already
     assert not distributed.wants_launch()
 
 
 def test_more_ranks_than_gpus_are_told_in_a_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    announce(monkeypatch, WORLD_SIZE="3", LOCAL_RANK="2")
     message = r"rank 2 of this machine has no GPU, .* torchrun --nproc_per_node=2, or "
     with pytest.raises(UserError, match=message):
         distributed.start()

@@ -30,11 +30,12 @@ from helpers import (
     read_metrics,
     run_command,
     run_program,
+    save_photo,
     write_config,
 )
 
 from engine import resume, trainer
-from utils import lock
+from utils import lock, signals
 from utils.checkpoint import find_newest
 from utils.config import load_config
 from utils.errors import UserError
@@ -384,7 +385,7 @@ def stopped_by(number: int, monkeypatch, name: str, at_call: int, config: Path) 
     return ending.value.code
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_stops(straight, config, folder, monkeypatch, name):
     number = getattr(signal, name)
     handler = signal.getsignal(number)
@@ -397,6 +398,49 @@ def test_a_signal_finishes_the_step_saves_and_stops(straight, config, folder, mo
         run_program("train.py", config, "TRAIN.resume", "auto")
         assert_equal_runs(folder, straight)
         assert not (folder / "PREEMPTED").exists()
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_ignored():
+    request = signals.StopRequest()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.listen(request):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert request.name is None
+
+
+# What Windows and macOS lack is taken away before a program of the project is imported.
+LACKING = """
+import runpy, signal, sys
+for name in {lacks!r}:
+    sys.modules[name] = None
+    vars(signal).pop(name, None)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WINDOWS = "fcntl", "SIGUSR1", "SIGHUP", "sigwaitinfo", "pthread_sigmask"
+
+
+@pytest.mark.slow
+def test_windows_and_macos_do_what_they_can(tmp_path, data):
+    config = recipe(tmp_path, data, workers=1, workers_val=1, epochs=1)
+
+    def run(lacks: tuple[str, ...], *command: object) -> str:
+        code = LACKING.format(lacks=lacks)
+        ending = run_command(sys.executable, "-c", code, *command, PYTHONPATH=str(ROOT))
+        assert "Traceback" not in ending.stderr
+        return f"{ending.returncode} {ending.stderr}"
+
+    refused = run(WINDOWS, "train.py", "--config", config)
+    assert refused.startswith("1 error: training is supported on Linux and macOS")
+    assert run(("sigwaitinfo",), "train.py", "--config", config).startswith("0")
+    assert run(WINDOWS, "test.py", "--config", config).startswith("0")
+    predict = ("--weights", tmp_path / "exp/tiny/last_model.pth", "-o", tmp_path / "out")
+    photo = save_photo(tmp_path / "photo.jpg")
+    command = ("tools/predict.py", "--config", config, "--image", photo, "--text", "a circle")
+    assert run(WINDOWS, *command, *predict).startswith("0")
 
 
 def test_a_signal_while_validating_stops_there(straight, config, folder, monkeypatch):
