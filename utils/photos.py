@@ -33,6 +33,7 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     """
     if not data:
         raise UserError(f"{name} is an empty file: {remedy}")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # it announces more pixels than OpenCV takes, for one

@@ -331,12 +331,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
 
 
 def test_the_program_ends_with_one_line_a_problem_and_exit_code_1(data):
-    path = write(data, line(split=...), line(), line(mask=3))
+    cv2.imwrite(str(data / "photos/cut.tif"), smooth_photo(np.random.default_rng(0), 40, 60))
+    os.truncate(data / "photos/cut.tif", 3000)
+    path = write(data, line(split=...), line(), line(mask=3), line(image="photos/cut.tif"))
     result = run_command(sys.executable, "tools/own_data.py", path, "-o", data / "lmdb")
     assert result.returncode == 1
     assert [text.partition(" ")[0] for text in result.stderr.splitlines()] == [
         f"{path}:1:",
         f"{path}:3:",
+        f"{path}:4:",
         "error:",
     ]
 
