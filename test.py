@@ -11,11 +11,12 @@ a sentence to the .jsonl beside it, and a page to look at to report/index.html t
 from loguru import logger
 
 from engine.build import restore_trained
-from engine.tester import print_table, report_page, split_files, test_split
+from engine.tester import find_records, print_table, report_page, score_split, write_split
 from utils.arguments import parse_config_arguments
 from utils.config import load_config
 from utils.distributed import start
 from utils.errors import run_entry_point
+from utils.files import check_writable
 from utils.logger import setup_logging
 
 
@@ -28,10 +29,18 @@ def main() -> None:
         logger.info(notice)
     ranks = start(alone=True)
     model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
-    results = []
-    for split, lmdb in split_files(cfg):
-        results += test_split(cfg, model, ranks, split, lmdb, weights)
+    results, failure = [], None
+    check_writable(cfg.run_folder)
+    for lmdb in find_records(cfg):
+        scored = score_split(cfg, model, ranks, lmdb, weights)
+        results += scored.results
+        try:
+            write_split(cfg, scored)
+        except OSError as error:  # the scores took an hour: they are printed all the same
+            failure = error
     print_table(results)
+    if failure is not None:
+        raise failure
     logger.info(f"scores and predictions are in {cfg.run_folder}")
     if page := report_page(cfg):
         logger.info(f"open {page} in a browser to look at them")

@@ -72,11 +72,11 @@ def restore_trained(
         weights: of the checkpoint; None: `TEST.weights`, or else the best one of the run.
         purpose: what names it, for errors.
     Raises:
-        UserError: the checkpoint cannot be read, or does not belong to the config.
+        UserError: the checkpoint cannot be read, or does not fit the config.
     """
     path = str(weights or cfg.TEST.weights or cfg.run_folder / BEST)
     model, state = restore_model(cfg, device, path, purpose)
-    check_checkpoint(cfg, state, path)
+    check_checkpoint(cfg, state, path, is_training=False)
     return model, path
 
 

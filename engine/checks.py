@@ -1,6 +1,7 @@
-"""Check that config, records and checkpoint belong together; if not, nothing starts.
+"""Check that config, records and checkpoint belong together.
 
-`DATA.allow_mismatch` turns each refusal into a warning.
+If not, no training starts, unless `DATA.allow_mismatch` is true. Scoring and prediction say so and
+go on: it is ordinary to score a model on another data set.
 """
 
 from collections.abc import Mapping
@@ -33,15 +34,14 @@ def check_records(cfg: Config, lmdb: str, split: str) -> None:
         _refuse(cfg, f"{lmdb} holds {' '.join(held)}, the config says {' '.join(expected)}")
 
 
-def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
-    """Refuse a checkpoint of another data set, input size or sentence length than the config's.
-
-    One that was trained on several data sets may be scored on any.
+def check_checkpoint(cfg: Config, state: Mapping, path: str, is_training: bool) -> None:
+    """Compare a checkpoint's data set, input size and sentence length with the config's.
 
     Args:
         state: what the checkpoint holds; the release's does not say what it was trained with,
-            and passes.
+            and passes, as does one that was trained on several data sets.
         path: of the checkpoint.
+        is_training: refuse what differs; else say so.
     Raises:
         UserError: they differ.
     """
@@ -58,8 +58,11 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str) -> None:
         was, now = trained.get(section, {}).get(name), wanted[section][name]
         if was not in (None, now):
             faults.append(f"{key} {was}, the config says {now}")
-    if faults:
-        _refuse(cfg, f"{path} was trained with {'; '.join(faults)}")
+    told = f"{path} was trained with {'; '.join(faults)}"
+    if faults and is_training:
+        _refuse(cfg, told)
+    elif faults:
+        logger.warning(told)
 
 
 def _refuse(cfg: Config, fault: str) -> None:

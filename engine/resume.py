@@ -238,7 +238,7 @@ def load_start(
             f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
             "from them give it as TRAIN.weight"
         )
-    check_checkpoint(cfg, state, source)
+    check_checkpoint(cfg, state, source, is_training=True)
     return model, state
 
 

@@ -6,11 +6,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from loguru import logger
 from torch import nn
 
-from engine.checks import check_records
 from engine.evaluator import (
     SentenceScore,
     evaluate,
@@ -34,32 +34,47 @@ from utils.visualize import file_stem, save_picture
 REPORT = "report"  # folder in that of the run
 
 
-def split_files(cfg: Config) -> list[tuple[str, str]]:
-    """(split, LMDB path) of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`.
+class Scored(NamedTuple):
+    """Holds what a split was scored as: a result and the lines of its sentences, by protocol."""
+
+    dataset: EvaluationDataset
+    results: list[dict]
+    lines: list[list[SentenceScore]]
+
+
+def find_records(cfg: Config) -> list[str]:
+    """Return the LMDB paths of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`.
+
+    What holds another data set or split than the config names is scored all the same, and told.
 
     Raises:
-        UserError: one of them cannot be read, or holds something else; told before the first is
-            scored.
+        UserError: one of them cannot be read; told before the first is scored.
     """
-    folder = Path(cfg.TEST.test_lmdb).parent
-    files = [(split, str(folder / f"{split}.lmdb")) for split in cfg.TEST.splits]
-    files = files or [(cfg.TEST.test_split, cfg.TEST.test_lmdb)]
-    for split, lmdb in files:
-        check_records(cfg, lmdb, split)
-    return files
+    named = Path(cfg.TEST.test_lmdb)
+    paths = {split: str(named.with_name(f"{split}.lmdb")) for split in cfg.TEST.splits}
+    paths = paths or {cfg.TEST.test_split: cfg.TEST.test_lmdb}
+    is_joint = len(cfg.DATA.train_lmdb) > 1
+    for split, path in paths.items():
+        meta = RecordReader(path).meta
+        held = meta["dataset"], meta["split"]
+        expected = held[0] if is_joint else cfg.DATA.dataset, split
+        if held != expected:
+            logger.warning(
+                f"{path} holds {' '.join(held)}, the config says {' '.join(expected)}: "
+                f"{' '.join(held)} is scored"
+            )
+    return list(paths.values())
 
 
-def test_split(
-    cfg: Config, model: nn.Module, ranks: Ranks, split: str, lmdb: str, weights: str
-) -> list[dict]:
-    """Score one split; write `test_<dataset>_<split>.json`, `.jsonl`, its report and pictures.
+def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights: str) -> Scored:
+    """Score one file of records.
 
     Returns:
-        One result a protocol: the JSON file's content plus `ceiling`.
+        By protocol, the content of its `.json` with `ceiling`, and the sentences' scores.
     """
     protocols = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
     loader = build_evaluation_loader(cfg, lmdb, ranks, swap=cfg.TEST.swap_sentences)
-    start = time.monotonic()
+    meta, start = loader.dataset.reader.meta, time.monotonic()
     scores = evaluate(
         model,
         loader,
@@ -68,15 +83,14 @@ def test_split(
         cfg.TRAIN.batch_size_val,
         ceiling=True,
         rle=loader.dataset.keys(),
-        progress=progress(loader, len(loader), split),
+        progress=progress(loader, len(loader), meta["split"]),
     )
     seconds = time.monotonic() - start
-    results = []
-    for protocol, lines in scores.items():
-        result = {
-            # The records' own: a combined config's name would hide which of its sets was scored.
-            "dataset": loader.dataset.reader.meta["dataset"],
-            "split": split,
+    results = [
+        {
+            # The records' own: the config may name another data set, or several together.
+            "dataset": meta["dataset"],
+            "split": meta["split"],
             "checkpoint": weights,
             "protocol": protocol,
             "threshold": protocols[protocol].threshold,
@@ -88,15 +102,21 @@ def test_split(
             "swapped_sentences": cfg.TEST.swap_sentences,
             "lmdb": lmdb,
         }
+        for protocol, lines in scores.items()
+    ]
+    return Scored(loader.dataset, results, list(scores.values()))
+
+
+def write_split(cfg: Config, scored: Scored) -> None:
+    """Write `test_<dataset>_<split>.json`, `.jsonl`, the report and pictures of one split."""
+    for result, lines in zip(scored.results, scored.lines, strict=True):
         write_scores(result, lines, cfg.run_folder)
-        results.append(result)
     if cfg.TEST.report:
-        write_report(cfg, loader.dataset.reader, results, list(scores.values()))
+        write_report(cfg, scored.dataset.reader, scored.results, scored.lines)
     if cfg.TEST.visualize:
-        protocol, lines = next(iter(scores.items()))
-        name = split + (".swapped" if cfg.TEST.swap_sentences else "")
-        draw(loader.dataset, lines[: cfg.TEST.visualize_limit], cfg.run_folder / "vis" / name)
-    return results
+        name = scored.results[0]["split"] + (".swapped" if cfg.TEST.swap_sentences else "")
+        lines = scored.lines[0][: cfg.TEST.visualize_limit]
+        draw(scored.dataset, lines, cfg.run_folder / "vis" / name)
 
 
 def result_stem(dataset: str, split: str, protocol: str, threshold: float, swapped: bool) -> str:

@@ -7,6 +7,7 @@ every key; a test keeps its values equal to the defaults here. Configs of the re
 """
 
 import ast
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
@@ -70,7 +71,8 @@ def _distinct(files: tuple[str, ...]) -> tuple[str, ...]:
 Text = Annotated[str, BeforeValidator(_as_text)]
 # The release's test configs call val so.
 Split = Annotated[Text, AfterValidator(lambda name: "val" if name == "val-test" else name)]
-Files = Annotated[tuple[Text, ...], BeforeValidator(_as_list), AfterValidator(_distinct)]
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # "~" is the person's folder
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_as_list), AfterValidator(_distinct)]
 Integer = Annotated[int, Field(strict=True)]
 Size = Annotated[Integer, Field(ge=1)]
 Count = Annotated[Integer, Field(ge=0)]
@@ -114,19 +116,19 @@ class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
     dataset: Text = "refcoco"
-    train_lmdb: Files = ("datasets/lmdb/refcoco/train.lmdb",)
+    train_lmdb: FilePaths = ("datasets/lmdb/refcoco/train.lmdb",)
     train_split: Text = "train"
-    exclude_lmdb: tuple[Text, ...] = ()
-    val_lmdb: Text = "datasets/lmdb/refcoco/val.lmdb"
+    exclude_lmdb: tuple[FilePath, ...] = ()
+    val_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"
     val_split: Text = "val"
-    cache: Text | None = None
+    cache: FilePath | None = None
     allow_mismatch: StrictBool = False
 
 
 class TrainConfig(_Group):
     """The model, the recipe, and where the run is written."""
 
-    clip_pretrain: Text | None = "pretrain/RN50.pt"
+    clip_pretrain: FilePath | None = "pretrain/RN50.pt"
     clip_arch: ClipArch | None = None
     input_size: Pixels = 416
     word_len: Annotated[Integer, Field(ge=2)] = 17  # start and end
@@ -171,9 +173,9 @@ class TrainConfig(_Group):
     manual_seed: Count = 0
     print_freq: Size = 100
     exp_name: Text = "CRIS_R50"
-    output_folder: Text = "exp/refcoco"
-    weight: Text | None = None
-    resume: Text | None = None
+    output_folder: FilePath = "exp/refcoco"
+    weight: FilePath | None = None
+    resume: FilePath | None = None
     force: StrictBool = False
     wandb: Literal["disabled", "offline", "online"] = "disabled"
 
@@ -225,9 +227,9 @@ class TestConfig(_Group):
     __test__ = False  # pytest: no test class
 
     test_split: Split = "val"
-    test_lmdb: Text = "datasets/lmdb/refcoco/val.lmdb"
-    splits: tuple[Split, ...] = ()
-    weights: Text | None = None
+    test_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"
+    splits: Annotated[tuple[Split, ...], BeforeValidator(_as_list)] = ()
+    weights: FilePath | None = None
     protocol: Literal["published", "aligned", "both"] = "published"
     threshold: Annotated[Number, Field(gt=0, lt=1)] | None = None
     visualize: StrictBool = False
@@ -386,7 +388,7 @@ def _read_files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
     tree = _read_yaml(path)
     below = []
     if BASE_KEY in tree:
-        base_path = path.parent / str(tree.pop(BASE_KEY))
+        base_path = path.parent / os.path.expanduser(str(tree.pop(BASE_KEY)))
         if not base_path.is_file():
             raise UserError(f"{path}: its {BASE_KEY} {base_path} does not exist")
         below = _read_files(base_path, (*above, path.resolve()))
@@ -434,7 +436,7 @@ def _full_key(key: str) -> str:
 
 def _parse_opt(text: str, hint: Any) -> Any:
     """Return what `text` spells for a key of type `hint`: Python literal, YAML, or text."""
-    takes_text = hint in (str, Text | None) or get_origin(hint) is Literal
+    takes_text = hint in (str, Text | None, FilePath | None) or get_origin(hint) is Literal
     with suppress(ValueError, SyntaxError, TypeError):
         value = ast.literal_eval(text)
         if not takes_text or value is None or isinstance(value, str):

@@ -42,6 +42,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError, which names it, if nothing can be written to a folder; it is made."""
+    with atomic_path(folder / ".writable") as partial:
+        partial.touch()
+    (folder / ".writable").unlink()
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove the temporary files for `path` of processes that were killed; nobody reads them."""
     path = Path(path)

@@ -66,8 +66,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if hours == 0 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
-    """Drop all other lines, among them the one that a killed process left unfinished."""
+def _keep_records(path: Path, keep: Callable[[dict], bool]) -> int:
+    """Drop all other lines, among them the one that a killed process left; count what stays."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -75,6 +75,7 @@ def _keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
                 kept.append(line)
     with atomic_path(path) as partial:
         partial.write_text("".join(kept))
+    return len(kept)
 
 
 class Tracker:
@@ -101,9 +102,9 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         if wandb_mode != "disabled":  # first: nothing has been changed yet if it cannot start
             self._wandb = _start_wandb(folder, wandb_mode, name, config, keep is not None)
-        path = folder / METRICS
+        path, self._records = folder / METRICS, 0
         if keep is not None and path.exists():
-            _keep_records(path, keep)
+            self._records = _keep_records(path, keep)
         self._file = path.open("w" if keep is None else "a", buffering=1)  # a line at once
 
     def __enter__(self) -> Self:
@@ -124,8 +125,10 @@ class Tracker:
             for key, value in record.items()
         }
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{key}": value for key, value in record.items()})
+        if self._wandb is not None:  # whose own counter begins at 0 in each start
+            named = {f"{kind}/{key}": value for key, value in record.items()}
+            self._wandb.log(named, step=self._records)
+        self._records += 1
 
     def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
         """Give Weights & Biases pictures with their captions, the same number in every epoch."""
@@ -137,7 +140,7 @@ class Tracker:
             f"epoch/sentence_{number}": Image(picture, caption=caption)
             for number, (caption, picture) in enumerate(pictures, start=1)
         }
-        self._wandb.log({"epoch/epoch": epoch, **images})
+        self._wandb.log({"epoch/epoch": epoch, **images}, step=self._records)
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_on: bool) -> Any:
@@ -168,7 +171,7 @@ def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_o
     except wandb.Error as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"TRAIN.wandb {mode}: {reason}; offline needs no account") from None
-    # Its own counter of calls is no axis, and goes on from another number after a resume.
+    # The count of records is no axis.
     for kind in ("step", "epoch"):
         run.define_metric(f"{kind}/*", step_metric=f"{kind}/{kind}")
     with atomic_path(file) as partial:

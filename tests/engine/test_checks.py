@@ -1,15 +1,17 @@
-"""Config, records and checkpoint that do not belong together are refused, unless asked for."""
+"""Config, records and checkpoint that do not belong together: trained no further, but scored."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import error_of, load, run_program, write_config
+from helpers import ROOT, error_of, largest_file, load, pack, run_program, write_config
 
 from engine.checks import check_records
 from utils.config import load_config
 from utils.errors import UserError
-
-ALLOW = ("DATA.allow_mismatch", True)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,13 @@ def test_records_of_another_split_are_refused(key, data, tmp_path):
     assert f"holds shapes testB, the config says shapes {key}" in line
 
 
-def test_a_split_under_another_name_is_not_scored(trained, data):
+def test_a_split_under_another_name_is_scored_as_what_it_is(trained, data, tmp_path, log_lines):
+    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", trained / "exp/tiny/last_model.pth")
     opts = ("TEST.test_split", "testA", "TEST.test_lmdb", data / "lmdb/shapes/testB.lmdb")
-    line = error_of("test.py", trained / "tiny.yaml", *opts)
-    assert "holds shapes testB, the config says shapes testA" in line
+    run_program("test.py", trained / "tiny.yaml", *opts, *out)
+    told = "holds shapes testB, the config says shapes testA: shapes testB is scored"
+    assert sum(told in line for line in log_lines) == 1
+    assert json.loads((tmp_path / "tiny/test_shapes_testB.json").read_text())["split"] == "testB"
 
 
 def test_the_flag_lets_another_data_set_pass(data, tmp_path):
@@ -56,20 +61,60 @@ def test_the_flag_lets_another_data_set_pass(data, tmp_path):
         (("TRAIN.input_size", 96), "TRAIN.input_size 64, the config says 96"),
     ],
 )
-def test_a_checkpoint_of_other_inputs_is_neither_scored_nor_resumed(trained, opts, fault):
+def test_a_checkpoint_of_other_inputs_is_scored_and_told_but_not_resumed(
+    trained, tmp_path, log_lines, opts, fault
+):
     weights = trained / "exp/tiny/last_model.pth"
-    for program, key in (("test.py", "TEST.weights"), ("train.py", "TRAIN.resume")):
-        line = error_of(program, trained / "tiny.yaml", *opts, key, weights)
-        assert f"{weights} was trained with {fault}" in line
+    told = f"{weights} was trained with {fault}"
+    out = ("TRAIN.output_folder", tmp_path)
+    assert told in error_of("train.py", trained / "tiny.yaml", *opts, "TRAIN.resume", weights)
+    run_program("test.py", trained / "tiny.yaml", *opts, *out, "TEST.weights", weights)
+    assert log_lines.count(told) == 1
 
 
-def test_a_checkpoint_of_another_data_set_is_scored_with_the_flag(trained, data, tmp_path):
-    opts = ("DATA.dataset", "other", "TRAIN.output_folder", tmp_path)
+def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
+    """Its model is refcoco's, its records are refcocog's; here the model is a small one."""
+    pack(data, tmp_path / "datasets", "shapes", "unc", "refcocog_g")
+    config, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
+    for folder in (config.parent, run):
+        folder.mkdir(parents=True)
+    (run / "best_model.pth").write_bytes((trained / "exp/tiny/last_model.pth").read_bytes())
+    names = {"DATA": {"dataset": "refcoco"}}
+    names["TRAIN"] = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
+    config.write_text(json.dumps({"_base_": str(trained / "tiny.yaml"), **names}))
+    line = (
+        f"{sys.executable} -u {ROOT}/test.py --config config/refcoco/cris_r50.yaml --opts "
+        "TEST.test_split val-test TEST.test_lmdb datasets/lmdb/refcocog_g/val.lmdb"
+    )
+    ending = subprocess.run(
+        line.split(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
+        check=False,
+    )
+    assert ending.returncode == 0, ending.stderr
+    assert "holds refcocog_g val, the config says refcoco val" in ending.stderr
+    assert (run / "test_refcocog_g_val.json").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/sys").is_dir(), reason="root writes anywhere")
+def test_what_cannot_be_written_is_told_before_an_hour_of_scoring(trained):
     weights = ("TEST.weights", trained / "exp/tiny/last_model.pth")
-    line = error_of("test.py", trained / "tiny.yaml", *opts, *weights)
-    assert "was trained with DATA.dataset shapes, the config says other" in line
-    run_program("test.py", trained / "tiny.yaml", *opts, *weights, *ALLOW)
-    assert (tmp_path / "tiny/test_shapes_val.json").is_file()
+    line = error_of(
+        "test.py", trained / "tiny.yaml", *weights, "TRAIN.output_folder", "/sys/nobody"
+    )
+    assert line.startswith("error: /sys/nobody")
+
+
+def test_scores_are_printed_though_they_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
+    weights = ("TEST.weights", trained / "exp/tiny/last_model.pth")
+    with largest_file(2_000):
+        line = error_of("test.py", trained / "tiny.yaml", *weights, "TRAIN.output_folder", tmp_path)
+    assert "File too large" in line
+    assert "perfect model" in capsys.readouterr().out
+    assert not list((tmp_path / "tiny").iterdir())
 
 
 def test_a_training_may_start_from_the_weights_of_another_data_set(trained, data, tmp_path):

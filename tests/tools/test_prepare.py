@@ -205,7 +205,7 @@ def test_real_photos_give_records_that_are_whole_and_score_alike(mini_root, run,
     for source in ("zip", "parquet"):
         root = run("refcoco", "--from", given, "--source", source)
         out = ("TRAIN.output_folder", tmp_path, "TRAIN.exp_name", source)
-        where = ("DATA.allow_mismatch", True, "TEST.test_lmdb", root / "lmdb/refcoco/val.lmdb")
+        where = ("TEST.test_lmdb", root / "lmdb/refcoco/val.lmdb")
         weights = trained.parent / "exp/tiny/best_model.pth"
         run_program("test.py", trained, *out, *where, "TEST.weights", weights)
         (table,) = (tmp_path / source).glob("*.jsonl")
