@@ -29,9 +29,9 @@ def main() -> None:
         logger.info(notice)
     ranks = start(alone=True)
     model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
-    results, failure = [], None
+    files, results, failure = find_records(cfg), [], None
     check_writable(cfg.run_folder)
-    for lmdb in find_records(cfg):
+    for lmdb in files:
         scored = score_split(cfg, model, ranks, lmdb, weights)
         results += scored.results
         try:

@@ -303,6 +303,9 @@ class TestOpts:
             ("TEST.visualize_limit", "3", 3),
             ("TEST.splits", "[val, testA]", ("val", "testA")),
             ("TEST.splits", "('val',)", ("val",)),
+            ("TEST.splits", "testA", ("testA",)),
+            ("TEST.weights", "~/best.pth", str(Path.home() / "best.pth")),
+            ("TRAIN.output_folder", "~/exp", str(Path.home() / "exp")),
             ("protocol", "aligned", "aligned"),
         ],
     )
@@ -387,7 +390,6 @@ class TestErrors:
             ("TRAIN:\n  epochs: 5\nTRAIN:\n", ":3: not valid YAML: TRAIN is there twice"),
             ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
             ("TEST: {threshold: 1.5}", "TEST.threshold must be less than 1, not 1.5"),
-            ("TEST: {splits: val}", "TEST.splits must be a list, not 'val'"),
             ("TRAIN:\n  - a\n :", ":3: not valid YAML: "),
             ("TRAIN: {exp_name: 2024-13-99}", ": not valid YAML: "),
             ("\x00", "not valid YAML: "),
