@@ -15,7 +15,7 @@ from engine.tester import find_records, print_table, report_page, score_split, w
 from utils.arguments import parse_config_arguments
 from utils.config import load_config
 from utils.distributed import start
-from utils.errors import run_entry_point
+from utils.errors import UserError, run_entry_point
 from utils.files import check_writable
 from utils.logger import setup_logging
 
@@ -29,14 +29,17 @@ def main() -> None:
         logger.info(notice)
     ranks = start(alone=True)
     model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
-    files, results, failure = find_records(cfg), [], None
+    files, results, failure = find_records(cfg, weights), [], None
     check_writable(cfg.run_folder)
     for lmdb in files:
         scored = score_split(cfg, model, ranks, lmdb, weights)
         results += scored.results
         try:
             write_split(cfg, scored)
-        except OSError as error:  # the scores took an hour: they are printed all the same
+        except (
+            OSError,
+            UserError,
+        ) as error:  # the scores took an hour: they are printed all the same
             failure = error
     print_table(results)
     if failure is not None:

@@ -24,6 +24,7 @@ from engine.report import pages
 from utils.config import Config
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.metrics import METRIC_NAMES
@@ -42,18 +43,19 @@ class Scored(NamedTuple):
     lines: list[list[SentenceScore]]
 
 
-def find_records(cfg: Config) -> list[str]:
+def find_records(cfg: Config, weights: str) -> list[str]:
     """Return the LMDB paths of all that TEST asks for; `TEST.splits` lie beside `TEST.test_lmdb`.
 
     What holds another data set or split than the config names is scored all the same, and told.
 
     Raises:
-        UserError: one of them cannot be read; told before the first is scored.
+        UserError: one of them cannot be read, or two hold the same split, whose files would have
+            the same names; told before the first is scored.
     """
     named = Path(cfg.TEST.test_lmdb)
     paths = {split: str(named.with_name(f"{split}.lmdb")) for split in cfg.TEST.splits}
     paths = paths or {cfg.TEST.test_split: cfg.TEST.test_lmdb}
-    is_joint = len(cfg.DATA.train_lmdb) > 1
+    is_joint, first = len(cfg.DATA.train_lmdb) > 1, {}
     for split, path in paths.items():
         meta = RecordReader(path).meta
         held = meta["dataset"], meta["split"]
@@ -61,8 +63,10 @@ def find_records(cfg: Config) -> list[str]:
         if held != expected:
             logger.warning(
                 f"{path} holds {' '.join(held)}, the config says {' '.join(expected)}: "
-                f"{' '.join(held)} is scored"
+                f"{' '.join(held)} is scored with {weights}"
             )
+        if first.setdefault(held, path) != path:
+            raise UserError(f"TEST.splits: {first[held]} and {path} both hold {' '.join(held)}")
     return list(paths.values())
 
 
@@ -114,7 +118,8 @@ def write_split(cfg: Config, scored: Scored) -> None:
     if cfg.TEST.report:
         write_report(cfg, scored.dataset.reader, scored.results, scored.lines)
     if cfg.TEST.visualize:
-        name = scored.results[0]["split"] + (".swapped" if cfg.TEST.swap_sentences else "")
+        name = "{dataset}_{split}".format(**scored.results[0])
+        name += ".swapped" if cfg.TEST.swap_sentences else ""
         lines = scored.lines[0][: cfg.TEST.visualize_limit]
         draw(scored.dataset, lines, cfg.run_folder / "vis" / name)
 
@@ -199,12 +204,12 @@ def print_table(results: list[dict]) -> None:
         ceiling = [f"{100 * result['ceiling'][name]:.2f}" for name in METRIC_NAMES]
         rows.append(["", "", "  perfect model", "", *ceiling])
     print_aligned([heads, *rows], left=3)
-    if len({result["split"] for result in results}) > 1:
-        for protocol in dict.fromkeys(result["protocol"] for result in results):  # as papers do
-            chosen = [result for result in results if result["protocol"] == protocol]
+    for group in dict.fromkeys((result["dataset"], result["protocol"]) for result in results):
+        chosen = [r for r in results if (r["dataset"], r["protocol"]) == group]
+        if len(chosen) > 1:  # as papers do
             splits = " / ".join(result["split"] for result in chosen)
             values = " / ".join(f"{100 * result['mIoU']:.2f}" for result in chosen)
-            print(f"{chosen[0]['dataset']} mIoU ({protocol}), {splits}: {values}")
+            print(f"{group[0]} mIoU ({group[1]}), {splits}: {values}")
 
 
 def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:

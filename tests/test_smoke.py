@@ -36,7 +36,7 @@ def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int)
         page = folder / "report" / stem
         assert {"index.html", "data.js", "masks.js"} <= {path.name for path in page.iterdir()}
     assert (folder / "report/index.html").is_file()
-    paths = list((folder / "vis" / split).iterdir())
+    paths = list((folder / "vis" / f"{dataset}_{split}").iterdir())
     assert len(paths) == pictures
     for path in paths:
         with Image.open(path) as picture:

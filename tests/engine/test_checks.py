@@ -41,9 +41,30 @@ def test_a_split_under_another_name_is_scored_as_what_it_is(trained, data, tmp_p
     out = ("TRAIN.output_folder", tmp_path, "TEST.weights", trained / "exp/tiny/last_model.pth")
     opts = ("TEST.test_split", "testA", "TEST.test_lmdb", data / "lmdb/shapes/testB.lmdb")
     run_program("test.py", trained / "tiny.yaml", *opts, *out)
-    told = "holds shapes testB, the config says shapes testA: shapes testB is scored"
+    told = "holds shapes testB, the config says shapes testA: shapes testB is scored with "
     assert capsys.readouterr().err.count(told) == 1
     assert json.loads((tmp_path / "tiny/test_shapes_testB.json").read_text())["split"] == "testB"
+
+
+def test_two_files_of_one_split_do_not_overwrite_each_others_scores(trained, data, tmp_path):
+    for split in ("val", "testA"):
+        (tmp_path / f"{split}.lmdb").symlink_to(data / "lmdb/shapes/testB.lmdb")
+    opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
+    line = error_of("test.py", trained / "tiny.yaml", *opts)
+    assert line.endswith(f"{tmp_path}/testA.lmdb both hold shapes testB")
+
+
+@pytest.mark.parametrize("name", ["report", "vis"])
+def test_the_next_split_is_scored_and_printed_though_pictures_cannot_be_written(
+    trained, tmp_path, capsys, name
+):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / name).touch()
+    opts = ("TEST.splits", "[val, testA]", "TEST.report", True, "TEST.visualize", True)
+    opts += ("TRAIN.output_folder", tmp_path, "TEST.weights", trained / "exp/tiny/last_model.pth")
+    assert f"{tmp_path}/tiny/{name}" in error_of("test.py", trained / "tiny.yaml", *opts)
+    assert "shapes mIoU (published), val / testA: " in capsys.readouterr().out
+    assert (tmp_path / "tiny/test_shapes_testA.json").is_file()
 
 
 def test_the_flag_lets_another_data_set_pass(data, tmp_path):

@@ -477,7 +477,7 @@ def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_pa
     lmdb = repack(reader, tmp_path / "odd.lmdb", [ref])
     opts = ("TEST.test_lmdb", lmdb, "TEST.test_split", "odd", "TEST.visualize", True)
     folder = run_test(run_folder, tmp_path, *opts)
-    pictures = list((folder / "vis/odd").iterdir())
+    pictures = list((folder / "vis/shapes_odd").iterdir())
     assert len(pictures) == len(ODD)
     assert set(tmp_path.rglob("*.png")) == set(pictures)
     for path in pictures:
@@ -492,7 +492,7 @@ def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_pa
 def test_pictures_may_be_limited(run_folder, tmp_path):
     opts = ("TEST.visualize", True, "TEST.visualize_limit", 3)
     folder = run_test(run_folder, tmp_path, *opts)
-    names = sorted(path.name for path in (folder / "vis/val").iterdir())
+    names = sorted(path.name for path in (folder / "vis/shapes_val").iterdir())
     lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.jsonl")[:3]
     for name, line in zip(names, sorted(lines, key=lambda x: str(x["ref_id"])), strict=True):
         assert name.startswith(f"{line['ref_id']}-{line['sent_id']}-iou={line['iou']:.2f}-")

@@ -405,7 +405,7 @@ def test_the_worked_example_runs_from_pictures_to_scores(tmp_path):
     assert scores["sentences"] == val["sentences"]
     assert 0 <= scores["mIoU"] <= 1
     assert (tmp_path / "datasets/example/train.png").is_file()
-    assert list((tmp_path / "exp/mydata/cris_tiny/vis/val").glob("*.png"))
+    assert list((tmp_path / "exp/mydata/cris_tiny/vis/mydata_val").glob("*.png"))
     kinds = {
         type(json.loads(row)["mask"]) for row in (tmp_path / "datasets/example/data.jsonl").open()
     }
