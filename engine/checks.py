@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.records import RecordReader
 
 # What a model was trained with and has to be scored and continued with.
-CHECKPOINT_KEYS = ("DATA.dataset", "TRAIN.input_size", "TRAIN.word_len")
+CHECKPOINT_KEYS = ("DATA.dataset", "TRAIN.input_size", "TRAIN.word_len", "TRAIN.num_head")
 
 
 def check_records(cfg: Config, lmdb: str, split: str) -> None:

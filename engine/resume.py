@@ -290,7 +290,7 @@ def measured_on(run: Run) -> dict[str, object]:
         "protocol": name,
         "threshold": protocol.threshold,
         "val_sentences": dataset.sentences,
-        "records": dataset.reader.digest(),
+        "records": dataset.reader.digest()[:12],
     }
 
 
@@ -358,19 +358,16 @@ def _counted(sums: Tensor, count: int) -> Tensor:
 
 def _resume_best(run: Run, state: dict, source: str) -> None:
     """Take over the best score, unless it was measured otherwise or its model is not there."""
-    best, now = float(state.get("best_iou", -1)), measured_on(run)
-    was = state.get("best_on", {})
-    others = [
-        f"{key} {was.get(key)}, now {value}" for key, value in now.items() if was.get(key) != value
-    ]
-    if best < 0:
-        return
-    if not others and (run.folder / BEST).exists():
-        run.best = best
-        return
+    best, now, was = float(state.get("best_iou", -1)), measured_on(run), state.get("best_on", {})
+    faults = [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
     if not was:
-        others = ["it does not say what it was measured on"]
-    reason = "; ".join(others) or f"{run.folder / BEST} is not there"
-    logger.warning(
-        f"best mIoU {100 * best:.2f} of {source} does not count, a new best begins: {reason}"
-    )
+        faults = ["it does not say what it was measured on"]
+    elif not (run.folder / BEST).exists():
+        faults.append(f"{run.folder / BEST} is not there")
+    if not faults:
+        run.best = best
+    elif best >= 0:
+        logger.warning(
+            f"best mIoU {100 * best:.2f} of {source} does not count, a new best begins: "
+            f"{'; '.join(faults)}"
+        )
