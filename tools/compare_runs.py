@@ -42,7 +42,7 @@ SAME_PROTOCOL = ("protocol", "threshold", "swapped_sentences")
 
 
 class Line(BaseModel):
-    """What is read of a sentence's record."""
+    """Holds what is read of a sentence's record."""
 
     model_config = ConfigDict(strict=True)
 
@@ -61,7 +61,7 @@ class Line(BaseModel):
 
 
 class Result(BaseModel):
-    """What the scores and the way they were made must name; all else is kept too."""
+    """Holds what the scores and the way they were made must name; all else is kept too."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

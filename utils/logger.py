@@ -127,7 +127,7 @@ class Tracker:
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
         if self._wandb is not None:  # whose own counter begins at 0 in each start
             named = {f"{kind}/{key}": value for key, value in record.items()}
-            self._wandb.log(named, step=self._records)
+            self._wandb.log(named, step=self._records, commit=True)
         self._records += 1
 
     def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
