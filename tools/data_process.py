@@ -141,7 +141,11 @@ def _write_masks(refer: Refer, refs: Mapping[int, Ref], folder: Path) -> None:
         for ref_id, ref in tqdm(
             refs.items(), desc=f"masks {folder.name}", unit="ref", disable=None
         ):
-            Path(staging, f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
+            try:
+                Path(staging, f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
+            except OSError as error:  # writing names no file
+                error.filename = str(folder / f"{ref_id}.png")
+                raise
         for path in sorted(Path(staging).iterdir()):
             os.replace(path, folder / path.name)
 

@@ -125,7 +125,7 @@ def pack(args: argparse.Namespace) -> Path:
         for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key = entry["img_name"]
             if key not in sizes:
-                image_path = args.img_dir / key
+                image_path = find_photo(args.img_dir, key)
                 data = read_file(image_path, _IMAGE_REMEDY)
                 sizes[key] = image_size(data, str(image_path), _IMAGE_REMEDY)
                 writer.add_image(key, data)
@@ -211,6 +211,13 @@ def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) 
         )
     if not mask.any():
         raise UserError(f"{name} is an empty mask: {remedy}")
+
+
+def find_photo(folder: Path, key: str) -> Path:
+    """Return an image's path in a folder, under COCO's name of 2017 if that alone is there."""
+    path = folder / key
+    renamed = path.with_name(re.sub(r"^COCO_(train|val)2014_(?=\d{12}\.jpg$)", "", path.name))
+    return renamed if renamed.is_file() and not path.is_file() else path
 
 
 def image_id_of(image_key: str) -> int | None:

@@ -278,6 +278,8 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
         UserError: it cannot be read, is of another size, or covers no pixel.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    # After a polygon, pycocotools draws nothing for a point or a line.
+    parts = parts[:1] + [p for p in parts[1:] if not (isinstance(p, list) and len(p) < 6)]
     try:
         masks = coco_mask.decode([_run_lengths(part, height, width) for part in parts])
     except UserError:

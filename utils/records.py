@@ -10,6 +10,7 @@ The file holds these entries. None is pickled, and all can be read without this 
     image:<key>      the image file's original bytes, once however many refs share it
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -124,9 +125,13 @@ class RecordWriter:
         partial.unlink(missing_ok=True)
         # One process writes a file that nobody else knows of: no lock file is needed, and one
         # sync at the end is enough.
-        env = lmdb.open(
-            str(partial), subdir=False, map_size=_INITIAL_MAP_BYTES, lock=False, sync=False
-        )
+        try:
+            env = lmdb.open(
+                str(partial), subdir=False, map_size=_INITIAL_MAP_BYTES, lock=False, sync=False
+            )
+        except lmdb.Error as fault:
+            partial.unlink(missing_ok=True)
+            raise _disk_error(fault, self.path) from None
         self._env = self._stack.enter_context(env)
         return self
 
@@ -135,8 +140,11 @@ class RecordWriter:
     ) -> None:
         with self._stack:
             if error is not None:
-                raise error
-            self._finish()
+                raise _disk_error(error, self.path) if isinstance(error, lmdb.Error) else error
+            try:
+                self._finish()
+            except lmdb.Error as fault:
+                raise _disk_error(fault, self.path) from None
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
@@ -201,6 +209,16 @@ class RecordWriter:
         }
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
+
+
+def _disk_error(error: lmdb.Error, path: Path) -> OSError:
+    """Return LMDB's error as the system's, which names the file.
+
+    LMDB calls a write that was cut short by a full disk an input/output error.
+    """
+    if not os.statvfs(path.parent).f_bavail:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return OSError(errno.EIO, str(error), str(path))
 
 
 class RecordReader:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +72,15 @@ def test_everything_lies_in_the_file_as_it_was(data: Path) -> None:
         assert record.mask == (data / f"masks/toys/{i}.png").read_bytes()
         assert reader.image(key) == (data / "images" / key).read_bytes()
     assert os.listdir(data / "lmdb/toys") == ["val.lmdb"]
+
+
+def test_photos_under_the_names_of_2017_are_packed_as_those_of_2014(data: Path) -> None:
+    photo = data / "images" / COCO
+    content = photo.read_bytes()
+    photo.rename(photo.with_name(COCO.rpartition("_")[2]))
+    reader = pack(data)
+    assert reader.ref(0).image_key == COCO
+    assert reader.image(COCO) == content
 
 
 def test_dataset_and_split_are_named_after_the_json(data: Path, capsys) -> None:
@@ -265,3 +276,22 @@ def test_real_photos_go_through_both_tools(
             assert str(record.image_id) in record.image_key
         found[path.stem] = len(reader)
     assert found == refs
+
+
+def test_a_disk_that_is_full_is_named_with_the_file(data: Path) -> None:
+    disk = data / "small"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+        (data / "images/q.png").write_bytes(encoded(noise))
+        mask = encoded(np.full((500, 500), 255, np.uint8))
+        (data / "masks/toys/1.png").write_bytes(mask)
+        with pytest.raises(OSError, match="No space left") as caught:
+            pack(data, "-o", str(disk / "toys"))
+        assert caught.value.filename == str(disk / "toys/val.lmdb")
+        assert os.listdir(disk / "toys") == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

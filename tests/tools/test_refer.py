@@ -150,6 +150,14 @@ def test_categories_count_from_0(tmp_path: Path, ids, categories) -> None:
     assert [refer.category(r) for r in refs] == categories
 
 
+@pytest.mark.parametrize("part", [[2, 3, 7, 3], [2, 3, 7, 6], [4, 4], [1, 2, 3, 4, 5]])
+def test_a_line_beside_a_polygon_is_drawn_as_pycocotools_draws_it(part: list) -> None:
+    polygon = [1, 1, 6, 1, 6, 6, 1, 6]
+    runs = coco_mask.frPyObjects([polygon, part], 8, 10)
+    drawn = draw_segmentation([polygon, part], 8, 10)
+    assert np.array_equal(drawn, coco_mask.decode(runs).sum(2).astype(np.uint8) * 255)
+
+
 def test_overlapping_polygons_are_254_and_the_rest_255(tmp_path: Path) -> None:
     mask = with_segmentation(tmp_path, [SQUARE, OVERLAPPING]).mask(refer_ref(1))
     expected = np.zeros((8, 10), np.uint8)
