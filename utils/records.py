@@ -14,12 +14,13 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -125,14 +126,10 @@ class RecordWriter:
         partial.unlink(missing_ok=True)
         # One process writes a file that nobody else knows of: no lock file is needed, and one
         # sync at the end is enough.
-        try:
-            env = lmdb.open(
-                str(partial), subdir=False, map_size=_INITIAL_MAP_BYTES, lock=False, sync=False
-            )
-        except lmdb.Error as fault:
-            partial.unlink(missing_ok=True)
-            raise _disk_error(fault, self.path) from None
-        self._env = self._stack.enter_context(env)
+        how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
+        with self._stack.pop_all() as stack, _naming(self.path):
+            self._env = stack.enter_context(lmdb.open(str(partial), **how))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -140,17 +137,16 @@ class RecordWriter:
     ) -> None:
         with self._stack:
             if error is not None:
-                raise _disk_error(error, self.path) if isinstance(error, lmdb.Error) else error
-            try:
+                raise error
+            with _naming(self.path):
                 self._finish()
-            except lmdb.Error as fault:
-                raise _disk_error(fault, self.path) from None
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
         if key not in self._image_keys:
             self._image_keys.add(key)
-            self._put(_image_key(key), data)
+            with _naming(self.path):
+                self._put(_image_key(key), data)
 
     def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
         """Append a ref whose image has been added.
@@ -172,7 +168,8 @@ class RecordWriter:
                 f"ref {record.ref_id}: {count} sentences, {len(record.sent_ids)} sentence ids, "
                 f"{len(token_lengths)} token lengths"
             )
-        self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], _REF_SCHEMA))
+        with _naming(self.path):
+            self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], _REF_SCHEMA))
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
         self._index.append(row | {"num_sentences": count})
         self._token_length.update(token_lengths)
@@ -211,14 +208,18 @@ class RecordWriter:
         self._env.sync(True)
 
 
-def _disk_error(error: lmdb.Error, path: Path) -> OSError:
-    """Return LMDB's error as the system's, which names the file.
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn LMDB's errors into the system's, which name the file.
 
     LMDB calls a write that was cut short by a full disk an input/output error.
     """
-    if not os.statvfs(path.parent).f_bavail:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return OSError(errno.EIO, str(error), str(path))
+    try:
+        yield
+    except lmdb.Error as error:
+        if shutil.disk_usage(path.parent).free == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 class RecordReader:
