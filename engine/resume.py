@@ -30,6 +30,7 @@ from utils.signals import EXIT_CODE
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
 SAVED = ("config", "position", "rng", "sums", "faults", "version", "threads", "length", "best_on")
 PUBLISHED = to_dict(Config())
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
 
 
@@ -250,22 +251,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
     Raises:
         UserError: the checkpoint's optimiser had other parameters, or was of another kind.
     """
-    fault, saved = None, state["optimizer"]
+    saved = state["optimizer"]
     try:
         pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
         groups = [own | {"params": group["params"]} for own, group in pairs]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        if any(group.get("decoupled_weight_decay") for group in saved["param_groups"]) or any(
-            moments.keys() != {"step", "exp_avg", "exp_avg_sq"}
-            for moments in saved["state"].values()
-        ):
-            fault = "it is of another kind than Adam"
-        elif any(
-            moments[name].shape != parameter.shape
-            for parameter, moments in optimizer.state.items()
-            for name in ("exp_avg", "exp_avg_sq")
-        ):
-            fault = "its moments have other shapes"
+        fault = _misfit(optimizer, saved["param_groups"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fault = str(error).splitlines()[0]
     if fault:
@@ -273,6 +264,21 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
             f"TRAIN.resume: the optimiser in {source} does not fit ({fault}); resume with the "
             "config of its run, or start from its weights with TRAIN.weight"
         )
+
+
+def _misfit(optimizer: torch.optim.Optimizer, groups: list[dict]) -> str | None:
+    """Tell what torch does not: it takes settings and moments of any kind for any other's."""
+    for own, saved in zip(optimizer.param_groups, groups, strict=True):
+        is_decoupled = [bool(g.get("decoupled_weight_decay")) for g in (own, saved)]
+        if not saved.keys() <= own.keys() or is_decoupled[0] != is_decoupled[1]:
+            return "it is of another kind"
+    for parameter, moments in optimizer.state.items():
+        if isinstance(optimizer, torch.optim.Adam) and not moments.keys() <= ADAM_STATE:
+            return "it is of another kind"
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if (moment := moments.get(name)) is not None and moment.shape != parameter.shape:
+                return "its moments have other shapes"
+    return None
 
 
 def records_until(state: dict) -> Callable[[dict], bool]:

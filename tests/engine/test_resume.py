@@ -199,6 +199,18 @@ def test_an_optimiser_of_another_kind_or_shape_is_refused(straight, config, tmp_
     assert line.startswith(f"TRAIN.resume: the optimiser in {source} does not fit (")
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_an_optimiser_of_the_same_kind_gets_its_moments_back(kind):
+    model = torch.nn.Linear(3, 2)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    before, after = (kind(model.parameters(), lr=0.1, **options) for _ in range(2))
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    resume.restore_optimizer(after, {"optimizer": before.state_dict()}, "x.pth")
+    assert_same(after.state_dict(), before.state_dict())
+    assert after.state
+
+
 @pytest.mark.parametrize("batch", [4, 16])
 def test_a_cosine_goes_on_where_it_was_with_another_batch(config, folder, batch, capfd):
     opts = ("TRAIN.schedule", "cosine", "TRAIN.epochs", 4, "TRAIN.print_freq", 1)
