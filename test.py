@@ -36,11 +36,8 @@ def main() -> None:
         results += scored.results
         try:
             write_split(cfg, scored)
-        except (
-            OSError,
-            UserError,
-        ) as error:  # the scores took an hour: they are printed all the same
-            failure = error
+        except (OSError, UserError) as error:
+            failure = error  # the scores may have taken an hour: they are printed first
     print_table(results)
     if failure is not None:
         raise failure

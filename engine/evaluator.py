@@ -135,13 +135,14 @@ def evaluate(
     rows: list[dict[str, SentenceScore]] = []
     pool = ThreadPoolExecutor(min(max(available_cores() // 2, 2), MAX_THREADS))
     try:
-        for batch in islice(loader if progress is None else progress, batches):
+        source = loader if progress is None else progress
+        for number, batch in enumerate(islice(source, batches)):
             images, tokens, image_index = (
                 batch[name].to(device, non_blocking=True)
                 for name in ("images", "tokens", "image_index")
             )
             images, side = normalize_images(images), images.shape[1]
-            if not rows:
+            if number == 0:
                 first = partial(answer_first, images=images, tokens=tokens, index=image_index)
                 check_folding(plain, first)
             features = model.encode_image(images)

@@ -49,22 +49,22 @@ def check_folding(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
         RuntimeError: they differ by more than `TOLERANCE` of the largest output; the text names
             the first BatchNorm whose output does.
     """
+    twins = fold_batch_norm(model, folds=False), fold_batch_norm(model)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        plain = _outputs(fold_batch_norm(model, folds=False), run)
-        folded = _outputs(fold_batch_norm(model), run)
+        if not _differ(*map(run, twins)):
+            return
+        plain, folded = (_outputs(twin, run) for twin in twins)
     norms = [name for name, child in model.named_modules() if isinstance(child, _BatchNorm)]
-    differing = [name for name in ("", *norms) if _differ(plain.get(name), folded.get(name))]
-    if differing[:1] == [""]:
-        name = differing[1] if len(differing) > 1 else "a module"
-        raise RuntimeError(
-            f"folding BatchNorm changes what the model computes, at {name}: there it is not "
-            "applied right after the layer before it; do not register the two in an nn.Sequential "
-            "or in FOLDED"
-        )
+    found = (n for n in norms if n in plain and n in folded and _differ(plain[n], folded[n]))
+    raise RuntimeError(
+        f"folding BatchNorm changes what the model computes, at {next(found, 'a module')}: there "
+        "it is not applied right after the layer before it; do not register the two in an "
+        "nn.Sequential or in FOLDED"
+    )
 
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Return the last output of each module by name; the result's own name is empty."""
+    """Return the last output of each module by name."""
     names = {id(child): name for name, child in model.named_modules()}
     found = {}
 
@@ -74,14 +74,13 @@ def _outputs(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, 
 
     hook = register_module_forward_hook(note)
     try:
-        return found | {"": run(model)}
+        run(model)
     finally:
         hook.remove()
+    return found
 
 
-def _differ(plain: Tensor | None, folded: Tensor | None) -> bool:
-    if plain is None or folded is None:
-        return False
+def _differ(plain: Tensor, folded: Tensor) -> bool:
     return bool((plain - folded).abs().max() > TOLERANCE * plain.abs().max())
 
 

@@ -212,10 +212,8 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
             codes = load_mask(entry.mask, contents.sizes[key], contents.masks)
             if np.count_nonzero(codes) >= 0.99 * codes.size:
                 contents.odd_masks["cover 99 % of their photo or more"].append(number)
-            if (
-                len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0})
-                > 1
-            ):
+            seen = {min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}
+            if len(seen) > 1:
                 contents.odd_masks["have several values, all taken for the object"].append(number)
         except (UserError, OSError) as error:
             yield str(error) if isinstance(entry.mask, str) else f"its mask is {error}"

@@ -114,7 +114,7 @@ def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
     assert (run / "test_refcocog_g_val.json").is_file()
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/sys").is_dir(), reason="root writes anywhere")
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="no /sys, where not even root may write")
 def test_what_cannot_be_written_is_told_before_an_hour_of_scoring(trained):
     weights = ("TEST.weights", trained / "exp/tiny/last_model.pth")
     line = error_of(

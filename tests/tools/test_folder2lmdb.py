@@ -282,8 +282,10 @@ def test_a_disk_that_is_full_is_named_with_the_file(data: Path) -> None:
     disk = data / "small"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
+    if shutil.which("mount") is None:
+        pytest.skip("no program mount, for a small disk")
+    if (ending := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no small disk: {ending.stderr.strip()}")
     try:
         noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
         (data / "images/q.png").write_bytes(encoded(noise))
