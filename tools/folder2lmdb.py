@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import cv2
 import numpy as np
@@ -72,6 +72,7 @@ class Entry(TypedDict):
     img_name: ImageKey
     cat: Number | None
     sentences: Annotated[list[Sentence], must(bool, "one or more")]
+    num_targets: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]  # 1 where it is missing
 
 
 class ReleaseItem(TypedDict):
@@ -131,7 +132,8 @@ def pack(args: argparse.Namespace) -> Path:
                 writer.add_image(key, data)
             mask_path = args.mask_dir / f"{entry['segment_id']}.png"
             mask = read_file(mask_path, _REDO_MASKS)
-            white = whiten_mask(mask, sizes[key], str(mask_path), _REDO_MASKS)
+            num_targets = entry.get("num_targets", 1)
+            white = whiten_mask(mask, sizes[key], str(mask_path), _REDO_MASKS, num_targets)
             whitened += white != mask
             add_ref(writer, entry, sizes[key], white)
     _note_whitened(whitened, len(entries))
@@ -176,20 +178,24 @@ def add_ref(
         mask=mask,
         sentences=sentences,
         sent_ids=tuple(sentence["sent_id"] for sentence in entry["sentences"]),
+        num_targets=entry.get("num_targets", 1),
     )
     writer.add_ref(record, token_lengths(sentences))
 
 
-def whiten_mask(data: bytes, size: tuple[int, int], name: str, remedy: str) -> bytes:
+def whiten_mask(
+    data: bytes, size: tuple[int, int], name: str, remedy: str, num_targets: int = 1
+) -> bytes:
     """Return a mask's file in which the object is 253 to 255, as the release writes them.
 
     A file that is so stays as it is; any other code becomes 255.
 
     Raises:
-        UserError: it cannot be decoded, is empty, or is not of its image's size.
+        UserError: it cannot be decoded, is not of its image's size, or is empty though it has
+            targets, or the other way round.
     """
     codes = read_mask(data, name, remedy)
-    check_mask(codes, size, name, remedy)
+    check_mask(codes, size, name, remedy, num_targets)
     white = np.where((codes == 0) | (codes >= 253) & (codes <= 255), codes, 255).astype(np.uint8)
     is_white = np.array_equal(decode(data, cv2.IMREAD_GRAYSCALE, name, remedy), white)
     return data if is_white else encode_mask(white)
@@ -201,16 +207,23 @@ def _note_whitened(count: int, total: int) -> None:
         print(f"note: {count} of {total} masks are not of 0 and 253 to 255: made so, object 255")
 
 
-def check_mask(mask: np.ndarray, size: tuple[int, int], name: str, remedy: str) -> None:
-    """Raise a `UserError` if a mask (H, W) is empty, or not of its image's size."""
+def check_mask(
+    mask: np.ndarray, size: tuple[int, int], name: str, remedy: str, num_targets: int = 1
+) -> None:
+    """Raise a `UserError` if a mask (H, W) is not of its image's size, or does not fit its targets.
+
+    A mask is empty if and only if it has no target.
+    """
     if mask.shape != size:
         is_turned = mask.shape == size[::-1]
         raise UserError(
             f"{name} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
             f"{' (turned by its EXIF orientation?)' if is_turned else ''}: {remedy}"
         )
-    if not mask.any():
+    if num_targets and not mask.any():
         raise UserError(f"{name} is an empty mask: {remedy}")
+    if not num_targets and mask.any():
+        raise UserError(f"{name} is not empty, though num_targets is 0: {remedy}")
 
 
 def find_photo(folder: Path, key: str) -> Path:

@@ -200,8 +200,9 @@ def _image_problems(reader: RecordReader, ref: RefRecord, check: Check) -> Itera
 def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
     try:
         mask = decode_mask(ref.mask, "mask")
-        check_mask(mask, (ref.height, ref.width), "its mask", "replace it")
-        check.shares.append(float((mask > 0).mean()))
+        check_mask(mask, (ref.height, ref.width), "its mask", "replace it", ref.num_targets)
+        if ref.num_targets:
+            check.shares.append(float((mask > 0).mean()))
         if ((mask > 0) & (mask < 253)).any():
             check.pale.append(ref.ref_id)
     except UserError as error:

@@ -150,7 +150,8 @@ def _join(
 class SentenceTask:
     """One sentence to score: `key` = (position of the sentence's ref, its place there) is unique.
 
-    `ref` is the ref whose mask counts; `sentence` and `sent_id` are its own unless swapped.
+    `ref` is the ref whose mask and `num_targets` count; `sentence` and `sent_id` are its own
+    unless swapped.
     """
 
     key: tuple[int, int]

@@ -6,7 +6,8 @@ The file holds these entries. None is pickled, and all can be read without this 
                      token_length {length: sentences}, tool, digest (SHA-256 of all other
                      entries, each as key and value, in the order they were written)
     __index__        Arrow table, a row a ref: ref_id, image_key, image_id, num_sentences
-    ref:<position>   Arrow table of one row, the fields of `RefRecord`
+    ref:<position>   Arrow table of one row, the fields of `RefRecord`; num_targets only where it
+                     is not 1, so that older files read on and one-target files stay as they were
     image:<key>      the image file's original bytes, once however many refs share it
 """
 
@@ -60,6 +61,7 @@ _REF_SCHEMA = pa.schema(
         pa.field("sent_ids", pa.list_(pa.int64()), nullable=False),
     ]
 )
+_ANY_NUMBER_SCHEMA = _REF_SCHEMA.append(pa.field("num_targets", pa.int32(), nullable=False))
 _INDEX_SCHEMA = pa.schema(
     [
         *(_REF_SCHEMA.field(name) for name in ("ref_id", "image_key", "image_id")),
@@ -74,6 +76,8 @@ class RefRecord:
 
     `mask` is a grey PNG of (height, width), the image's own size; non-zero is the object.
     `category` counts from 0. `image_id` and `category` are None where the source has none.
+    `num_targets` is how many objects the mask joins; 0: the sentences are true of nothing in the
+    image, and the mask is empty.
     """
 
     ref_id: int
@@ -85,6 +89,7 @@ class RefRecord:
     mask: bytes
     sentences: tuple[str, ...]
     sent_ids: tuple[int, ...]
+    num_targets: int = 1
 
 
 class RefIndex(NamedTuple):
@@ -158,7 +163,7 @@ class RecordWriter:
 
         Raises:
             ValueError: its image is missing, or it has no sentence, or the numbers of sentences,
-                sentence ids and token lengths differ.
+                sentence ids and token lengths differ, or `num_targets` is below 0.
         """
         if record.image_key not in self._image_keys:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
@@ -168,8 +173,11 @@ class RecordWriter:
                 f"ref {record.ref_id}: {count} sentences, {len(record.sent_ids)} sentence ids, "
                 f"{len(token_lengths)} token lengths"
             )
+        if record.num_targets < 0:
+            raise ValueError(f"ref {record.ref_id}: num_targets is {record.num_targets}")
+        schema = _REF_SCHEMA if record.num_targets == 1 else _ANY_NUMBER_SCHEMA
         with _naming(self.path):
-            self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], _REF_SCHEMA))
+            self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], schema))
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
         self._index.append(row | {"num_sentences": count})
         self._token_length.update(token_lengths)
@@ -487,15 +495,15 @@ def _to_arrow(rows: list[dict], schema: pa.Schema) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _from_arrow(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
+def _from_arrow(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
     stream = pa.ipc.open_stream(data)
-    if stream.schema != schema:
+    if stream.schema not in schemas:
         raise ValueError(f"columns {stream.schema.names}")
     return stream.read_next_batch()
 
 
 def _parse_ref(data: bytes) -> RefRecord:
-    (row,) = _from_arrow(data, _REF_SCHEMA).to_pylist()
+    (row,) = _from_arrow(data, _REF_SCHEMA, _ANY_NUMBER_SCHEMA).to_pylist()
     row["sentences"] = tuple(row["sentences"])
     row["sent_ids"] = tuple(row["sent_ids"])
     return RefRecord(**row)

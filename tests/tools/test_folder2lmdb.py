@@ -183,6 +183,31 @@ BLANK = encoded(np.zeros((HEIGHT, WIDTH), np.uint8))
 OTHER_SIZE = encoded(np.full((WIDTH, HEIGHT), 255, np.uint8))
 
 
+def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
+    set_field(num_targets=0)(data)
+    write("masks/toys/1.png", BLANK)(data)
+    reader = pack(data)
+    assert [reader.ref(i).num_targets for i in range(3)] == [1, 0, 1]
+    assert reader.ref(1).mask == BLANK
+
+
+@pytest.mark.parametrize(
+    ("num_targets", "mask", "message"),
+    [
+        (2, BLANK, r"1\.png is an empty mask: make"),
+        (0, encoded(255 * OBJECT), r"1\.png is not empty, though num_targets is 0: make"),
+        (-1, BLANK, r"\[1\].num_targets: must be greater than or equal to 0, not -1"),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_number_of_targets_is_refused(
+    data: Path, num_targets, mask, message
+) -> None:
+    set_field(num_targets=num_targets)(data)
+    write("masks/toys/1.png", mask)(data)
+    with pytest.raises(UserError, match=message):
+        pack(data)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -75,6 +75,34 @@ def test_what_is_written_is_read(path: Path) -> None:
     assert reader.image("b.png") == b"bytes of b.png"
 
 
+def test_refs_of_none_one_and_several_targets_are_read_as_written(tmp_path: Path) -> None:
+    refs = [make_ref(1, num_targets=0), make_ref(2), make_ref(3, num_targets=4)]
+    reader = RecordReader(write(tmp_path / "x.lmdb", refs))
+    assert [reader.ref(i) for i in range(3)] == refs
+    assert [reader.ref(i).num_targets for i in range(3)] == [0, 1, 4]
+
+
+def test_a_ref_of_one_target_is_stored_as_before_there_were_others(path: Path) -> None:
+    """Byte for byte: older files are what is written now, and have one target a ref."""
+    columns = {
+        "ref_id": pa.int64(), "image_key": pa.string(), "image_id": pa.int64(),
+        "category": pa.int64(), "height": pa.int32(), "width": pa.int32(), "mask": pa.binary(),
+        "sentences": pa.list_(pa.string()), "sent_ids": pa.list_(pa.int64()),
+    }  # fmt: skip
+    fields = [
+        pa.field(name, kind, nullable=name in ("image_id", "category"))
+        for name, kind in columns.items()
+    ]
+    entries = dict(entries_of(path))
+    for i, ref in enumerate(REFS):
+        stored = entries[b"ref:%09d" % i]
+        assert stored == records._to_arrow(
+            [{n: getattr(ref, n) for n in columns}], pa.schema(fields)
+        )
+    assert "num_targets" not in json.dumps(RecordReader(path).meta)
+    assert RecordReader(path).ref(0).num_targets == 1
+
+
 def test_meta_counts_the_split(path: Path) -> None:
     version = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
     assert RecordReader(path).meta == {
@@ -177,6 +205,7 @@ def test_a_split_without_refs_is_not_written(tmp_path: Path) -> None:
         (make_ref(1), [5], "2 sentences, 2 sentence ids, 1 token lengths"),
         (make_ref(1, sent_ids=(1,)), [5, 4], "2 sentences, 1 sentence ids"),
         (make_ref(1, sentences=(), sent_ids=()), [], "0 sentences"),
+        (make_ref(1, num_targets=-1), [5, 4], "num_targets is -1"),
     ],
 )
 def test_an_inconsistent_ref_is_refused(tmp_path: Path, ref, lengths, message) -> None:
