@@ -1,6 +1,8 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,7 +21,7 @@ from utils.dataset import (
     collate_refs_by_image,
 )
 from utils.distributed import Ranks
-from utils.errors import UserError
+from utils.errors import SHM_REMEDY, UserError
 from utils.logger import progress
 from utils.machine import available_cores
 from utils.records import ImageSet, JoinedReader, RecordReader, group_positions
@@ -27,6 +29,8 @@ from utils.signals import leave_stopping_to_the_parent
 
 # Images that a CPU encodes at a time when it evaluates: more leave its caches, and gain nothing.
 CPU_IMAGES = 4
+SHARED_MEMORY = Path("/dev/shm")  # through which loader processes hand over their batches
+PREFETCH = 2  # batches that each of them makes ahead
 
 
 class VisitSampler(Sampler[list[tuple[int, int]]]):
@@ -120,11 +124,14 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
         }
     dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
+    pixels = train.input_size**2  # four bytes each; if refs share a photo, its mask's at least
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate_refs_by_image if by_image else collate_refs,
-        **_worker_options(workers, ranks),
+        **_worker_options(
+            workers, ranks, len(sampler), micro_batch * pixels * (1 if by_image else 4)
+        ),
     )
 
 
@@ -200,13 +207,16 @@ def build_evaluation_loader(
         RecordReader(lmdb), train.input_size, train.word_len, sentences, swap
     )
     workers = usable_workers(train.workers_val, ranks, "TRAIN.workers_val")
+    images = images_at_a_time(train.batch_size_val // ranks.world_size, ranks.device)
+    # Without padding: all ranks together see each image exactly once.
+    order = range(ranks.rank, len(dataset), ranks.world_size)
+    pixels = train.input_size**2
     return DataLoader(
         dataset,
-        batch_size=images_at_a_time(train.batch_size_val // ranks.world_size, ranks.device),
-        # Without padding: all ranks together see each image exactly once.
-        sampler=range(ranks.rank, len(dataset), ranks.world_size),
+        batch_size=images,
+        sampler=order,
         collate_fn=collate_images,
-        **_worker_options(workers, ranks),
+        **_worker_options(workers, ranks, -(-len(order) // images), images * pixels * 3),
     )
 
 
@@ -228,10 +238,22 @@ def usable_workers(wanted: int, ranks: Ranks, name: str) -> int:
     return -(-allowed // ranks.local_size)
 
 
-def _worker_options(workers: int, ranks: Ranks) -> dict:
+def _worker_options(workers: int, ranks: Ranks, batches: int, batch_bytes: int) -> dict:
+    """Return the loader's options; raise UserError if its batches do not fit into shared memory.
+
+    Args:
+        batches, batch_bytes: how many there are, and what one takes at least.
+    """
+    need = min(PREFETCH * workers, batches) * batch_bytes * ranks.local_size
+    if SHARED_MEMORY.is_dir() and need > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free, the loader processes need "
+            f"{need / 1e6:,.0f} MB: {SHM_REMEDY}"
+        )
     return {
         "num_workers": workers,
         "worker_init_fn": _start_worker,
+        "prefetch_factor": PREFETCH if workers else None,
         "persistent_workers": workers > 0,
         "pin_memory": ranks.device.type == "cuda",
         # Its own generator, or making an iterator would draw from the global one and shift

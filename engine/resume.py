@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,11 +22,11 @@ from model.segmenter import Segmenter
 from utils.checkpoint import BEST, find_newest, list_checkpoints, read_checkpoint, save_checkpoint
 from utils.config import AUTO, Config, save_config, to_dict
 from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop, unwrap
-from utils.errors import UserError
+from utils.errors import UserError, loader_loss
 from utils.lock import hold
 from utils.logger import LOG
 from utils.seed import rng_state, set_rng_state
-from utils.signals import EXIT_CODE
+from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
 SAVED = ("config", "position", "rng", "sums", "faults", "version", "threads", "length", "best_on")
@@ -80,15 +81,39 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
     return True
 
 
-def save_if_due(run: Run) -> None:
-    """After a step: write a checkpoint if it is time for one, stop if any rank was asked to."""
+def fetch(run: Run, batches: Iterator, count: int) -> list:
+    """Return the next batches, at most `count`; a lost loader process asks the run to stop."""
+    try:
+        return list(islice(batches, count))
+    except (RuntimeError, OSError, EOFError) as error:
+        run.stop.loss = loader_loss(error)
+        if run.stop.loss is None:
+            raise
+        return []
+    finally:
+        raise_losses_when_fetching()
+
+
+def stoppable_steps(run: Run, batches: Iterable) -> Iterator[list]:
+    """Yield each step's batches, all that it takes at once, and between steps save what is due."""
+    source, begun = iter(batches), run.step
+    while True:
+        step = fetch(run, source, run.cfg.TRAIN.accumulation_steps)
+        save_if_due(run, has_stepped=run.step > begun)
+        if not step:
+            return
+        yield step
+
+
+def save_if_due(run: Run, has_stepped: bool = True) -> None:
+    """Write a checkpoint if it is time for one after a step; stop if any rank has to."""
     train = run.cfg.TRAIN
     by_clock = run.ranks.is_main and train.save_minutes is not None
     is_late = by_clock and time.monotonic() - run.saved_at >= 60 * train.save_minutes
-    is_asked, is_late = any_rank(run.stop.name is not None, is_late)
+    is_asked, is_late = any_rank(run.stop.is_set, is_late)
     if is_asked:
         save_and_stop(run)
-    if is_late or (train.save_steps and run.step % train.save_steps == 0):
+    if has_stepped and (is_late or (train.save_steps and run.step % train.save_steps == 0)):
         save(run, {}, is_best=False)
 
 
@@ -98,10 +123,14 @@ def stoppable(run: Run, batches: Iterable, count: int) -> Iterator:
     Args:
         count: of the rank with the fewest: so often all ranks can ask each other.
     """
-    for done, batch in enumerate(batches):
-        if done < count and any_rank(run.stop.name is not None)[0]:
+    source, done = iter(batches), 0
+    while batch := fetch(run, source, 1) or run.stop.loss:
+        if done < count and any_rank(run.stop.is_set)[0]:
             save_and_stop(run)
-        yield batch
+        if run.stop.loss:  # the other ranks have no batch left, and ask no more
+            raise UserError(run.stop.loss)
+        yield from batch
+        done += 1
 
 
 def save_and_stop(run: Run) -> NoReturn:
@@ -109,16 +138,19 @@ def save_and_stop(run: Run) -> NoReturn:
 
     Raises:
         SystemExit: always, but for
-        UserError: the checkpoint could not be written.
+        UserError: a loader process was lost, or the checkpoint could not be written.
     """
     is_saved = save(run, {}, is_best=False)
-    if is_saved and run.ranks.is_main:
+    loss = next(filter(None, gather_objects(run.stop.loss)), None)
+    if is_saved and not loss and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
         (run.folder / PREEMPTED).write_text(f"{told}\n")
         logger.warning(f"{told}; TRAIN.resume auto goes on from there")
     # A rank that ends earlier would have torchrun kill the one that saves.
     if not all(gather_objects(is_saved)):
         raise UserError(f"stopped without saving: make room in {run.folder}, then resume")
+    if loss:
+        raise UserError(f"{loss}; step {run.step} is saved: TRAIN.resume auto goes on from there")
     raise SystemExit(EXIT_CODE)
 
 

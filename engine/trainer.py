@@ -11,7 +11,7 @@ from engine.evaluator import describe_scores, evaluate, summarize_scores
 from engine.guard import finite_statistics, log_skipped_steps, optimizer_step
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
-from engine.resume import save, save_if_due, stoppable
+from engine.resume import save, stoppable, stoppable_steps
 from engine.run import Run
 from model.loss import resize_target, text_to_pixel_loss
 from utils.dataset import TrainingBatch
@@ -89,13 +89,10 @@ def train_one_epoch(run: Run) -> dict[str, float]:
     pace = Pace(run.ranks.device)
     loader = pace.watch(run.train_loader)
     bar = progress(loader, len(run.train_loader), f"epoch {run.epoch + 1}", run.ranks.is_main, done)
-    for count, batch in enumerate(bar, start=done + 1):
-        completes = count % train.accumulation_steps == 0
-        if (count - 1) % train.accumulation_steps == 0:
-            run.schedule.set(run.progress, run.step)
-        window += forward_backward(run, batch, synchronize=completes)
-        if not completes:
-            continue
+    for micro_batches in stoppable_steps(run, bar):
+        run.schedule.set(run.progress, run.step)
+        for count, batch in enumerate(micro_batches, start=1):
+            window += forward_backward(run, batch, synchronize=count == train.accumulation_steps)
         optimizer_step(run)
         run.step += 1
         run.position += 1
@@ -107,7 +104,6 @@ def train_one_epoch(run: Run) -> dict[str, float]:
             bar.set_postfix_str(describe_step(values))
             total += window
             window.zero_()
-        save_if_due(run)
     return means(total + window)
 
 

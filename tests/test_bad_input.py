@@ -338,3 +338,21 @@ def test_stopping_by_hand_is_no_error():
     with pytest.raises(SystemExit) as ending:
         run_entry_point(mock.Mock(side_effect=KeyboardInterrupt))
     assert ending.value.code == 130
+
+
+def test_output_that_nobody_reads_ends_a_program_without_a_word(data):
+    command = f"{sys.executable} tools/inspect_lmdb.py {data}/lmdb/shapes/val.lmdb --samples 0"
+    ending = run_command("bash", "-c", f"{command} | true")
+    assert (ending.returncode, ending.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("key", ["TRAIN.workers", "TRAIN.workers_val"])
+def test_training_in_a_container_with_a_small_dev_shm(config, tmp_path, key):
+    mount = "mount -t tmpfs -o size=4k tmpfs /dev/shm"
+    if run_command("unshare", "-m", "bash", "-c", mount).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    command = f"{sys.executable} train.py --config {config} --opts {key} 1"
+    ending = run_command("unshare", "-m", "bash", "-c", f"{mount} && exec {command}")
+    one_line(ending, "/dev/shm has 0 MB free")
+    assert "docker run --shm-size=8g" in ending.stderr
+    assert left_behind(tmp_path) == set()

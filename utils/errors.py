@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+SHM_REMEDY = (
+    "give a container more (docker run --shm-size=8g), or lower TRAIN.workers and "
+    "TRAIN.workers_val; 0 needs none"
+)
+
 
 class UserError(ValueError):
     """Something that the person at the terminal can put right; its text is one line saying how."""
@@ -16,7 +21,8 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """Run an entry point, turning foreseen failures into `error: ...` and exit code 1.
 
     Foreseen are `UserError`, what the system refuses to do with a named file (no permission, no
-    space, a file where a folder should be), and that memory is short.
+    space, a file where a folder should be), that memory is short, and that a loader process was
+    lost. Where nobody reads the output any more (`| head`), the program ends without a word.
 
     Args:
         main: the program; takes no arguments.
@@ -24,7 +30,13 @@ def run_entry_point(main: Callable[[], None]) -> None:
     `CRIS_TRACEBACK=1` in the environment shows the traceback all the same.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what nobody reads is found out here, not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         is_foreseen = isinstance(error, UserError) or error.filename is not None
         if os.environ.get("CRIS_TRACEBACK") or not is_foreseen:
@@ -33,8 +45,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         sys.exit(f"error: {_line(error)}")
     except (RuntimeError, MemoryError) as error:
-        if os.environ.get("CRIS_TRACEBACK") or not _is_out_of_memory(error):
+        lost = loader_loss(error)
+        if os.environ.get("CRIS_TRACEBACK") or not (lost or _is_out_of_memory(error)):
             raise
+        if lost:
+            sys.exit(f"error: {lost}")
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f" for {asked[1]} more" if asked else ""
         sys.exit(
@@ -43,6 +58,22 @@ def run_entry_point(main: Callable[[], None]) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def loader_loss(error: Exception) -> str | None:
+    """Return how a loader process was lost, with the remedy; None for another error."""
+    text = str(error)
+    if "shared memory" in text or re.search(r"/torch_\w+>?: No space left", text):
+        return f"a loader process found no room in /dev/shm: {SHM_REMEDY}"
+    # Tensors are handed over by a socket, which a process takes along.
+    is_cut = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    is_cut = is_cut and getattr(error, "filename", None) is None
+    if is_cut or re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
+        return (
+            "a loader process was killed, perhaps because memory is short: lower TRAIN.workers and "
+            "TRAIN.workers_val"
+        )
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

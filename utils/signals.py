@@ -18,11 +18,17 @@ INSISTS = 2.0  # seconds; a launcher passes one Ctrl-C on as a second one, but s
 
 
 class StopRequest:
-    """Whether this process was asked to stop: `name` is the signal's, or None."""
+    """Whether this process has to stop: `name` is the signal's, `loss` a loader's, or None."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.loss: str | None = None
         self._since = 0.0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a reason to stop."""
+        return self.name is not None or self.loss is not None
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Note a signal; a person's second Ctrl-C ends the process where it is."""
@@ -51,6 +57,16 @@ def obeyed() -> list[signal.Signals]:
         for number in SIGNALS
         if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
     ]
+
+
+def raise_losses_when_fetching() -> None:
+    """Keep torch from raising in the midst of a step when a loader process dies.
+
+    Its handler of SIGCHLD, set when a loader starts, raises wherever the program stands, between
+    a change of the weights and its count, too. Without it the next fetch tells, in five seconds.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave_stopping_to_the_parent() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -453,6 +454,35 @@ def test_windows_and_macos_do_what_they_can(tmp_path, data):
     photo = save_photo(tmp_path / "photo.jpg")
     command = ("tools/predict.py", "--config", config, "--image", photo, "--text", "a circle")
     assert run(WINDOWS, *command, *predict).startswith("0")
+
+
+@pytest.mark.parametrize("name", ["forward_backward", "evaluate"])
+def test_a_run_whose_loader_process_is_killed_saves_first(
+    straight, config, folder, monkeypatch, name
+):
+    function, workers = getattr(trainer, name), ("TRAIN.workers", 1, "TRAIN.workers_val", 1)
+
+    def kill(*args, **kwargs):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        if name == "evaluate":  # its own loader has yet to start
+            kwargs["progress"] = killing(kwargs["progress"])
+        return function(*args, **kwargs)
+
+    def killing(batches):
+        for batch in batches:
+            yield batch
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, name, kill)
+        line = error_of("train.py", config, *workers)
+    assert line.startswith("a loader process was killed, perhaps because memory is short: lower ")
+    assert "is saved: TRAIN.resume auto goes on from there" in line
+    run_program("train.py", config, "TRAIN.resume", "auto")
+    assert_equal_runs(folder, straight)
 
 
 def test_a_signal_while_validating_stops_there(straight, config, folder, monkeypatch):
