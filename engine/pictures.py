@@ -9,7 +9,6 @@ from pycocotools import mask as coco_mask
 from engine.evaluator import SentenceScore
 from engine.run import PICTURES, Run
 from utils.dataset import EvaluationDataset
-from utils.files import remove_leftovers
 from utils.transforms import decode_image, load_mask
 from utils.visualize import comparison, save_picture
 
@@ -48,6 +47,5 @@ def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
     pictures = [draw_sentence(dataset, score) for score in scores]
     captions = [f"{score.sentence} (IoU {score.iou:.2f})" for score in scores]
     run.tracker.show(epoch, list(zip(captions, pictures, strict=True)))
-    path = run.folder / PICTURES / f"epoch_{epoch:04d}.jpg"
-    remove_leftovers(path)
-    save_picture(Image.fromarray(np.vstack(pictures)), path)  # all have one width
+    picture = Image.fromarray(np.vstack(pictures))  # all have one width
+    save_picture(picture, run.folder / PICTURES / f"epoch_{epoch:04d}.jpg")

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import Ref, Refer
 from utils.errors import UserError, run_entry_point
-from utils.files import atomic_path
+from utils.files import atomic_path, staging_folder
 from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
@@ -137,16 +136,16 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def _write_masks(refer: Refer, refs: Mapping[int, Ref], folder: Path) -> None:
     """Draw all masks beside `folder`, then move them in: a bad annotation leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+    with staging_folder(folder) as staging:
         for ref_id, ref in tqdm(
             refs.items(), desc=f"masks {folder.name}", unit="ref", disable=None
         ):
             try:
-                Path(staging, f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
+                (staging / f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
             except OSError as error:  # writing names no file
                 error.filename = str(folder / f"{ref_id}.png")
                 raise
-        for path in sorted(Path(staging).iterdir()):
+        for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
 
 

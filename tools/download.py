@@ -20,6 +20,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ex
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import staging_folder
 
 TIMEOUT = 30.0  # seconds without a byte
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one soon
@@ -104,22 +105,18 @@ def unzip(path: Path, name: str, target: Path) -> None:
     Raises:
         UserError: the archive is damaged, or there is too little room.
     """
-    staging = target.with_name(f".{target.name}.unpacking")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     entries = [entry for entry in members(path) if entry.filename.startswith(f"{name}/")]
-    check_space(target, sum(entry.file_size for entry in entries), f"unpacking {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with staging_folder(target) as staging, zipfile.ZipFile(path) as archive:
+            check_space(target, sum(entry.file_size for entry in entries), f"unpacking {path}")
             for entry in tqdm(entries, desc=f"unpack {path.name}", disable=None, leave=False):
                 archive.extract(entry, staging)
-        os.replace(staging / name, target)
+            os.replace(staging / name, target)
     except (*DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2's have none
-            error.filename = error.filename or str(staging)
+            error.filename = error.filename or str(target)
             raise
         raise UserError(f"{path} is damaged ({error}): delete it and run this again") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_space(folder: Path, need: int, what: str) -> None:

@@ -8,14 +8,13 @@ import pickle
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.report.categories import NAMES
 from utils.errors import UserError
-from utils.files import atomic_path, is_plain_name
+from utils.files import atomic_path, is_plain_name, staging_folder
 
 REF = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences")
 # A ref, its annotation and its image in REFER's words, and the photo where it is inside.
@@ -88,9 +87,8 @@ def write_refer(
             raise UserError(f"{where} is no ref ({reason}): get the file from elsewhere") from None
     categories = [{"id": number} for number in sorted({ref["category_id"] for ref in refs})]
     instances = {"images": list(images.values()), "annotations": list(annotations.values())}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-        made = Path(staging, folder.name)
+    with staging_folder(folder) as staging:
+        made = staging / folder.name
         made.mkdir()
         (made / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
         (made / "instances.json").write_text(json.dumps(instances | {"categories": categories}))

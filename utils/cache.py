@@ -20,7 +20,7 @@ import numpy as np
 from loguru import logger
 
 from utils.errors import UserError
-from utils.files import atomic_path, remove_leftovers
+from utils.files import atomic_path
 from utils.lock import hold
 from utils.machine import available_cores
 from utils.records import RecordReader, group_positions
@@ -112,7 +112,6 @@ def open_cache(
                 f"DATA.cache: making {path} ({fault}), {_size(identity) / 1e9:.2f} GB for "
                 f"{identity['images']:,} images and {identity['refs']:,} masks"
             )
-            remove_leftovers(path)
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
             _make(cache, progress)
     return SquareCache(path, identity, reader)  # the spot check mapped a file that may be gone

@@ -17,7 +17,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import atomic_path, remove_leftovers
+from utils.files import atomic_path
 
 LAST, BEST, STEPS = "last_model.pth", "best_model.pth", "step_*.pth"
 WEIGHTS = ("state_dict", "model_state_dict", "model")  # the names of weights here and elsewhere
@@ -60,7 +60,6 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
     """
     folder = Path(folder)
     last = folder / LAST
-    remove_leftovers(last)
     with atomic_path(last) as partial:
         _write(state, partial)
         if is_best:  # first: a run killed in between comes to this point again

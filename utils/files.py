@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,13 @@ def is_plain_name(text: str) -> bool:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and move it into place on success.
 
-    The parent folder is created. If the block raises, the temporary file is removed and
-    whatever stood at `path` before is untouched. An error of the system's names `path`.
+    The parent folder is created, and what killed processes left there for `path` is removed. If
+    the block raises, the temporary file is removed and whatever stood at `path` before is
+    untouched. An error of the system's names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     partial = _partial(path, os.getpid())
     try:
         yield partial
@@ -42,6 +45,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, to move what is whole out of it; it is removed.
+
+    So is what killed processes left there for `path`.
+    """
+    _remove_leftovers(path)
+    staging = _partial(path, os.getpid())
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError, which names it, if nothing can be written to a folder; it is made."""
     with atomic_path(folder / ".writable") as partial:
@@ -49,13 +67,14 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files for `path` of processes that were killed; nobody reads them."""
-    path = Path(path)
+def _remove_leftovers(path: Path) -> None:
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = partial.name.removesuffix(".partial").rpartition(".")[2]
         if pid.isdecimal() and partial == _partial(path, int(pid)) and not _is_running(int(pid)):
-            partial.unlink(missing_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 def _partial(path: Path, pid: int) -> Path:
@@ -63,6 +82,8 @@ def _partial(path: Path, pid: int) -> Path:
 
 
 def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.errors import UserError
-from utils.files import atomic_path, remove_leftovers
+from utils.files import atomic_path
 
 FORMAT_VERSION = 1
 TOOL = "cris 0.1.0"
@@ -126,7 +126,6 @@ class RecordWriter:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        remove_leftovers(self.path)
         partial = self._stack.enter_context(atomic_path(self.path))
         partial.unlink(missing_ok=True)
         # One process writes a file that nobody else knows of: no lock file is needed, and one

@@ -1,10 +1,13 @@
 """utils/files.py: what a failure while writing leaves behind, and says."""
 
+import os
+import signal
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from utils.files import atomic_path
+from utils.files import atomic_path, staging_folder
 
 
 def write_where_a_folder_stands(path: Path) -> None:
@@ -34,3 +37,23 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         read_within(tmp_path / "a", tmp_path / "none")
     assert str(error.value.filename) == str(tmp_path / "none")
+
+
+def die_while_writing(path: Path) -> None:
+    with atomic_path(path / "scores.json") as partial, staging_folder(path / "photos") as staging:
+        partial.touch()
+        (staging / "photo.jpg").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_next_run_removes_what_a_killed_one_left_hidden(tmp_path):
+    child = get_context("fork").Process(target=die_while_writing, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert [path.name[0] for path in tmp_path.iterdir()] == [".", "."]
+    with staging_folder(tmp_path / "photos") as staging:
+        (staging / "photo.jpg").touch()
+        staging.replace(tmp_path / "photos")
+    with atomic_path(tmp_path / "scores.json") as partial:
+        partial.touch()
+    assert sorted(os.listdir(tmp_path)) == ["photos", "scores.json"]
