@@ -340,9 +340,10 @@ def test_stopping_by_hand_is_no_error():
     assert ending.value.code == 130
 
 
-def test_output_that_nobody_reads_ends_a_program_without_a_word(data):
+@pytest.mark.parametrize("closed", ["", "2>&1"])
+def test_output_that_nobody_reads_ends_a_program_without_a_word(data, closed):
     command = f"{sys.executable} tools/inspect_lmdb.py {data}/lmdb/shapes/val.lmdb --samples 0"
-    ending = run_command("bash", "-c", f"{command} | true")
+    ending = run_command("bash", "-c", f"{command} {closed} | true")
     assert (ending.returncode, ending.stderr) == (0, "")
 
 

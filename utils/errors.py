@@ -35,27 +35,14 @@ def run_entry_point(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()  # what nobody reads is found out here, not when Python ends
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        is_foreseen = isinstance(error, UserError) or error.filename is not None
-        if os.environ.get("CRIS_TRACEBACK") or not is_foreseen:
+    except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
+        line = _foreseen(error)
+        if os.environ.get("CRIS_TRACEBACK") or line is None:
             raise
-        if isinstance(error, OSError):
-            sys.exit(f"error: {error.filename}: {error.strerror}")
-        sys.exit(f"error: {_line(error)}")
-    except (RuntimeError, MemoryError) as error:
-        lost = loader_loss(error)
-        if os.environ.get("CRIS_TRACEBACK") or not (lost or _is_out_of_memory(error)):
-            raise
-        if lost:
-            sys.exit(f"error: {lost}")
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        what = f" for {asked[1]} more" if asked else ""
-        sys.exit(
-            f"error: there is not enough memory{what}; lower TRAIN.batch_size or "
-            "TRAIN.batch_size_val, or see docs/memory.md"
-        )
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -76,10 +63,21 @@ def loader_loss(error: Exception) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether there was no room: on a GPU, for Python, or for torch on the CPU."""
+def _foreseen(error: Exception) -> str | None:
+    """Return the line for the person at the terminal; None for what nobody foresaw."""
+    if isinstance(error, UserError):
+        return _line(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return is_named or "can't allocate memory" in str(error)
+    if is_named or "can't allocate memory" in str(error):  # torch's on the CPU
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        what = f" for {asked[1]} more" if asked else ""
+        return (
+            f"there is not enough memory{what}; lower TRAIN.batch_size or TRAIN.batch_size_val, or "
+            "see docs/memory.md"
+        )
+    return loader_loss(error)
 
 
 def _line(error: Exception) -> str:

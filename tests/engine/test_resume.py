@@ -35,7 +35,7 @@ from helpers import (
     write_config,
 )
 
-from engine import resume, trainer
+from engine import resume, tester, trainer
 from utils import lock, signals
 from utils.checkpoint import find_newest
 from utils.config import load_config
@@ -456,6 +456,18 @@ def test_windows_and_macos_do_what_they_can(tmp_path, data):
     assert run(WINDOWS, *command, *predict).startswith("0")
 
 
+def kill_loaders() -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def killing(batches):
+    for batch in batches:
+        yield batch
+        kill_loaders()
+
+
 @pytest.mark.parametrize("name", ["forward_backward", "evaluate"])
 def test_a_run_whose_loader_process_is_killed_saves_first(
     straight, config, folder, monkeypatch, name
@@ -463,18 +475,10 @@ def test_a_run_whose_loader_process_is_killed_saves_first(
     function, workers = getattr(trainer, name), ("TRAIN.workers", 1, "TRAIN.workers_val", 1)
 
     def kill(*args, **kwargs):
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        kill_loaders()
         if name == "evaluate":  # its own loader has yet to start
             kwargs["progress"] = killing(kwargs["progress"])
         return function(*args, **kwargs)
-
-    def killing(batches):
-        for batch in batches:
-            yield batch
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGKILL)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, name, kill)
@@ -483,6 +487,17 @@ def test_a_run_whose_loader_process_is_killed_saves_first(
     assert "is saved: TRAIN.resume auto goes on from there" in line
     run_program("train.py", config, "TRAIN.resume", "auto")
     assert_equal_runs(folder, straight)
+
+
+def test_a_test_whose_loader_process_is_killed_ends_in_one_line(straight, config, monkeypatch):
+    function = tester.evaluate
+
+    def kill(*args, **kwargs):
+        return function(*args, **kwargs | {"progress": killing(kwargs["progress"])})
+
+    monkeypatch.setattr(tester, "evaluate", kill)
+    options = ("TEST.weights", straight / "last_model.pth", "TRAIN.workers_val", 1)
+    assert error_of("test.py", config, *options).startswith("a loader process was killed")
 
 
 def test_a_signal_while_validating_stops_there(straight, config, folder, monkeypatch):
