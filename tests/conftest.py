@@ -4,9 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 from helpers import ROOT, make_shapes, make_trained, threads, write_records
 from loguru import logger
+
+# Tests fork. A child whose parent had OpenCV's pool of threads can wait for one of them for ever.
+cv2.setNumThreads(1)
 
 
 @pytest.fixture(scope="session")
