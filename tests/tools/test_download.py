@@ -173,7 +173,7 @@ def write_zip(path: Path, *names: str, method: int = zipfile.ZIP_DEFLATED) -> Pa
 
 
 def test_a_folder_of_an_archive_is_unpacked_and_what_a_killed_run_left_goes(tmp_path):
-    (tmp_path / ".target.unpacking").mkdir()
+    (tmp_path / ".target.999999999.partial").mkdir()
     path = write_zip(tmp_path / "a.zip", "a/1", "a/deep/2", "b/3")
     unzip(path, "a", tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "target"]
