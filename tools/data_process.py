@@ -5,7 +5,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -13,22 +14,26 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.odd_records import EMPTY, OddError, OddRecords
 from tools.refer import Ref, Refer
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path, staging_folder
-from utils.tokenizer import token_lengths
+from utils.tokenizer import has_words, token_lengths
 
 EPILOG = """examples:
   python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
       --dataset refcoco --split unc --generate_mask
   python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
       --dataset refcocog --split umd --generate_mask --name refcocog_u
+  python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
+      --dataset grefcoco --split unc --generate_mask
 
-reads   DATA_ROOT/DATASET/refs(SPLIT).p and DATA_ROOT/DATASET/instances.json
+reads   DATA_ROOT/DATASET/refs(SPLIT).p, or gRefCOCO's grefs(SPLIT).json, and instances.json there
 writes  OUTPUT_DIR/anns/NAME/<split>.json and OUTPUT_DIR/masks/NAME/<ref_id>.png; JSON files of
-        other splits in that folder are removed
+        other splits in that folder are removed; <split>.odd lists what --skip-odd has left out
 next    python tools/folder2lmdb.py (tools/prepare_datasets.md has every command)"""
 
+_JOIN = min, min, max, max  # the boxes of several objects: x1, y1, x2, y2
 # Rows as they are: smaller for masks, and read twice as fast as OpenCV's default, differences.
 _PNG_OPTIONS = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
@@ -43,6 +48,7 @@ SPLITS_OF = {
     ("refcocog", "google"): _PLAIN_SPLITS,
     ("refclef", "unc"): (*_UNC_SPLITS, "testC"),
     ("refclef", "berkeley"): _PLAIN_SPLITS,
+    ("grefcoco", "unc"): _UNC_SPLITS,
 }
 # Images whose files do not fit their annotations; the release leaves them out as well.
 IMAGES_SKIPPED = {"refclef": frozenset({19579, 17975, 19575})}
@@ -52,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare every split of a REFER folder and print what was found in it."""
     args = _parse_args(argv)
     name = args.name or args.dataset
-    refer = Refer(args.data_root, args.dataset, args.split)
+    odd = OddRecords(args.skip_odd, args.empty == "skip")
+    refer = Refer(args.data_root, args.dataset, args.split, odd)
     splits = SPLITS_OF.get((args.dataset, args.split)) or refer.split_names()
     skipped = IMAGES_SKIPPED.get(args.dataset, frozenset())
 
@@ -65,20 +72,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{refer.refs_path} has no refs of {', '.join(splits)}; its splits: "
             f"{', '.join(refer.split_names())}"
         )
-    # Entries come first and are quick to make: bad annotations show before anything is written.
-    entries = {split: [make_entry(refer, ref) for ref in by_split[split]] for split in splits}
-    if args.generate_mask:
-        refs = {ref["ref_id"]: ref for split in splits for ref in by_split[split]}
-        _write_masks(refer, refs, args.output_dir / "masks" / name)
+    if refer.refs_path.name.startswith("grefs"):
+        for ref in refer.refs:
+            with odd.catch("unknown split", ref["split"], ref["ref_id"]):
+                _check_split(ref, splits, refer.refs_path)
+    entries = convert(refer, by_split, args, odd)
     anns = args.output_dir / "anns" / name
     for path in sorted(anns.glob("*.json")):
         if not entries.get(path.stem):
             path.unlink()
             print(f"removed {path}: of an earlier run, whose masks are not those of this one")
+    for path in anns.glob("*.odd"):
+        path.unlink()
     for split, items in entries.items():
         if items:
             with atomic_path(anns / f"{split}.json") as partial:
                 partial.write_text(json.dumps(items), encoding="utf-8")
+        if lines := odd.of_split(split):
+            with atomic_path(anns / f"{split}.odd") as partial:
+                partial.write_text("\n".join(lines), encoding="utf-8")
 
     print(f"{args.dataset} ({args.split}) -> {anns}")
     print(summary(entries))
@@ -89,11 +101,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
+def convert(
+    refer: Refer, by_split: Mapping[str, Sequence[Ref]], args: argparse.Namespace, odd: OddRecords
+) -> dict[str, list[dict]]:
+    """Make the entries of all splits and, if asked for, their masks.
+
+    Masks are drawn beside their folder and moved in at the end: odd records leave none behind.
+
+    Raises:
+        UserError: records are odd, and not left out.
+    """
+    entries: dict[str, list[dict]] = {split: [] for split in by_split}
+    refs = [(split, ref) for split, found in by_split.items() for ref in found]
+    folder = args.output_dir / "masks" / (args.name or args.dataset)
+    with ExitStack() as stack:
+        if args.generate_mask:
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(staging_folder(folder))
+        for split, ref in tqdm(refs, desc=folder.name, unit="ref", disable=None):
+            with odd.catch("malformed record", split, ref["ref_id"]):
+                entry = make_entry(refer, ref)
+                if args.generate_mask or args.empty:
+                    mask, is_empty = _draw(refer, ref, args.empty)
+                    entry |= {"num_targets": 0} if is_empty else {}
+                if args.generate_mask:
+                    _write_mask(staging, folder, ref["ref_id"], mask)
+                entries[split].append(entry)
+        odd.settle()
+        for path in sorted(staging.iterdir()) if args.generate_mask else ():
+            os.replace(path, folder / path.name)
+    return entries
+
+
 def make_entry(refer: Refer, ref: Ref) -> dict:
-    """Make a ref's entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels."""
-    x, y, width, height = map(int, refer.annotation(ref)["bbox"])
-    return {
-        "bbox": [x, y, x + width, y + height],
+    """Make a ref's entry of the split's JSON; bbox is [x1, y1, x2, y2] in whole pixels.
+
+    Where the ref has not one target, `num_targets` is there as well; without any, bbox is None.
+    """
+    for sentence in ref["sentences"]:
+        if not has_words(sentence["sent"]):
+            what = f"{refer.refs_path}: ref {ref['ref_id']} has a sentence without words"
+            raise OddError("empty sentence", f"{what}, {sentence['sent']!r}: write one")
+    annotations = refer.annotations(ref)
+    boxes = [list(map(int, item["bbox"])) for item in annotations]
+    corners = zip(*((x, y, x + width, y + height) for x, y, width, height in boxes), strict=True)
+    entry = {
+        "bbox": [f(c) for f, c in zip(_JOIN, corners, strict=True)] if boxes else None,
         "cat": refer.category(ref),
         "segment_id": ref["ref_id"],
         "img_name": refer.image(ref)["file_name"],
@@ -103,6 +156,7 @@ def make_entry(refer: Refer, ref: Ref) -> dict:
         ],
         "sentences_num": len(ref["sentences"]),
     }
+    return entry if len(annotations) == 1 else entry | {"num_targets": len(annotations)}
 
 
 def summary(entries: Mapping[str, Sequence[dict]]) -> str:
@@ -115,7 +169,15 @@ def summary(entries: Mapping[str, Sequence[dict]]) -> str:
         images = len({item["img_name"] for item in items})
         note = "" if items else "   no refs: nothing written"
         lines.append(f"{split:<8}{len(items):>8}{len(texts):>11}{images:>8}{note}")
-    return "\n".join([*lines, token_length_summary(histogram)])
+    numbers = [item.get("num_targets", 1) for items in entries.values() for item in items]
+    return "\n".join([*lines, *target_summary(numbers), token_length_summary(histogram)])
+
+
+def target_summary(numbers: Iterable[int]) -> list[str]:
+    """Return how many refs mean nothing, one object and several; no line if all mean one."""
+    kinds = Counter(min(number, 2) for number in numbers)
+    told = f"refs of no target: {kinds[0]:,}, of one: {kinds[1]:,}, of several: {kinds[2]:,}"
+    return [told] if set(kinds) - {1} else []
 
 
 def token_length_summary(histogram: Mapping[int, int]) -> str:
@@ -133,20 +195,30 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return cv2.imencode(".png", mask, _PNG_OPTIONS)[1].tobytes()
 
 
-def _write_masks(refer: Refer, refs: Mapping[int, Ref], folder: Path) -> None:
-    """Draw all masks beside `folder`, then move them in: a bad annotation leaves none behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with staging_folder(folder) as staging:
-        for ref_id, ref in tqdm(
-            refs.items(), desc=f"masks {folder.name}", unit="ref", disable=None
-        ):
-            try:
-                (staging / f"{ref_id}.png").write_bytes(encode_mask(refer.mask(ref)))
-            except OSError as error:  # writing names no file
-                error.filename = str(folder / f"{ref_id}.png")
-                raise
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
+def _draw(refer: Refer, ref: Ref, empty: str | None) -> tuple[np.ndarray, bool]:
+    """Return a ref's mask, and whether it is empty and `empty` says that it has no target."""
+    try:
+        return refer.mask(ref), False
+    except OddError as error:
+        if error.kind != EMPTY or empty != "no-target":
+            raise
+        image = refer.image(ref)
+        return np.zeros((image["height"], image["width"]), np.uint8), True
+
+
+def _write_mask(staging: Path, folder: Path, ref_id: int, mask: np.ndarray) -> None:
+    try:
+        (staging / f"{ref_id}.png").write_bytes(encode_mask(mask))
+    except OSError as error:  # writing names no file
+        error.filename = str(folder / f"{ref_id}.png")
+        raise
+
+
+def _check_split(ref: Ref, splits: Sequence[str], path: Path) -> None:
+    """Raise OddError if a ref of gRefCOCO is in no split, or in several."""
+    if ref["split"] not in splits:
+        what = f"{path}: ref {ref['ref_id']} is of split {ref['split']!r}"
+        raise OddError("unknown split", f"{what}, not of one of {', '.join(splits)}")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,7 +231,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--dataset",
         default="refcoco",
-        help="refcoco, refcoco+, refcocog, refclef, or any folder of that layout (%(default)s)",
+        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or any folder of that layout "
+        "(%(default)s)",
     )
     add(
         "--split",
@@ -168,6 +241,12 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--generate_mask", action="store_true", help="write the mask PNGs as well")
     add("--name", help="name of the output folders (the dataset's), such as refcocog_u")
+    add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
+    add(
+        "--empty",
+        choices=("skip", "no-target"),
+        help="what a segmentation without a pixel means: leave the ref out, or nothing is meant",
+    )
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,8 @@ from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask, token_length_summary
-from tools.refer import load_plain, must, read_as, read_file, refuse_twice
+from tools.odd_records import EMPTY, MISSING_MASK, MISSING_PHOTO, OddError, OddRecords
+from tools.refer import load_plain, must, read_as, read_file, refuse_seen
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode, read_mask
 from utils.records import (
@@ -42,8 +43,8 @@ writes OUTPUT_DIR/<split>.lmdb when it is complete, named after the JSON; severa
 one LMDB, such as val+testA.lmdb"""
 
 _REDO = "make it again with python tools/data_process.py"
-_REDO_MASKS = f"{_REDO} --generate_mask"
-_IMAGE_REMEDY = "check -i, or get the image again (tools/prepare_datasets.md)"
+_MASK_REMEDY = f"check -m and --images, or {_REDO} --generate_mask"
+_IMAGE_REMEDY = "check --images, or get the image again (tools/prepare_datasets.md)"
 
 Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
@@ -87,7 +88,7 @@ class ReleaseItem(TypedDict):
     sents: Annotated[list[Text], must(bool, "one or more")]
 
 
-_ENTRIES = TypeAdapter(list[Entry])
+_LIST, _ENTRY = TypeAdapter(list), TypeAdapter(Entry)
 _RELEASE_ITEM = TypeAdapter(ReleaseItem)
 
 
@@ -112,48 +113,78 @@ def packed_summary(path: Path) -> str:
 
 def pack(args: argparse.Namespace) -> Path:
     """Pack what the JSON files name, and return the LMDB's path."""
-    entries = read_entries(args.json)
     for folder, what in ((args.img_dir, "images (-i)"), (args.mask_dir, "masks (-m)")):
         if not folder.is_dir():
             raise UserError(f"the folder of {what} does not exist: {folder}")
     dataset = args.dataset or args.json[0].resolve().parent.name
     split = "+".join(path.stem for path in args.json)
     path = args.output_dir / f"{split}.lmdb"
-
-    sizes: dict[str, tuple[int, int]] = {}
+    odd = OddRecords(args.skip_odd)
+    entries = read_entries(args.json, odd)
+    photos: dict[str, bytes] = {}  # read, and not stored yet
+    sizes: dict[str, tuple[int, int] | UserError] = {}
     whitened = 0
     with RecordWriter(path, dataset, split) as writer:
-        for entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
-            key = entry["img_name"]
-            if key not in sizes:
-                image_path = find_photo(args.img_dir, key)
-                data = read_file(image_path, _IMAGE_REMEDY)
-                sizes[key] = image_size(data, str(image_path), _IMAGE_REMEDY)
-                writer.add_image(key, data)
-            mask_path = args.mask_dir / f"{entry['segment_id']}.png"
-            mask = read_file(mask_path, _REDO_MASKS)
-            num_targets = entry.get("num_targets", 1)
-            white = whiten_mask(mask, sizes[key], str(mask_path), _REDO_MASKS, num_targets)
-            whitened += white != mask
-            add_ref(writer, entry, sizes[key], white)
+        for place, entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
+            key, number = entry["img_name"], entry["segment_id"]
+            with odd.catch("unreadable file", split, place):
+                if key not in sizes:
+                    photos[key], sizes[key] = _read_photo(args.img_dir, key)
+                if isinstance(sizes[key], UserError):
+                    raise sizes[key]
+                mask_path = args.mask_dir / f"{number}.png"
+                mask = read_file(mask_path, _MASK_REMEDY, MISSING_MASK)
+                num_targets = entry.get("num_targets", 1)
+                white = whiten_mask(mask, sizes[key], str(mask_path), _MASK_REMEDY, num_targets)
+                whitened += white != mask
+                if key in photos:
+                    writer.add_image(key, photos.pop(key))
+                add_ref(writer, entry, sizes[key], white)
+        odd.settle()
+        lists = [p.with_suffix(".odd") for p in args.json]
+        earlier = sum(len(p.read_text("utf-8").splitlines()) for p in lists if p.is_file())
+        writer.left_out = earlier + len(odd.of_split(split))
     _note_whitened(whitened, len(entries))
     return path
 
 
-def read_entries(paths: Sequence[Path]) -> list[Entry]:
+def read_entries(paths: Sequence[Path], odd: OddRecords) -> list[tuple[int, Entry]]:
     """Read and check the JSON of one split, or of several that are packed as one.
 
+    Args:
+        odd: takes note of entries that cannot be packed, or whose numbers were there before.
+    Returns:
+        The other entries, each with its place among all.
     Raises:
-        UserError: a file is missing or broken, an entry cannot be packed, or two share an id.
+        UserError: a file is missing or broken.
     """
-    entries: list[Entry] = []
-    for path in paths:
-        entries += read_as(_ENTRIES, read_file(path, _REDO), str(path), _REDO)
-    names = " or ".join(map(str, paths))
-    refuse_twice((entry["segment_id"] for entry in entries), f"{names}: segment_id", _REDO)
-    sentences = (sentence for entry in entries for sentence in entry["sentences"])
-    refuse_twice((sentence["sent_id"] for sentence in sentences), f"{names}: sent_id", _REDO)
+    items = [
+        (f"{path}[{i}]", item)
+        for path in paths
+        for i, item in enumerate(read_as(_LIST, read_file(path, _REDO), str(path), _REDO))
+    ]
+    split = "+".join(path.stem for path in paths)
+    entries: list[tuple[int, Entry]] = []
+    ref_ids: set[int] = set()
+    sent_ids: set[int] = set()
+    for place, (where, item) in enumerate(items):
+        with odd.catch("malformed entry", split, place):
+            entry = read_as(_ENTRY, item, where, _REDO)
+            refuse_seen(ref_ids, entry["segment_id"], f"{where}: segment_id", _REDO)
+            for sentence in entry["sentences"]:
+                refuse_seen(sent_ids, sentence["sent_id"], f"{where}: sent_id", _REDO)
+            entries.append((place, entry))
     return entries
+
+
+def _read_photo(folder: Path, key: str) -> tuple[bytes, tuple[int, int] | UserError]:
+    """Return a photo's bytes and its (height, width), or why it cannot be used."""
+    path = find_photo(folder, key)
+    try:
+        data = read_file(path, _IMAGE_REMEDY, MISSING_PHOTO)
+        return data, image_size(data, str(path), _IMAGE_REMEDY)
+    except UserError as error:
+        return b"", error
 
 
 def add_ref(
@@ -216,14 +247,17 @@ def check_mask(
     """
     if mask.shape != size:
         is_turned = mask.shape == size[::-1]
-        raise UserError(
+        raise OddError(
+            "mask of another size",
             f"{name} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
-            f"{' (turned by its EXIF orientation?)' if is_turned else ''}: {remedy}"
+            f"{' (turned by its EXIF orientation?)' if is_turned else ''}: {remedy}",
         )
     if num_targets and not mask.any():
-        raise UserError(f"{name} is an empty mask: {remedy}")
+        raise OddError(EMPTY, f"{name} is an empty mask: {remedy}")
     if not num_targets and mask.any():
-        raise UserError(f"{name} is not empty, though num_targets is 0: {remedy}")
+        raise OddError(
+            "mask of no target", f"{name} is not empty, though num_targets is 0: {remedy}"
+        )
 
 
 def find_photo(folder: Path, key: str) -> Path:
@@ -262,41 +296,49 @@ def convert(args: argparse.Namespace) -> Path:
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     remedy = f"{source} is damaged, {repack_command(source)}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
-    ref_ids: list[int] = []
+    ref_ids: set[int] = set()
     count = whitened = 0  # sentences, masks
+    odd = OddRecords(args.skip_odd)
     with RecordWriter(path, dataset, source.stem) as writer:
-        for item in tqdm(release_items(source), desc=str(source), unit="ref", disable=None):
-            where = f"{source}: entry {len(ref_ids)}"
-            key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
-            if key not in images:
-                images[key] = image_size(item["img"], f"{where}, image {key}", remedy), digest
+        items = enumerate(release_items(source))
+        for place, data in tqdm(items, desc=str(source), unit="ref", disable=None):
+            where = f"{source}: entry {place}"
+            with odd.catch("unreadable entry", source.stem, place):
+                item = _release_item(data, where, repack_command(source))
+                key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
+                if key not in images:
+                    size = image_size(item["img"], f"{where}, image {key}", remedy)
+                elif images[key][1] != digest:
+                    raise UserError(
+                        f"{where} has another image {key} than an earlier entry: {remedy}"
+                    )
+                else:
+                    size = images[key][0]
+                mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
+                refuse_seen(ref_ids, item["seg_id"], f"{where}: seg_id", remedy)
+                whitened += mask != item["mask"]
+                sentences = [
+                    Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
+                ]
+                images[key] = size, digest
                 writer.add_image(key, item["img"])
-            elif images[key][1] != digest:
-                raise UserError(f"{where} has another image {key} than an earlier entry: {remedy}")
-            size = images[key][0]
-            mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
-            whitened += mask != item["mask"]
-            sentences = [
-                Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
-            ]
-            entry = Entry(
-                segment_id=item["seg_id"], img_name=key, cat=item["cat"], sentences=sentences
-            )
-            add_ref(writer, entry, size, mask)
-            ref_ids.append(item["seg_id"])
-            count += len(sentences)
-        refuse_twice(ref_ids, f"{source}: seg_id", remedy)
+                entry = Entry(
+                    segment_id=item["seg_id"], img_name=key, cat=item["cat"], sentences=sentences
+                )
+                add_ref(writer, entry, size, mask)
+                count += len(sentences)
+        odd.settle()
+        writer.left_out = len(odd.of_split(source.stem))
     _note_whitened(whitened, len(ref_ids))
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 
 
-def release_items(path: Path) -> Iterator[ReleaseItem]:
-    """Yield the checked items of an LMDB of the release in their order.
+def release_items(path: Path) -> Iterator[bytes | None]:
+    """Yield the pickled items of an LMDB of the release in their order.
 
     Raises:
-        UserError: it is no LMDB of the release, was written with pyarrow, or holds anything but
-            plain containers, strings and numbers.
+        UserError: it is no LMDB of the release.
     """
     if not path.exists():
         raise UserError(f"--from-lmdb {path} does not exist")
@@ -308,12 +350,15 @@ def release_items(path: Path) -> Iterator[ReleaseItem]:
             raise UserError(f"{path} is no LMDB of the release: {remedy}")
         count = _unpickle(txn.get(b"__len__"), f"{path}: __len__", remedy)
         for number in range(read_as(TypeAdapter(int), count, f"{path}: __len__", remedy)):
-            where = f"{path}: entry {number}"
-            item = _unpickle(txn.get(b"%d" % number), where, remedy)
-            item = read_as(_RELEASE_ITEM, item, where, remedy)
-            if len(item["sents"]) != item["num_sents"]:
-                raise UserError(f"{where} has not num_sents {item['num_sents']} sents: {remedy}")
-            yield item
+            yield txn.get(b"%d" % number)
+
+
+def _release_item(data: bytes | None, where: str, remedy: str) -> ReleaseItem:
+    """Unpickle and check an item of the release, which holds nothing but plain containers."""
+    item = read_as(_RELEASE_ITEM, _unpickle(data, where, remedy), where, remedy)
+    if len(item["sents"]) != item["num_sents"]:
+        raise UserError(f"{where} has not num_sents {item['num_sents']} sents: {remedy}")
+    return item
 
 
 def _unpickle(data: bytes | None, where: str, remedy: str) -> object:
@@ -338,7 +383,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="anns/<dataset>/<split>.json; several are packed as one split, <a>+<b>",
     )
-    add("-i", "--img-dir", type=Path, help="folder of the images")
+    add("-i", "--images", "--img-dir", dest="img_dir", type=Path, help="folder of the images")
     add("-m", "--mask-dir", type=Path, help="folder of the masks")
     add(
         "--from-lmdb",
@@ -347,6 +392,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="convert an LMDB that the release pickled, instead of -j, -i and -m",
     )
     add("-o", "--output-dir", type=Path, required=True, help="folder for <split>.lmdb")
+    add("--skip-odd", action="store_true", help="leave out refs that cannot be packed")
     add("--dataset", help="name stored in the file (that of the folder of the JSON or old LMDB)")
     args = parser.parse_args(argv)
     given = [args.json, args.img_dir, args.mask_dir]

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.data_process import token_length_summary
+from tools.data_process import target_summary, token_length_summary
 from tools.folder2lmdb import check_mask
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RefRecord
@@ -73,6 +73,7 @@ class Check:
     faults: list[str] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of an image
     image_ids: dict[str, int | None] = field(default_factory=dict)  # of every image that refs name
+    num_targets: dict[int, int] = field(default_factory=dict)  # by the position of the ref
     pale: list[int] = field(default_factory=list)  # ids of refs whose masks have 1 to 252
     shares: list[float] = field(default_factory=list)  # of the image that a mask covers, (0, 1]
     token_lengths: Counter[int] = field(default_factory=Counter)
@@ -114,6 +115,8 @@ def inspect(
         f"  holds    {meta['refs']:,} refs with {meta['sentences']:,} sentences on "
         f"{meta['images']:,} images; format {meta['format_version']}, packed by {meta['tool']}"
     )
+    if "left_out" in meta:
+        print(f"  left out {meta['left_out']:,} odd refs, when it was packed")
     check = check_records(reader)
     for line in statistics(check, word_len):
         print(f"  {line}")
@@ -122,7 +125,7 @@ def inspect(
         check.faults += differing
         print(f"  published {'differs' if differing else 'the same numbers'}")
     if samples:
-        save_sheet(reader, sheet, samples, seed)
+        save_sheet(reader, sheet, samples, seed, check.num_targets)
         print(f"  to look at: {sheet}")
     for fault in check.faults:
         print(f"  FAULT    {fault}")
@@ -135,16 +138,18 @@ def differences(meta: Mapping) -> list[str]:
     """Return how a file's counts differ from the published ones, if its data set is known.
 
     Args:
-        meta: of a `RecordReader`. Splits that were packed as one (val+testA) are added up.
+        meta: of a `RecordReader`. Splits that were packed as one (val+testA) are added up, and
+            refs that were left out count.
     """
     known = PUBLISHED.get(meta["dataset"], {})
     parts = [known.get(name) for name in meta["split"].split("+")]
     if not known or None in parts:
         return []
     found = []
-    for what in ("refs", "sentences"):
+    left_out = meta.get("left_out", 0)
+    for what in ("refs", "sentences")[: 1 if left_out else 2]:
         counts = [getattr(part, what) for part in parts]
-        if None not in counts and sum(counts) != meta[what]:
+        if None not in counts and sum(counts) != meta[what] + left_out:
             found.append(f"{meta[what]:,} {what}, where {sum(counts):,} are published")
     return found
 
@@ -165,6 +170,7 @@ def check_records(reader: RecordReader) -> Check:
             *_sentence_problems(ref, check),
         ]
         check.categories[ref.category] += 1
+        check.num_targets[position] = ref.num_targets
         check.faults += [f"ref {ref.ref_id} (position {position}): {p}" for p in problems]
     check.faults += _count_problems(reader.meta, check)
     return check
@@ -252,6 +258,7 @@ def statistics(check: Check, word_len: int) -> list[str]:
         values = "  ".join(f"{100 * share:.1f}" for share in shares)
         names = " ".join(f"{100 * q:g}" for q in QUANTILES)
         lines.append(f"masks    % of the photo they cover, at quantiles {names} %: {values}")
+    lines += [f"targets  {line}" for line in target_summary(check.num_targets.values())]
     known = [category for category in check.categories if category is not None]
     lines.append(f"classes  {len(known)} categories" if known else "classes  no categories")
     cut = sum(n for length, n in check.token_lengths.items() if length > word_len)
@@ -262,10 +269,20 @@ def statistics(check: Check, word_len: int) -> list[str]:
     return lines
 
 
-def save_sheet(reader: RecordReader, path: Path, samples: int, seed: int) -> None:
-    """Write a picture of random refs: mask on photo, sentences above; unreadable ones say so."""
-    count = min(samples, len(reader))
-    chosen = sorted(random.Random(seed).sample(range(len(reader)), count))
+def save_sheet(
+    reader: RecordReader, path: Path, samples: int, seed: int, num_targets: Mapping[int, int]
+) -> None:
+    """Write a picture of random refs: mask on photo, sentences above; unreadable ones say so.
+
+    Where there are refs of no, one or several targets (`num_targets`, by position), one of each
+    is on it.
+    """
+    count, rng = min(samples, len(reader)), random.Random(seed)
+    chosen = rng.sample(range(len(reader)), count)
+    kinds = {min(number, 2): place for place, number in num_targets.items()}
+    if len(kinds) > 1:
+        chosen = list(dict.fromkeys([*kinds.values(), *chosen]))[:count]
+    chosen.sort()
     cells = [_cell(reader, position) for position in chosen]
     save_picture(grid(cells, CELL, min(COLUMNS, count), GAP), path)
 
@@ -291,6 +308,8 @@ def _cell(reader: RecordReader, position: int) -> Image.Image:
     lines = textwrap.wrap(text, 42, max_lines=3, placeholder=" …")
     draw.text((0, 0), "\n".join(lines), "black", normal)
     share = f"{100 * mask.mean():.1f} % of {ref.image_key[-36:]}"
+    if ref.num_targets != 1:
+        share = f"{ref.num_targets} targets, {share}"
     draw.text((0, 68), f"ref {ref.ref_id}, {share}", "dimgray", small)
     cell.paste(Image.fromarray(picture), (0, HEAD))
     return cell

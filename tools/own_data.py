@@ -51,7 +51,8 @@ EPILOG = """a line, an object of one image (spread out here):
 
 image      path of a JPEG or PNG; relative ones start at the folder of the file (or --images)
 mask       path of a PNG (0, index 0 or transparent: background), or a COCO run-length mask
-           {"size": [height, width], "counts": ...}, or polygons [[x, y, x, y, ...], ...]
+           {"size": [height, width], "counts": ...}, or polygons [[x, y, x, y, ...], ...];
+           a list of masks joins several objects; null: the sentences are true of nothing there
 sentences  one or more, each true of this object alone
 split      train, val, or any other name; each becomes OUTPUT/<split>.lmdb
 and, if you like, on all lines or on none: ref_id (unique); on any line: image_id, category
@@ -61,18 +62,31 @@ docs/own_data.md has a worked example."""
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Polygons = Annotated[list[list[float]], Field(min_length=1)]
+Mask = Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons
 
 
-def _is_in_pixels(mask: str | dict | list) -> bool:
-    """Tell whether a mask is anything but polygons that lie in [0, 1]."""
-    polygons = mask if isinstance(mask, list) else []
-    return not polygons or any(not 0 <= x <= 1 for polygon in polygons for x in polygon)
+def _as_list(mask: Mask | list[Mask] | None) -> list[Mask]:
+    """Return the masks that a line joins."""
+    if mask is None:
+        return []
+    is_list = isinstance(mask, list) and not isinstance(mask[0], list)
+    are_polygons = isinstance(mask, list) and any(isinstance(part, list) for part in mask[0])
+    return mask if is_list or are_polygons else [mask]
+
+
+def _are_in_pixels(masks: list[Mask]) -> bool:
+    """Tell whether none of the masks is polygons that lie in [0, 1]."""
+    return not any(
+        isinstance(mask, list) and all(0 <= x <= 1 for polygon in mask for x in polygon)
+        for mask in masks
+    )
 
 
 class Line(BaseModel):
     """Holds a line of the file: an object, the sentences that denote it, and its split.
 
-    A field's description completes "must be", where no validator says more.
+    A field's description completes "must be", where no validator says more. `mask` becomes a
+    list: of the masks that are joined.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -80,11 +94,12 @@ class Line(BaseModel):
         description=f"a path of at most {LONGEST_KEY} bytes"
     )
     mask: Annotated[
-        Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons,
-        must(_is_in_pixels, "in pixels (these polygons lie in [0, 1])"),
+        Mask | Annotated[list[Mask], Field(min_length=1)] | None,
+        AfterValidator(_as_list),
+        must(_are_in_pixels, "in pixels (these polygons lie in [0, 1])"),
     ] = Field(
-        description="a path, {size: [height, width], counts: ...}, or a list of polygons in "
-        "pixels: [[x, y, ...], ...] even for one"
+        description="a path, {size: [height, width], counts: ...}, null, a list of masks, or a "
+        "list of polygons in pixels: [[x, y, ...], ...] even for one"
     )
     sentences: Annotated[
         list[Text],
@@ -216,7 +231,7 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
             if len(seen) > 1:
                 contents.odd_masks["have several values, all taken for the object"].append(number)
         except (UserError, OSError) as error:
-            yield str(error) if isinstance(entry.mask, str) else f"its mask is {error}"
+            yield str(error)
     known, first = contents.image_ids.setdefault(key, (entry.image_id, number))
     if known != entry.image_id:
         yield f"its image {key} has image_id {entry.image_id}, but {known} on line {first}"
@@ -256,28 +271,37 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
                     Sentence(sent=text, sent_id=i)
                     for i, text in enumerate(entry.sentences, sent_id)
                 ],
+                num_targets=len(entry.mask),
             )
             sent_id += len(entry.sentences)
             add_ref(writer, packed, size, mask, entry.image_id)
     return [output / f"{split}.lmdb" for split in counts]
 
 
-def load_mask(mask: str | dict | list, size: tuple[int, int], folder: Path) -> np.ndarray:
-    """Read or draw a mask: (height, width), 0 in the background.
+def load_mask(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> np.ndarray:
+    """Read or draw the masks of a line, and join them: (height, width), 0 in the background.
 
     Args:
-        mask: path of a PNG, a COCO run-length mask, or polygons.
+        masks: each the path of a PNG, a COCO run-length mask, or polygons.
         size: (height, width) of the image.
         folder: where a relative path starts.
     Raises:
-        UserError: it cannot be read, is no PNG, is of another size, or is empty.
+        UserError: one cannot be read, is no PNG, is of another size, or is empty.
     """
-    if isinstance(mask, str):
-        path, remedy = folder / mask, "check mask"
+    if len(masks) != 1:
+        parts = [load_mask([mask], size, folder) > 0 for mask in masks]
+        return np.uint8(255) * np.any([np.zeros(size, bool), *parts], axis=0)
+    if isinstance(masks[0], str):
+        path, remedy = folder / masks[0], "check mask"
         codes = read_mask(read_file(path, remedy), str(path), remedy)
         check_mask(codes, size, str(path), remedy)
         return codes
-    return draw_segmentation(mask, *size)
+    try:
+        drawn = draw_segmentation(masks[0], *size)
+    except UserError as error:
+        raise UserError(f"its mask is {error}") from None
+    check_mask(drawn, size, "its mask", "it covers no pixel")
+    return drawn
 
 
 def _note_shared_images(entries: Sequence[Line]) -> None:

@@ -1,15 +1,18 @@
 """Read a REFER folder: refs(<split-by>).p with the sentences, instances.json with the objects.
 
+gRefCOCO's grefs(<split-by>).json is of the same kind: there a ref has a list of objects, or none.
+
 The pickle comes from the web, so it is read by an unpickler that knows plain containers, strings
 and numbers, and refuses everything else before any of it runs.
 """
 
 import codecs
+import io
 import json
 import pickle
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn, NotRequired, TypeVar
 
@@ -18,6 +21,7 @@ from pycocotools import mask as coco_mask
 from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from tools.odd_records import EMPTY, OddError, OddRecords
 from utils.errors import UserError
 from utils.files import is_plain_name
 
@@ -26,6 +30,7 @@ T = TypeVar("T")
 _SHORT = reprlib.Repr()  # shared lists can be endless
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
+NO_TARGET = [-1]  # gRefCOCO's ann_id of a ref whose sentences are true of nothing in the image
 _COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
@@ -40,6 +45,13 @@ def must(holds: Callable[[Any], bool], what: str = "") -> AfterValidator:
     return AfterValidator(check)
 
 
+def _are_ids(value: Any) -> bool:
+    return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
+
+
+_Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
+
+
 class Sentence(TypedDict):
     """Describe one sentence of a ref."""
 
@@ -48,12 +60,12 @@ class Sentence(TypedDict):
 
 
 class Ref(TypedDict):
-    """Describe one object that sentences denote."""
+    """Describe one object that sentences denote, or a list of them."""
 
     ref_id: int
-    ann_id: int
+    ann_id: _Ids
     image_id: int
-    category_id: int
+    category_id: _Ids
     split: Annotated[str, must(is_plain_name, "a plain name")]
     sentences: Annotated[list[Sentence], must(bool, "one or more")]
 
@@ -69,6 +81,7 @@ class _Annotation(TypedDict):
     id: int
     bbox: Annotated[list[FiniteFloat], must(lambda box: len(box) == 4, "x, y, width, height")]
     segmentation: NotRequired[Any]
+    iscrowd: NotRequired[Any]
 
 
 class _Category(TypedDict):
@@ -76,12 +89,13 @@ class _Category(TypedDict):
 
 
 class _Instances(TypedDict):
-    images: list[_Image]
-    annotations: list[_Annotation]
+    images: list[Any]  # those that a ref names are checked when it is read
+    annotations: list[Any]
     categories: list[_Category]
 
 
-_REFS = TypeAdapter(Annotated[list[Ref], must(bool, "one or more refs")])
+_REFS = TypeAdapter(Annotated[list[Any], must(bool, "one or more refs")])
+_REF, _IMAGE, _ANNOTATION = map(TypeAdapter, (Ref, _Image, _Annotation))
 _INSTANCES = TypeAdapter(_Instances)
 
 
@@ -92,27 +106,31 @@ class Refer:
         data_root: the folder that holds the folder.
         dataset: the folder's name (refcoco, refcoco+, refcocog, refclef, or any other).
         split_by: what stands in brackets in refs(...).p (unc, umd, google, berkeley, ...).
+        odd: takes note of refs that cannot be read; without it the first is refused.
 
     Raises:
         UserError: a folder or file is missing, cannot be read, or lacks a field.
     """
 
-    def __init__(self, data_root: str | Path, dataset: str, split_by: str) -> None:
+    def __init__(
+        self, data_root: str | Path, dataset: str, split_by: str, odd: OddRecords | None = None
+    ) -> None:
         folder = Path(data_root, dataset)
-        self.refs_path = folder / f"refs({split_by}).p"
+        self.refs_path = find_refs(folder, split_by)
         self.instances_path = folder / "instances.json"
         if not self.refs_path.is_file():
-            there = sorted(str(path) for path in Path(data_root).glob("*/refs(*).p"))
+            found = (p for n in ("refs(*).p", "grefs(*).*") for p in Path(data_root).glob(f"*/{n}"))
+            there = sorted(map(str, found))
             raise UserError(
                 f"{self.refs_path} does not exist; found {', '.join(there) or 'no such file'} "
                 f"in the folders of {data_root} (tools/prepare_datasets.md)"
             )
         # In the order of the file.
-        self.refs = load_refs(self.refs_path, self._remedy())
+        self.refs = load_refs(self.refs_path, self._remedy(), odd)
         content = read_file(self.instances_path, self._remedy())
         instances = read_as(_INSTANCES, content, str(self.instances_path), self._remedy())
-        self._images = {image["id"]: image for image in instances["images"]}
-        self._annotations = {item["id"]: item for item in instances["annotations"]}
+        self._images = _by_id(instances["images"])
+        self._annotations = _by_id(instances["annotations"])
         category_ids = {item["id"] for item in instances["categories"]}
         ordered = sorted(_COCO_IDS if category_ids <= _COCO_IDS else category_ids)
         self._categories = {category_id: i for i, category_id in enumerate(ordered)}
@@ -125,62 +143,143 @@ class Refer:
         """Return the refs of a split.
 
         testA, testB and testC go by their letter (a ref of "testAB" is in two of them), test
-        takes every name with "test" in it, any other name is matched exactly.
+        takes every name with "test" in it, any other name is matched exactly. So are all names
+        of gRefCOCO.
         """
-        return [ref for ref in self.refs if _is_in_split(ref["split"], split)]
+        is_exact = self.refs_path.name.startswith("grefs")
+        return [
+            ref
+            for ref in self.refs
+            if ref["split"] == split or (not is_exact and _is_in_split(ref["split"], split))
+        ]
 
-    def annotation(self, ref: Ref) -> _Annotation:
-        """Return the object of a ref; a `UserError` if instances.json has none."""
-        return self._look_up(self._annotations, "annotation", ref["ann_id"], ref)
+    def annotations(self, ref: Ref) -> list[_Annotation]:
+        """Return the objects of a ref, none if it has no target; crowds in a list do not count.
+
+        Raises:
+            OddError: instances.json lacks one, only crowds are left, or -1 stands beside others.
+        """
+        ids, what = ref["ann_id"], f"{self.refs_path}: ref {ref['ref_id']}"
+        if ids == NO_TARGET:
+            return []
+        if isinstance(ids, int):
+            return [self._look_up(self._annotations, "annotation", ids, ref, _ANNOTATION)]
+        if not ids or -1 in ids:
+            reason = "[-1] alone means that it has no target"
+            raise OddError("contradictory ann_id", f"{what} has ann_id {ids}: {reason}")
+        found = [
+            self._look_up(self._annotations, "annotation", number, ref, _ANNOTATION)
+            for number in dict.fromkeys(ids)
+        ]
+        if all(item.get("iscrowd") for item in found):
+            raise OddError("only crowds", f"{what}: its annotations {ids} are all crowds")
+        return [item for item in found if not item.get("iscrowd")]
 
     def image(self, ref: Ref) -> _Image:
-        """Return the image of a ref; a `UserError` if instances.json has none."""
-        return self._look_up(self._images, "image", ref["image_id"], ref)
+        """Return the image of a ref; an `OddError` if instances.json has none."""
+        return self._look_up(self._images, "image", ref["image_id"], ref, _IMAGE)
 
-    def category(self, ref: Ref) -> int:
-        """Return the ref's category from 0: 0-79 for COCO's, else its place among the ids."""
-        return self._look_up(self._categories, "category", ref["category_id"], ref)
+    def category(self, ref: Ref) -> int | None:
+        """Return the ref's category from 0: 0-79 for COCO's, else its place among the ids.
+
+        It is None if the ref's objects have several, or it has none.
+        """
+        ids = ref["category_id"]
+        known = {
+            self._look_up(self._categories, "category", number, ref)
+            for number in ([ids] if isinstance(ids, int) else ids)
+            if ids == number or number != -1
+        }
+        return known.pop() if len(known) == 1 else None
 
     def mask(self, ref: Ref) -> np.ndarray:
         """Draw a ref's object: (height, width) uint8, 0 outside, non-zero inside.
 
         Parts are summed in uint8 times 255 as in the release, so a pixel under two
-        overlapping polygons is 254.
+        overlapping polygons is 254. Objects in a list are joined in 0 and 255, without their
+        polygons of fewer than six numbers or of an odd number.
 
         Raises:
-            UserError: there is no segmentation, or none that can be read, or it covers no pixel.
+            OddError: there is no segmentation, or none that can be read, or it covers no pixel.
         """
-        image = self.image(ref)
-        segmentation = self.annotation(ref).get("segmentation")
-        what = f"{self.instances_path}: annotation {ref['ann_id']} (ref {ref['ref_id']})"
-        if not segmentation:
-            raise UserError(f"{what} has no segmentation: {self._remedy()}")
-        try:
-            return draw_segmentation(segmentation, image["height"], image["width"])
-        except UserError as error:
-            raise UserError(f"{what} has {error}") from None
+        image, annotations = self.image(ref), self.annotations(ref)
+        size = image["height"], image["width"]
+        if isinstance(ref["ann_id"], int):
+            mask = self._draw(annotations[0], annotations[0].get("segmentation"), ref, size)
+        else:
+            sound = [(item, _sound_parts(item.get("segmentation"))) for item in annotations]
+            drawn = [self._draw(item, parts, ref, size) > 0 for item, parts in sound if parts]
+            if annotations and not drawn:
+                raise OddError(
+                    "only invalid polygons",
+                    f"{self.refs_path}: ref {ref['ref_id']}: its annotations {ref['ann_id']} have "
+                    "no polygon of three points or more",
+                )
+            mask = np.uint8(255) * np.any([np.zeros(size, bool), *drawn], axis=0)
+        if annotations and not mask.any():
+            what = f"{self.instances_path}: annotation {ref['ann_id']} (ref {ref['ref_id']})"
+            raise OddError(EMPTY, f"{what} covers no pixel: --empty says what that means")
+        return mask
 
-    def _look_up(self, table: dict[int, Any], kind: str, key: int, ref: Ref) -> Any:
+    def _draw(
+        self, annotation: _Annotation, segmentation: Any, ref: Ref, size: tuple[int, int]
+    ) -> np.ndarray:
+        what = f"{self.instances_path}: annotation {annotation['id']} (ref {ref['ref_id']})"
+        if not segmentation:
+            raise OddError("no segmentation", f"{what} has no segmentation: {self._remedy()}")
+        try:
+            return draw_segmentation(segmentation, *size)
+        except UserError as error:
+            kind = getattr(error, "kind", "unreadable segmentation")
+            raise OddError(kind, f"{what} has {error}") from None
+
+    def _look_up(
+        self, table: dict, kind: str, key: int, ref: Ref, form: TypeAdapter | None = None
+    ) -> Any:
+        """Return an entry of instances.json, checked if a form is given."""
         if key not in table:
-            raise UserError(
+            raise OddError(
+                f"missing {kind}",
                 f"{self.instances_path} has no {kind} {key}, which ref {ref['ref_id']} of "
-                f"{self.refs_path.name} names: {self._remedy()}"
+                f"{self.refs_path.name} names: {self._remedy()}",
             )
-        return table[key]
+        if form is None:
+            return table[key]
+        place, item = table[key]
+        where = f"{self.instances_path}: {kind}s[{place}]"
+        return read_as(form, item, where, self._remedy())
 
     def _remedy(self) -> str:
         return f"unpack the folder {self.refs_path.parent} again from its REFER archive"
 
 
-def load_refs(path: Path, remedy: str = "make it again") -> list[Ref]:
-    """Read the refs in a pickle, running nothing that the file brings along.
+def find_refs(folder: Path, split_by: str) -> Path:
+    """Return the file of a folder's refs; it may be missing."""
+    names = f"refs({split_by}).p", f"grefs({split_by}).json", f"grefs({split_by}).p"
+    names = names[1:] + names[:1] if folder.name == "grefcoco" else names
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
+
+def load_refs(
+    path: Path, remedy: str = "make it again", odd: OddRecords | None = None
+) -> list[Ref]:
+    """Read the refs in a JSON file, or a pickle, running nothing that the file brings along.
+
+    Args:
+        odd: takes note of refs that cannot be read, and those sound are returned.
     Raises:
-        UserError: the pickle cannot be loaded, or is not a list of refs with an id each.
+        UserError: the file cannot be loaded, or is not a list of refs with an id each.
     """
-    with path.open("rb") as file:
-        refs = read_as(_REFS, load_plain(file, str(path)), str(path), remedy)
-    refuse_twice((ref["ref_id"] for ref in refs), f"{path}: ref_id", remedy)
+    content = path.read_bytes()
+    content = content if path.suffix == ".json" else load_plain(io.BytesIO(content), str(path))
+    refs: list[Ref] = []
+    seen: set[int] = set()
+    for place, item in enumerate(read_as(_REFS, content, str(path), remedy)):
+        split = item.get("split") if isinstance(item, dict) else None
+        with odd.catch("malformed ref", str(split), ~place) if odd else nullcontext():
+            ref = read_as(_REF, item, f"{path}[{place}]", remedy)
+            refuse_seen(seen, ref["ref_id"], f"{path}: ref_id", remedy)
+            refs.append(ref)
     return refs
 
 
@@ -201,18 +300,18 @@ def load_plain(file: BinaryIO, where: str) -> Any:
         raise UserError(f"{where} is not a readable pickle, or cut off ({error!r})") from None
 
 
-def read_file(path: Path, remedy: str) -> bytes:
-    """Read a file; a `UserError` if it is missing."""
+def read_file(path: Path, remedy: str, kind: str = "missing file") -> bytes:
+    """Read a file; an `OddError` of the kind if it is missing."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: {remedy}")
+        raise OddError(kind, f"{path} does not exist: {remedy}")
     return path.read_bytes()
 
 
-def refuse_twice(ids: Iterable[int], what: str, remedy: str) -> None:
-    """Raise a `UserError` if two ids are the same."""
-    for number, count in Counter(ids).items():
-        if count > 1:
-            raise UserError(f"{what} {number} is there {count} times: {remedy}")
+def refuse_seen(seen: set[int], number: int, what: str, remedy: str) -> None:
+    """Add a number to those seen; an `OddError` if it is there already."""
+    if number in seen:
+        raise OddError("number twice", f"{what} {number} is there twice: {remedy}")
+    seen.add(number)
 
 
 def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:
@@ -258,6 +357,22 @@ def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
     return error.object[error.start :].decode("latin-1"), len(error.object)
 
 
+def _by_id(items: Iterable[Any]) -> dict[int, tuple[int, dict]]:
+    """Return the items that have an id, each with its place."""
+    return {
+        item["id"]: (place, item)
+        for place, item in enumerate(items)
+        if isinstance(item, dict) and isinstance(item.get("id"), int)
+    }
+
+
+def _sound_parts(segmentation: Any) -> Any:
+    """Return a segmentation without polygons of fewer than six numbers, or of an odd number."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    return [p for p in segmentation if not isinstance(p, list) or (len(p) >= 6 and not len(p) % 2)]
+
+
 def _is_in_split(name: str, split: str) -> bool:
     if split in ("testA", "testB", "testC"):
         return split[-1] in name
@@ -275,7 +390,7 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
         height, width: of the image, in pixels.
 
     Raises:
-        UserError: it cannot be read, is of another size, or covers no pixel.
+        UserError: it cannot be read, or is of another size.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     # After a polygon, pycocotools draws nothing for a point or a line.
@@ -286,8 +401,6 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
         raise
     except Exception as error:
         raise UserError(f"an unreadable segmentation ({error!r})") from None
-    if not masks.any():
-        raise UserError("a segmentation that covers no pixel")
     return masks.sum(axis=2).astype(np.uint8) * 255
 
 
@@ -309,8 +422,9 @@ def _run_lengths(part: list | dict, height: int, width: int) -> dict:
         return coco_mask.frPyObjects([part], height, width)[0]
     rows, columns = part["size"]
     if (rows, columns) != (height, width):
-        raise UserError(
-            f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}"
+        raise OddError(
+            "mask of another size",
+            f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}",
         )
     counts = part["counts"]
     if isinstance(counts, list):

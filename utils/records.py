@@ -4,7 +4,8 @@ The file holds these entries. None is pickled, and all can be read without this 
 
     __meta__         JSON: format_version, dataset, split, refs, sentences, images,
                      token_length {length: sentences}, tool, digest (SHA-256 of all other
-                     entries, each as key and value, in the order they were written)
+                     entries, each as key and value, in the order they were written), and
+                     left_out, refs, if there are any
     __index__        Arrow table, a row a ref: ref_id, image_key, image_id, num_sentences
     ref:<position>   Arrow table of one row, the fields of `RefRecord`; num_targets only where it
                      is not 1, so that older files read on and one-target files stay as they were
@@ -113,12 +114,16 @@ class RecordWriter:
     Args:
         path: the file to make; its folder is created.
         dataset, split: names that go into the file's meta entry.
+
+    Attributes:
+        left_out: how many odd refs of the split are not packed; goes there too.
     """
 
     def __init__(self, path: str | Path, dataset: str, split: str) -> None:
         self.path = Path(path)
         self._dataset = dataset
         self._split = split
+        self.left_out = 0
         self._image_keys: set[str] = set()
         self._index: list[dict] = []  # its rows
         self._token_length: Counter[int] = Counter()
@@ -211,6 +216,7 @@ class RecordWriter:
             "tool": TOOL,
             "digest": self._digest.hexdigest(),
         }
+        meta |= {"left_out": self.left_out} if self.left_out else {}
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
 

@@ -1,15 +1,18 @@
 """tools/data_process.py: the release's JSON and masks from REFER folders, or a clear refusal."""
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from helpers import refer_ref, write_refer
+from helpers import encoded, refer_instances, refer_ref, write_refer
 
-from tools import data_process
+from tools import data_process, folder2lmdb, inspect_lmdb
 from utils.errors import UserError
+from utils.records import RecordReader
 
 
 def write(root: Path, splits: list[str], dataset: str = "toys", split_by: str = "me") -> Path:
@@ -148,6 +151,205 @@ def test_a_bad_annotation_is_named_and_leaves_no_file(tmp_path: Path, changes, m
     with pytest.raises(UserError, match=message):
         prepare(root, tmp_path / "out", "--generate_mask")
     assert files(tmp_path / "out") == set()
+
+
+# ------------------------------------------------------------------------------- odd records
+
+
+def write_odd(root: Path) -> Path:
+    """Ten refs, of which nine are odd, each in its own way; no ref names another odd annotation."""
+    texts = [{"sent": "a mug", "sent_id": 99}, {"sent": " &nbsp;", "sent_id": 98}]
+    refs = [
+        refer_ref(0, image_id=3),
+        refer_ref(1, image_id=404),
+        refer_ref(2, sentences=texts),
+        refer_ref(3, sentences=[]),
+        *(refer_ref(i) for i in range(4, 9)),
+        refer_ref(4, "val"),
+    ]
+    content = refer_instances(refs)
+    content["images"] = [image for image in content["images"] if image["id"] != 404]
+    annotations = {item["id"]: item for item in content["annotations"]}
+    annotations[104]["bbox"] = None
+    annotations[105]["segmentation"] = {"size": [9, 10], "counts": [90]}
+    annotations[106]["segmentation"] = {"size": [8, 10], "counts": [80]}
+    annotations[107]["segmentation"] = [[1, 1, 2, 2]]
+    del annotations[108]
+    unused = {"id": 500, "bbox": "none", "segmentation": 3}
+    content["annotations"] = [unused, *annotations.values()]
+    return write_refer(root, refs, content)
+
+
+ODD = [
+    r"refs\(me\)\.p\[3\].sentences: must be one or more",
+    r"refs\(me\)\.p: ref_id 4 is there twice",
+    r"has no image 404, which ref 1 ",
+    r"ref 2 has a sentence without words, ' &nbsp;'",
+    r"annotations\[\d+\].bbox: must be a valid list, not None",
+    r"annotation 105 \(ref 5\) has a segmentation of 9 x 10 pixels on an image of 8 x 10",
+    r"annotation 106 \(ref 6\) covers no pixel: --empty says",
+    r"annotation 107 \(ref 7\) has an unreadable segmentation",
+    r"has no annotation 108, which ref 8 ",
+]
+
+
+def assert_matches(lines: list[str], patterns: list[str]) -> None:
+    assert len(lines) == len(patterns)
+    for pattern in patterns:
+        assert sum(bool(re.search(pattern, line)) for line in lines) == 1, pattern
+
+
+def test_all_odd_records_are_listed_at_once_with_counts_by_kind(tmp_path: Path, capsys) -> None:
+    root = write_odd(tmp_path / "in")
+    with pytest.raises(UserError) as caught:
+        prepare(root, tmp_path / "out", "--generate_mask")
+    assert_matches(capsys.readouterr().err.splitlines(), ODD)
+    for text in ("9 odd records (", "1 of kind 'empty mask'", "1 of kind 'empty sentence'"):
+        assert text in str(caught.value)
+    assert str(caught.value).endswith("nothing written: put them right, or add --skip-odd")
+    assert files(tmp_path / "out") == set()
+
+
+def test_odd_records_are_left_out_and_counted_as_far_as_the_lmdb(tmp_path: Path, capsys) -> None:
+    prepare(write_odd(tmp_path / "in"), tmp_path, "--generate_mask", "--skip-odd")
+    said = capsys.readouterr()
+    assert_matches(said.err.splitlines(), ODD)
+    assert "note: left out 9 odd records (" in said.out
+    assert files(tmp_path / "anns") == {"toys/train.json", "toys/train.odd"}
+    for image in (3, 7):
+        path = tmp_path / f"images/a_{image}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(np.zeros((8, 10, 3), np.uint8), ".jpg"))
+    path = tmp_path / "anns/toys/train.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([*entries, entries[0] | {"segment_id": 5}]))  # sentences twice
+    lmdb = pack(tmp_path, "--skip-odd")
+    assert RecordReader(lmdb).index.ref_ids == [0]
+    assert RecordReader(lmdb).meta["left_out"] == 9
+    inspect_lmdb.main([str(lmdb), "--samples", "0"])
+    assert "left out 9 odd refs" in capsys.readouterr().out
+    prepare(write(tmp_path / "in", ["train"]), tmp_path, "--generate_mask")
+    assert "left_out" not in RecordReader(pack(tmp_path)).meta
+
+
+def pack(root: Path, *more: str) -> Path:
+    where = ["-i", root / "images", "-m", root / "masks/toys", "-o", root / "lmdb/toys"]
+    folder2lmdb.main(["-j", str(root / "anns/toys/train.json"), *map(str, where), *more])
+    return root / "lmdb/toys/train.lmdb"
+
+
+@pytest.mark.parametrize("empty", ["skip", "no-target"])
+def test_empty_masks_mean_what_is_said_of_them(tmp_path: Path, capsys, empty: str) -> None:
+    refs = [refer_ref(i) for i in range(3)]
+    content = refer_instances(refs)
+    for item in content["annotations"][1:]:
+        item["segmentation"] = {"size": [8, 10], "counts": [80]}
+    root = write_refer(tmp_path / "in", refs, content)
+    with pytest.raises(UserError, match="2 odd records"):
+        prepare(root, tmp_path, "--generate_mask")
+    said = capsys.readouterr().err
+    assert all(f"(ref {i}) covers no pixel: --empty" in said for i in (1, 2))
+    prepare(root, tmp_path, "--generate_mask", "--empty", empty)
+    entries = json.loads((tmp_path / "anns/toys/train.json").read_text())
+    numbers = [entry.get("num_targets", 1) for entry in entries]
+    assert numbers == ([1] if empty == "skip" else [1, 0, 0])
+    (tmp_path / "images").mkdir()
+    photo = encoded(np.zeros((8, 10, 3), np.uint8), ".jpg")
+    (tmp_path / "images/a_7.jpg").write_bytes(photo)
+    reader = RecordReader(pack(tmp_path))
+    assert [reader.ref(i).num_targets for i in range(len(reader))] == numbers
+    assert reader.meta.get("left_out") == (2 if empty == "skip" else None)
+
+
+# ---------------------------------------------------------------------------------- gRefCOCO
+
+SQUARES = {
+    1: [[1, 1, 4, 1, 4, 4, 1, 4]],
+    2: [[5, 1, 9, 1, 9, 4, 5, 4], [0, 0, 9, 9], [0, 0, 9, 0, 9, 7, 3]],
+    3: {"size": [8, 10], "counts": [6, 2, *[6, 2] * 9]},
+    4: {"size": [8, 10], "counts": [0, 80]},
+    5: [[0, 0, 9, 9], [1, 1, 2, 2, 3]],
+}
+
+
+def write_gref(root: Path, refs: list[dict], name: str = "grefs(unc).json") -> Path:
+    """gRefCOCO's folder with annotations 1 to 5: 4 is a crowd, 5 has no sound polygon."""
+    folder = root / "grefcoco"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = refer_instances([refer_ref(0, ann_id=i) for i in SQUARES])
+    for item in content["annotations"]:
+        item |= {"segmentation": SQUARES[item["id"]], "iscrowd": int(item["id"] == 4)}
+    (folder / "instances.json").write_text(json.dumps(content))
+    data = json.dumps(refs).encode() if name.endswith("json") else pickle.dumps(refs, 2)
+    (folder / name).write_bytes(data)
+    return root
+
+
+def gref(ref_id: int, *ann_ids: int, split: str = "val") -> dict:
+    return refer_ref(ref_id, split, ann_id=list(ann_ids), category_id=[13] * len(ann_ids))
+
+
+@pytest.mark.parametrize("name", ["grefs(unc).json", "grefs(unc).p"])
+def test_a_list_of_objects_is_their_union_without_crowds_and_bad_polygons(
+    tmp_path: Path, capsys, name: str
+) -> None:
+    lists = {1: [1, 2], 2: [3, 4, 1], 3: [2], 4: [-1], 5: [5, 1, 1]}
+    refs = [gref(i, *ids) for i, ids in lists.items()]
+    refs[3]["category_id"] = [-1]
+    root = write_gref(tmp_path / "in", refs, name)
+    prepare(root, tmp_path, "--generate_mask", dataset="grefcoco", split="unc")
+    entries = json.loads((tmp_path / "anns/grefcoco/val.json").read_text())
+    assert [entry.get("num_targets", 1) for entry in entries] == [2, 2, 1, 0, 2]
+    assert [entry["cat"] for entry in entries] == [11, 11, 11, None, 11]
+    assert [entry["bbox"] for entry in entries] == [[2, 1, 6, 5]] * 3 + [None] + [[2, 1, 6, 5]]
+    assert "refs of no target: 1, of one: 1, of several: 3" in capsys.readouterr().out
+    areas = {1: np.s_[1:4, 1:4], 2: np.s_[1:4, 5:9], 3: np.s_[6:8, :]}
+    for ref_id, ids in {1: [1, 2], 2: [3, 1], 3: [2], 4: [], 5: [1]}.items():
+        expected = np.zeros((8, 10), np.uint8)
+        for number in ids:
+            expected[areas[number]] = 255
+        mask = cv2.imread(str(tmp_path / f"masks/grefcoco/{ref_id}.png"), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_boxes_of_several_objects_are_joined(tmp_path: Path) -> None:
+    root = write_gref(tmp_path / "in", [gref(1, 1, 2)])
+    path = root / "grefcoco/instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [0.9, 3.5, 2.5, 4.2]
+    path.write_text(json.dumps(content))
+    prepare(root, tmp_path, dataset="grefcoco", split="unc")
+    (entry,) = json.loads((tmp_path / "anns/grefcoco/val.json").read_text())
+    assert entry["bbox"] == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (gref(7, 1, 99), r"instances\.json has no annotation 99, which ref 7 of grefs"),
+        (gref(7, -1, 1), r"ref 7 has ann_id \[-1, 1\]: \[-1\] alone means that it has no target"),
+        (gref(7), r"ref 7 has ann_id \[\]: "),
+        (gref(7, 4), r"ref 7: its annotations \[4\] are all crowds"),
+        (gref(7, 5), r"ref 7: its annotations \[5\] have no polygon of three points or more"),
+        (
+            gref(7, 1, split="testAB"),
+            r"ref 7 is of split 'testAB', not of one of train, val, testA",
+        ),
+        (gref(7, 1, split=["val"]), r"grefs\(unc\)\.json\[1\].split: must be a valid string"),
+        (gref(1, 2), r"grefs\(unc\)\.json: ref_id 1 is there twice"),
+    ],
+)
+def test_a_bad_list_of_objects_is_refused_by_one_line(tmp_path: Path, bad, message) -> None:
+    root = write_gref(tmp_path / "in", [gref(1, 1), bad])
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(root, tmp_path / "out", "--generate_mask", dataset="grefcoco", split="unc")
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path / "out") == set()
+
+
+def test_a_missing_file_of_grefcoco_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"grefcoco/grefs\(unc\)\.json does not exist; found no"):
+        prepare(tmp_path, tmp_path / "out", dataset="grefcoco", split="unc")
 
 
 def test_real_refcoco_equals_what_the_releases_tool_wrote(mini_root: Path, tmp_path: Path) -> None:

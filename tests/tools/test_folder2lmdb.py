@@ -194,8 +194,8 @@ def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
 @pytest.mark.parametrize(
     ("num_targets", "mask", "message"),
     [
-        (2, BLANK, r"1\.png is an empty mask: make"),
-        (0, encoded(255 * OBJECT), r"1\.png is not empty, though num_targets is 0: make"),
+        (2, BLANK, r"1\.png is an empty mask: check -m"),
+        (0, encoded(255 * OBJECT), r"1\.png is not empty, though num_targets is 0: check -m"),
         (-1, BLANK, r"\[1\].num_targets: must be greater than or equal to 0, not -1"),
     ],
 )
@@ -211,12 +211,12 @@ def test_a_mask_that_does_not_fit_the_number_of_targets_is_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("images/q.png"), r"q\.png does not exist: check -i"),
-        (write("images/q.png", b"<html>"), r"q\.png cannot be decoded \(6 bytes.*check -i"),
+        (remove("images/q.png"), r"q\.png does not exist: check --images"),
+        (write("images/q.png", b"<html>"), r"q\.png cannot be decoded \(6 bytes.*check --images"),
         (cut(f"images/{COCO}"), r"012\.jpg cannot be decoded .* cut off"),
         (remove("masks/toys/1.png"), r"1\.png does not exist: .*data_process.py --generate_mask"),
         (write("masks/toys/1.png", b""), r"1\.png is an empty file: .*data_process"),
-        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask: make"),
+        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask: check -m"),
         (write("masks/toys/1.png", OTHER_SIZE), r"1\.png is 16 x 12 pixels, its image 12 x 16"),
     ],
 )
@@ -250,18 +250,18 @@ def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, mes
         (set_field(sentences=[]), r"\[1\].sentences: must be one or more, not \[\]"),
         (set_field(cat=10**30), r"\[1\].cat: must be less than or equal to .*, not 1000"),
         (set_field(segment_id=10**30), r"\[1\].segment_id: must be less than"),
-        (set_field(segment_id=0), r"val\.json: segment_id 0 is there 2 times"),
+        (set_field(segment_id=0), r"val\.json\[1\]: segment_id 0 is there twice"),
         (set_sentence(sent=3), r"\[1\].sentences\[1\].sent: must be a valid string, not 3"),
         (set_sentence(sent="mug \ud800"), r"sent: .* unicode string, not 'mug .ud800"),
         (set_sentence(sent=" &nbsp; "), r"sent: must be a text with words, not ' &nbsp; '"),
-        (set_sentence(sent_id=10), r"val\.json: sent_id 10 is there 2 times"),
+        (set_sentence(sent_id=10), r"val\.json\[1\]: sent_id 10 is there twice"),
     ],
 )
 def test_a_bad_json_is_refused_by_entry_and_field(data: Path, damage, message: str) -> None:
     damage(data)
     with pytest.raises(UserError, match=message):
         pack(data)
-    assert not (data / "lmdb").exists()
+    assert not list(data.glob("lmdb/toys/*"))
 
 
 def test_a_split_without_refs_is_not_written(data: Path) -> None:
@@ -269,6 +269,29 @@ def test_a_split_without_refs_is_not_written(data: Path) -> None:
     with pytest.raises(UserError, match="split val of toys has no refs"):
         pack(data)
     assert os.listdir(data / "lmdb/toys") == []
+
+
+def test_missing_photos_share_a_line_and_sizes_that_differ_are_told(data: Path, capsys) -> None:
+    names = (COCO, "q.png", "r.png", "s.png", "s.png")
+    entries = [make_entry(i, name) for i, name in enumerate(names)]
+    (data / "anns/toys/val.json").write_text(json.dumps(entries))
+    (data / "masks/toys/0.png").write_bytes(OTHER_SIZE)
+    with pytest.raises(UserError) as caught:
+        pack(data)
+    assert str(caught.value).startswith(
+        "4 odd records (3 of kind 'missing photo', 1 of kind 'mask of another size'), listed above"
+    )
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"{data}/masks/toys/0.png is 16 x 12 pixels, its image 12 x 16 (turned by its EXIF "
+        "orientation?): check -m and --images, or make it again with python tools/data_process.py "
+        "--generate_mask",
+        f"{data}/images/r.png and 1 more do not exist: check --images, or get the image again "
+        "(tools/prepare_datasets.md)",
+    ]
+    assert os.listdir(data / "lmdb/toys") == []
+    reader = pack(data, "--skip-odd")
+    assert (reader.index.ref_ids, reader.meta["images"]) == ([1], 1)
+    assert reader.meta["left_out"] == 4
 
 
 @pytest.mark.parametrize(("folder", "option"), [("images", "-i"), ("masks", "-m")])

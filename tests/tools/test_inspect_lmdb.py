@@ -11,7 +11,16 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
-from helpers import all_refs, blob, encoded, pack, run_command, smooth_photo, write_records
+from helpers import (
+    all_refs,
+    blob,
+    encoded,
+    pack,
+    run_command,
+    sample_ref,
+    smooth_photo,
+    write_records,
+)
 
 from tools import inspect_lmdb
 from tools.inspect_lmdb import differences
@@ -133,6 +142,34 @@ def test_the_sheet_shows_photo_and_mask(path, tmp_path):
         head, photo = sheet[y : y + 20, x : x + width], outline[y + 92 : y + height, x : x + width]
         assert head.min() < 100  # a sentence
         assert photo.sum() > 100
+
+
+def test_refs_of_no_target_and_of_several_are_counted_and_on_the_sheet(path, capsys, monkeypatch):
+    blank = encoded(np.zeros((80, 101), np.uint8))
+    changes = {2: {"num_targets": 0, "mask": blank}, 5: {"num_targets": 3}}
+    rewrite(path, lambda i, ref: replace(ref, **changes.get(i, {})))
+    drawn = []
+    monkeypatch.setattr(inspect_lmdb, "grid", lambda cells, *_: cells[0])
+    cell = inspect_lmdb._cell
+    monkeypatch.setattr(inspect_lmdb, "_cell", lambda r, i: drawn.append(i) or cell(r, i))
+    for seed in range(4):
+        drawn.clear()
+        look(path, "--samples", 3, "--seed", seed)
+        assert {2, 5} < set(drawn)
+        assert len(drawn) == 3
+    out = capsys.readouterr().out
+    assert "targets  refs of no target: 1, of one: 6, of several: 1" in out
+    assert "no fault" in out
+
+
+def test_refs_left_out_are_told_and_count_as_published(path, capsys):
+    with RecordWriter(path, "refcoco", "val") as writer:
+        writer.left_out = 3810
+        ref = sample_ref(0, 0, (72, 110), 1)
+        writer.add_image(ref.image_key, encoded(smooth_photo(np.random.default_rng(0), 72, 110)))
+        writer.add_ref(ref, token_lengths(ref.sentences))
+    look(path)
+    assert "left out 3,810 odd refs, when it was packed" in capsys.readouterr().out
 
 
 def test_the_sheet_lies_beside_the_file_and_none_is_written_for_no_samples(path):

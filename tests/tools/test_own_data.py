@@ -114,6 +114,19 @@ def test_each_way_to_give_a_mask_gives_the_same_mask(data, mask):
     assert ref.mask == data_process.encode_mask(np.uint8(255) * DRAWN)
 
 
+def test_a_line_may_mean_several_objects_or_none(data):
+    other = [32, 5, 50, 5, 50, 25, 32, 25]
+    several = [[POLYGON], "masks/1.png", COMPRESSED, [other]]
+    refs = all_refs(
+        pack(data, *(line(mask=m) for m in (None, several, [[POLYGON]]))) / "train.lmdb"
+    )
+    assert [ref.num_targets for ref in refs] == [0, 4, 1]
+    joined = DRAWN.copy()
+    joined[5:25, 32:50] = True
+    for ref, expected in zip(refs, (np.zeros_like(DRAWN), joined, DRAWN), strict=True):
+        assert np.array_equal(decode_mask(ref.mask, "mask"), np.uint8(255) * expected)
+
+
 @pytest.mark.parametrize(
     "pixels",
     [
@@ -225,7 +238,12 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
         ({"image": " "}, "image must be a path of at most 500 bytes, not ' '"),
         ({"image": "a" * 600}, "image must be a path of at most 500 bytes"),
         ({"image": "photos"}, "photos does not exist: check image"),
-        ({"mask": None}, r"mask must be a path, \{size: \[height, .*\}, or a list of polygons"),
+        ({"mask": 3}, r"mask must be a path, \{size: \[height, .*\}, null, .* a list of polygons"),
+        ({"mask": [None]}, r"mask must be a path, .* a list of polygons"),
+        ({"mask": ["masks/1.png", POLYGON]}, r"mask must be a path, .* a list of polygons"),
+        ({"mask": ["masks/1.png", "masks/9.png"]}, r"masks/9\.png does not exist: check mask"),
+        ({"mask": [[POLYGON], [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]]}, "in pixels"),
+        ({"mask": [[-9, -9, -8, -9, -8, -8]]}, "its mask is an empty mask: it covers no pixel"),
         ({"mask": []}, r"mask must be a path, .* even for one, not \[\]"),
         ({"mask": "masks/9.png"}, r"masks/9\.png does not exist: check mask"),
         ({"mask": POLYGON}, r"a list of polygons in pixels: .* even for one, not"),

@@ -134,7 +134,7 @@ def changed(**fields: object) -> list[object]:
         (changed(mask=MASK[:30]), "entry 1, mask cannot be decoded"),
         (changed(mask=encoded(np.zeros((HEIGHT, WIDTH), np.uint8))), "entry 1, mask is an empty m"),
         (changed(mask=encoded(blob(WIDTH, HEIGHT))), "entry 1, mask is 60 x 40 pixels"),
-        (changed(seg_id=7), "seg_id 7 is there 2 times"),
+        (changed(seg_id=7), "seg_id 7 is there twice"),
         (changed(seg_id="7"), "entry 1.seg_id: must be a valid integer, not '7'"),
         (changed(img="text"), "entry 1.img: must be a valid bytes, not 'text'"),
         (changed(sents=[]), r"entry 1.sents: must be one or more, not \[\]"),

@@ -52,7 +52,7 @@ def rows_of(refer: Refer) -> list[dict]:
         {name: ref[name] for name in names}
         | {
             "split": ref["split"].replace("testA", "test"),
-            "raw_anns": json.dumps(refer.annotation(ref)),
+            "raw_anns": json.dumps(refer.annotations(ref)[0]),
             "raw_image_info": json.dumps(refer.image(ref)),
         }
         for ref in refer.refs
@@ -66,7 +66,7 @@ def benchmark_rows(refer: Refer, photos: Path, split: str) -> list[dict]:
         image = refer.image(ref)
         photo = {"bytes": (photos / image["file_name"]).read_bytes(), "path": None}
         row = rows.setdefault(image["id"], {"image": photo, "image_info": image, "ref_list": []})
-        row["ref_list"].append({"ref_info": ref, "ann_info": refer.annotation(ref)})
+        row["ref_list"].append({"ref_info": ref, "ann_info": refer.annotations(ref)[0]})
     return list(rows.values())
 
 

@@ -211,7 +211,7 @@ def test_a_useless_segmentation_is_refused(tmp_path: Path, segmentation, message
 def test_an_annotation_image_or_category_that_is_missing_is_named(tmp_path: Path) -> None:
     refer = Refer(write_refer(tmp_path, [refer_ref(1)]), "toys", "me")
     for look_up, changes, message in (
-        (refer.annotation, {"ann_id": 999}, r"instances\.json has no annotation 999, which ref 1"),
+        (refer.annotations, {"ann_id": 999}, r"instances\.json has no annotation 999, which ref 1"),
         (refer.image, {"image_id": 999}, r"instances\.json has no image 999, which ref 1"),
         (refer.category, {"category_id": 999}, r"instances\.json has no category 999, which ref"),
     ):
@@ -235,10 +235,11 @@ def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"split": None}, r"\[1\].split: must be a valid string, not None"),
-        ({"ann_id": "12"}, r"\[1\].ann_id: must be a valid integer, not '12'"),
+        ({"ann_id": "12"}, r"\[1\].ann_id: must be a whole number, or a list of them, not '12'"),
+        ({"ann_id": [True]}, r"\[1\].ann_id: must be a whole number"),
         ({"sentences": []}, r"\[1\].sentences: must be one or more"),
         ({"sentences": [{"sent_id": 3}]}, r"\[1\].sentences\[0\].sent: is missing"),
-        ({"ref_id": 1}, "ref_id 1 is there 2 times"),
+        ({"ref_id": 1}, "ref_id 1 is there twice"),
         *(
             ({"split": split}, r"\[1\].split: must be a plain name")
             for split in ("../../elsewhere", "..", "", ".", "a\0b", "a\nb", "a\\b", "x" * 300)
@@ -248,6 +249,20 @@ def test_a_missing_folder_or_split_by_names_what_is_there(tmp_path: Path) -> Non
 def test_a_malformed_ref_is_named(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Refer(write_refer(tmp_path, [refer_ref(1), refer_ref(2) | changes]), "toys", "me")
+
+
+def read_all(refer: Refer) -> None:
+    for ref in refer.refs:
+        refer.annotations(ref), refer.image(ref)
+
+
+@pytest.mark.parametrize("odd", [{"id": 5}, {"bbox": None}, {"id": "x"}, 3, None])
+def test_what_no_ref_names_may_be_of_any_kind(tmp_path: Path, odd: object) -> None:
+    refs = [refer_ref(1)]
+    content = refer_instances(refs)
+    for kind in ("images", "annotations"):
+        content[kind].insert(0, odd)
+    read_all(Refer(write_refer(tmp_path, refs, content), "toys", "me"))
 
 
 def test_broken_instances_are_refused(tmp_path: Path) -> None:
@@ -265,7 +280,7 @@ def test_broken_instances_are_refused(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"instances\.json.*{message}"):
-            Refer(tmp_path, "toys", "me")
+            read_all(Refer(tmp_path, "toys", "me"))
     path.unlink()
     with pytest.raises(UserError, match=r"instances\.json does not exist: unpack the folder"):
         Refer(tmp_path, "toys", "me")
