@@ -5,6 +5,7 @@ print the table.
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +50,17 @@ def find_records(cfg: Config, weights: str) -> list[str]:
     What holds another data set or split than the config names is scored all the same, and told.
 
     Raises:
-        UserError: one of them cannot be read, or two hold the same split, whose files would have
-            the same names; told before the first is scored.
+        UserError: one of them cannot be read, two hold the same split, whose files would have the
+            same names, or the run has scores of other records under such a name; told before the
+            first is scored.
     """
     named = Path(cfg.TEST.test_lmdb)
     paths = {split: str(named.with_name(f"{split}.lmdb")) for split in cfg.TEST.splits}
     paths = paths or {cfg.TEST.test_split: cfg.TEST.test_lmdb}
     is_joint, first = len(cfg.DATA.train_lmdb) > 1, {}
     for split, path in paths.items():
-        meta = RecordReader(path).meta
-        held = meta["dataset"], meta["split"]
+        reader = RecordReader(path)
+        held = reader.meta["dataset"], reader.meta["split"]
         expected = held[0] if is_joint else cfg.DATA.dataset, split
         if held != expected:
             logger.warning(
@@ -67,7 +69,24 @@ def find_records(cfg: Config, weights: str) -> list[str]:
             )
         if first.setdefault(held, path) != path:
             raise UserError(f"TEST.splits: {first[held]} and {path} both hold {' '.join(held)}")
+        _check_earlier_scores(cfg, reader)
     return list(paths.values())
+
+
+def _check_earlier_scores(cfg: Config, reader: RecordReader) -> None:
+    """Refuse to replace the scores of other records of the same name."""
+    meta, swapped = reader.meta, cfg.TEST.swap_sentences
+    for name, protocol in resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold).items():
+        stem = result_stem(meta["dataset"], meta["split"], name, protocol.threshold, swapped)
+        path, earlier = cfg.run_folder / f"{stem}.json", None
+        with suppress(OSError, ValueError, AttributeError):  # there is none, or none to be read
+            earlier = json.loads(path.read_text()).get("records")
+        if earlier not in (None, reader.digest()) and not cfg.TRAIN.force:
+            raise UserError(
+                f"{path} has the scores of other records than {reader.path} holds: give them "
+                "another folder with TRAIN.exp_name (and TEST.weights), or replace them with "
+                "TRAIN.force True"
+            )
 
 
 def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights: str) -> Scored:
@@ -105,6 +124,7 @@ def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights:
             "ceiling": summarize_ceiling(lines),
             "swapped_sentences": cfg.TEST.swap_sentences,
             "lmdb": lmdb,
+            "records": loader.dataset.reader.digest(),
         }
         for protocol, lines in scores.items()
     ]

@@ -602,6 +602,7 @@ def write_result(
             "ceiling": summarize_ceiling(scores),
             "swapped_sentences": is_swapped,
             "lmdb": str(lmdb),
+            "records": reader.digest(),
         }
         for protocol in protocols
     ]

@@ -74,6 +74,7 @@ class Result(BaseModel):
     refs: int
     ceiling: dict
     lmdb: str | None = None
+    records: str | None = None  # their digest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,6 +270,9 @@ def write(
     held, wanted = ([what[name] for name in SAME] for what in (reader.meta, models[0].result))
     if held != wanted:
         raise UserError(f"{lmdb} holds {' '.join(held)}, the results are of {' '.join(wanted)}")
+    scored = {model.result["records"] for model in models} - {None}  # older results do not say
+    if scored and reader.digest() not in scored:
+        raise UserError(f"{lmdb} holds other records than were scored: name those with --lmdb")
     shown = choose_shown(models[1].lines, args.limit)
     lines = [models[0].lines[place] for place in shown]
     pictures = write_pictures(reader, lines, folder / PHOTOS, args.photo_size)

@@ -6,7 +6,7 @@ Everything is checked before anything is written, and all problems are listed wi
 import argparse
 import posixpath
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -145,6 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         print(f"{args.jsonl}: {len(contents.entries)} refs, no problem; nothing written")
         return
+    there = [path for path in output_paths(contents, args.output) if path.exists()]
+    if there and not args.force:
+        raise UserError(
+            f"{there[0]} is there already: choose another -o, or replace it with --force; "
+            "nothing written"
+        )
     for path in pack(contents, args.output, args.output.resolve().name):
         print(packed_summary(path))
     print("next: python tools/inspect_lmdb.py on each, and look at the picture that it writes")
@@ -241,18 +247,22 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
             yield f"ref_id {entry.ref_id} is that of line {first} as well"
 
 
+def output_paths(contents: Contents, output: Path) -> dict[Path, str]:
+    """Return the file of each split that occurs, and the split's name."""
+    return {output / f"{entry.split}.lmdb": entry.split for entry in contents.entries}
+
+
 def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
     """Write <split>.lmdb for each split below `output`; all of them appear, or none.
 
     Raises:
         UserError: an image or mask has changed since it was checked.
     """
-    counts = Counter(entry.split for entry in contents.entries)
-    sent_id = 0
+    paths, sent_id = output_paths(contents, output), 0
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(RecordWriter(output / f"{split}.lmdb", dataset, split))
-            for split in counts
+            split: stack.enter_context(RecordWriter(path, dataset, split))
+            for path, split in paths.items()
         }
         stored = set()
         for entry in tqdm(contents.entries, desc=f"pack {dataset}", unit="ref", disable=None):
@@ -275,7 +285,7 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
             )
             sent_id += len(entry.sentences)
             add_ref(writer, packed, size, mask, entry.image_id)
-    return [output / f"{split}.lmdb" for split in counts]
+    return list(paths)
 
 
 def load_mask(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> np.ndarray:
@@ -323,6 +333,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-o", "--output", type=Path, help="folder for <split>.lmdb; names the data")
     add("--images", type=Path, help="folder that image paths start at (that of the file)")
     add("--check", action="store_true", help="only look for problems")
+    add("--force", action="store_true", help="replace records that are in the folder already")
     args = parser.parse_args(argv)
     if args.output is None and not args.check:
         parser.error("-o names the folder for <split>.lmdb; or only look for problems: --check")

@@ -90,10 +90,12 @@ def steps(config: str, cfg: Config) -> Iterator[Step]:
     inputs = [cfg.run_folder / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
     command = f"test.py --config {shlex.quote(config)} --opts TEST.report True"
     draw = f"{command} TEST.visualize True TEST.visualize_limit {PICTURES}"
-    yield Step("evaluate", draw, is_fresh(results(cfg), inputs), (cfg.run_folder / "vis",))
+    yield Step(
+        "evaluate", draw, is_fresh(results(cfg), inputs), (cfg.run_folder / "vis", *results(cfg))
+    )
     swap = f"{command} TEST.test_split val TEST.swap_sentences True"
-    done = is_fresh([result(cfg, "val", swapped=True)], inputs)
-    yield Step("evaluate with swapped sentences", swap, done)
+    scores = (result(cfg, "val", swapped=True),)
+    yield Step("evaluate with swapped sentences", swap, is_fresh(scores, inputs), scores)
 
 
 def training_step(config: str, cfg: Config) -> Step:

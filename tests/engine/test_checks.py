@@ -2,16 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, error_of, largest_file, load, pack, run_program, write_config
+from helpers import (
+    ROOT,
+    error_of,
+    largest_file,
+    load,
+    pack,
+    run_program,
+    write_config,
+    write_records,
+)
 
 from engine.checks import check_records
 from utils.config import load_config
 from utils.errors import UserError
+from utils.records import RecordReader
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +63,22 @@ def test_two_files_of_one_split_do_not_overwrite_each_others_scores(trained, dat
     opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
     line = error_of("test.py", trained / "tiny.yaml", *opts)
     assert line.endswith(f"{tmp_path}/testA.lmdb both hold shapes testB")
+
+
+def test_scores_of_other_records_of_the_same_name_are_not_replaced(trained, data, tmp_path):
+    lmdb = shutil.copy(data / "lmdb/shapes/val.lmdb", tmp_path / "val.lmdb")
+    opts = ("TEST.test_lmdb", lmdb, "TRAIN.output_folder", tmp_path)
+    opts += ("TEST.weights", trained / "exp/tiny/last_model.pth")
+    for _ in range(2):  # the same records are scored again
+        run_program("test.py", trained / "tiny.yaml", *opts)
+    result = tmp_path / "tiny/test_shapes_val.json"
+    before = result.read_text()
+    write_records(Path(lmdb), [2])
+    line = error_of("test.py", trained / "tiny.yaml", *opts)
+    assert line.startswith(f"{result} has the scores of other records than {lmdb} holds: ")
+    assert result.read_text() == before
+    run_program("test.py", trained / "tiny.yaml", *opts, "TRAIN.force", True)
+    assert json.loads(result.read_text())["records"] == RecordReader(lmdb).digest()
 
 
 @pytest.mark.parametrize("name", ["report", "vis"])

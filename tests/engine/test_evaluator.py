@@ -50,7 +50,7 @@ THRESHOLD = 0.15
 LOWERED = f"threshold{THRESHOLD}"  # in the names of files
 RESULT_FIELDS = {
     *("dataset", "split", "checkpoint", "protocol", "refs", "sentences", *METRIC_NAMES, "seconds"),
-    *("threshold", "ceiling", "lmdb", "swapped_sentences"),
+    *("threshold", "ceiling", "lmdb", "records", "swapped_sentences"),
 }
 LINE_FIELDS = {
     *("ref_id", "sent_id", "sentence", "image", "image_id", "category", "height", "width"),

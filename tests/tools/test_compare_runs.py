@@ -150,6 +150,9 @@ def test_the_records_can_be_named_where_they_moved(runs, tmp_path, shapes_lmdb):
     assert "the results do not say where" in error(*runs, "-o", tmp_path / "page")
     assert "absent.lmdb does not exist" in error(*runs, "--lmdb", tmp_path / "absent.lmdb")
     for path in runs:
+        change_result(path, records="0123")
+    assert "holds other records than were scored" in error(*runs, "--lmdb", shapes_lmdb)
+    for path in runs:
         change_result(path, split="testA")
     message = "holds shapes train, the results are of shapes testA"
     assert message in error(*runs, "--lmdb", shapes_lmdb)

@@ -362,6 +362,17 @@ def test_the_program_ends_with_one_line_a_problem_and_exit_code_1(data):
     ]
 
 
+def test_records_that_are_there_are_replaced_only_when_that_is_meant(data):
+    out = pack(data, line(), line(split="val"))
+    before = RecordReader(out / "val.lmdb").digest()
+    with pytest.raises(UserError, match=r"^\S+/val.lmdb is there already: .*--force; nothing wri"):
+        pack(data, line(sentences=["other"], split="val"), line(split="test"))
+    assert not (out / "test.lmdb").exists()
+    assert RecordReader(out / "val.lmdb").digest() == before
+    pack(data, line(sentences=["other"], split="val"), options=("--force",))
+    assert RecordReader(out / "val.lmdb").ref(0).sentences == ("other",)
+
+
 def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatch):
     out = pack(data, line(), line(split="val"))
     before = [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")]
@@ -375,7 +386,7 @@ def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatc
 
     monkeypatch.setattr(RecordWriter, "add_ref", fails)
     with pytest.raises(OSError, match="No space"):
-        pack(data, line(), line(split="val"), line(split="testA"))
+        pack(data, line(), line(split="val"), line(split="testA"), options=("--force",))
     assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
     assert [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")] == before
 
@@ -417,13 +428,13 @@ def test_the_worked_example_runs_from_pictures_to_scores(tmp_path):
         result = run_command(shutil.which("bash"), "-c", script)
         assert result.returncode == 0, result.stderr
     scores = json.loads(
-        (tmp_path / "exp/mydata/cris_tiny/test_mydata_val.aligned.json").read_text()
+        (tmp_path / "exp/example/cris_tiny/test_example_val.aligned.json").read_text()
     )
-    val = RecordReader(tmp_path / "datasets/lmdb/mydata/val.lmdb").meta
+    val = RecordReader(tmp_path / "datasets/lmdb/example/val.lmdb").meta
     assert scores["sentences"] == val["sentences"]
     assert 0 <= scores["mIoU"] <= 1
     assert (tmp_path / "datasets/example/train.png").is_file()
-    assert list((tmp_path / "exp/mydata/cris_tiny/vis/mydata_val").glob("*.png"))
+    assert list((tmp_path / "exp/example/cris_tiny/vis/example_val").glob("*.png"))
     kinds = {
         type(json.loads(row)["mask"]) for row in (tmp_path / "datasets/example/data.jsonl").open()
     }
