@@ -39,7 +39,8 @@ lint: install ## Check style, and that the files are formatted
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: install ## Format the files, and repair what can be repaired
+format: install ## Format the files, repair what can be repaired, write config/base.yaml
+	@$(BIN)/python -m utils.config
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -1,14 +1,13 @@
 """README and documents: what they link to is there, and the index names every document."""
 
 import re
-from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tracked
 
-PAGES = sorted(chain(*(ROOT.glob(p) for p in ("*.md", "docs/*.md", "tools/*.md", "datasets/*.md"))))
+PAGES = tracked("*.md", "docs/*.md", "tools/*.md", "datasets/*.md")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -40,7 +39,7 @@ def test_relative_links_lead_to_files_and_headings(page):
 
 def test_the_index_names_every_document():
     index = (ROOT / "docs" / "README.md").read_text("utf-8")
-    names = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    names = {page.name for page in tracked("docs/*.md")} - {"README.md"}
     assert len(names) > 8
     assert {name for name in names if f"]({name})" not in index} == set()
 

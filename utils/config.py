@@ -1,13 +1,16 @@
 """The configuration of a run: a typed schema, YAML files over it, `--opts` over those.
 
 Lowest to highest: the defaults below, the files that `_base_` names (each relative to the file that
-names it), the file given with --config, and `--opts KEY VALUE ...`. `config/base.yaml` explains
-every key; a test keeps its values equal to the defaults here. Configs of the release, which have no
-`_base_` and some keys that mean nothing here (`NO_EFFECT`), load as they are.
+names it), the file given with --config, and `--opts KEY VALUE ...`. A key stands here alone, with
+its type, limits, default and meaning (the comment): `python -m utils.config` writes all of them to
+`config/base.yaml`, and `make format` does so too. Configs of the release, which have no `_base_`
+and some keys that mean nothing here (`NO_EFFECT`), load as they are.
 """
 
 import ast
+import inspect
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
@@ -32,7 +35,37 @@ from utils.files import atomic_path
 
 BASE_KEY = "_base_"
 AUTO = "auto"  # of TRAIN.resume: the newest whole checkpoint of the run, if there is one
-GUESSES = {"lr": "TRAIN.base_lr", "learning_rate": "TRAIN.base_lr"}  # names in other projects
+BASE_YAML = Path(__file__).parents[1] / "config/base.yaml"
+BASE_HEAD = """\
+# Every key, what it does, and its default: RefCOCO with CLIP RN50 as published, plus the switches
+# that CRIS does not have, set to what CRIS does. Written from utils/config.py by
+# `python -m utils.config`. A file that says `_base_: ../base.yaml` lists only what differs from
+# here; `--opts KEY VALUE ...` on the command line goes over both. In paths, ~ is your home folder.
+"""
+
+_GPUS = "training takes all GPUs that CUDA_VISIBLE_DEVICES lets it see, or else the CPU"
+_RECORDS = "DATA.train_lmdb, DATA.val_lmdb and TEST.test_lmdb name the records"
+# What other projects call a key, or a sentence where there is none.
+GUESSES = {
+    "lr": "TRAIN.base_lr",
+    "learning_rate": "TRAIN.base_lr",
+    "scheduler": "TRAIN.schedule",
+    "seed": "TRAIN.manual_seed",
+    "num_workers": "TRAIN.workers",
+    "image_size": "TRAIN.input_size",
+    "max_length": "TRAIN.word_len",
+    "checkpoint": "TEST.weights",
+    "amp": "TRAIN.precision",
+    "backbone": "TRAIN.clip_pretrain, the CLIP archive, decides it",
+    "optimizer": "it is Adam, built by build_optimizer in engine/optim.py",
+    "gpus": _GPUS,
+    "gpu": _GPUS,
+    "num_gpus": _GPUS,
+    "device": _GPUS,
+    "root": _RECORDS,
+    "data_root": _RECORDS,
+    "data_dir": _RECORDS,
+}
 
 # Keys of the release that are accepted everywhere and do nothing: why.
 NO_EFFECT = {
@@ -115,68 +148,139 @@ class ClipArch(_Group):
 class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
+    # Name of the data set, for file names and tables.
     dataset: Text = "refcoco"
+    # Records to train on (made by tools/folder2lmdb.py), or a list of several data sets' records.
     train_lmdb: FilePaths = ("datasets/lmdb/refcoco/train.lmdb",)
-    train_split: Text = "train"
+    train_split: Text = "train"  # name of their split
+    # With two or more train_lmdb: leave out every ref whose image (by its id, or else its name) is
+    # in one of these, so that no image of a val or test split is trained on. With one train_lmdb
+    # nothing is left out, as published.
     exclude_lmdb: tuple[FilePath, ...] = ()
+    # Records to validate on every val_freq epochs.
     val_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"
-    val_split: Text = "val"
+    val_split: Text = "val"  # name of their split
+    # Folder for the training photos and masks at input_size, made once and read from then on:
+    # 0.69 MB a photo and its mask at 416. null: decode JPEGs each time.
     cache: FilePath | None = None
+    # Train where config, records and checkpoint say that they are of different data sets, splits or
+    # input sizes, which is refused otherwise. Scoring says so and goes on.
     allow_mismatch: StrictBool = False
 
 
 class TrainConfig(_Group):
     """The model, the recipe, and where the run is written."""
 
+    # --- model ---
+    # OpenAI's CLIP archive (or a plain state dict) to start from; null: from scratch by clip_arch.
     clip_pretrain: FilePath | None = "pretrain/RN50.pt"
+    # Sizes of a CLIP without an archive, a mapping of embed_dim, image_resolution, vision_layers,
+    # vision_width, context_length, vocab_size, transformer_width, transformer_heads and
+    # transformer_layers. Needs clip_pretrain null.
     clip_arch: ClipArch | None = None
+    # Side in pixels of the square that images are letterboxed into; a multiple of 32.
     input_size: Pixels = 416
-    word_len: Annotated[Integer, Field(ge=2)] = 17  # start and end
+    # Tokens a sentence, start and end included; longer ones are cut, shorter ones padded.
+    word_len: Annotated[Integer, Field(ge=2)] = 17
+    # Width of CLIP's sentence vector. null: as CLIP says; a number must agree with it.
     word_dim: Size | None = None
+    # Width of neck output and decoder: that of CLIP's text transformer (512 for RN50 and RN101, 640
+    # for RN50x4, 768 for RN50x16); divides by num_head and by 4. null: as CLIP says.
     vis_dim: Annotated[Size, Field(multiple_of=4)] | None = None
+    # Channels of the three backbone maps. null: as CLIP says; a list must agree with it.
     fpn_in: tuple[Size, Size, Size] | None = None
+    # Widths inside the neck at stride 8, 16 and 32; the second is vis_dim. null: half of it, once
+    # and twice, which for RN50 and RN101 are the published 256, 512 and 1024.
     fpn_out: tuple[Size, Size, Size] | None = None
+    # Batch norm over the samples of all ranks; no effect with one rank.
     sync_bn: StrictBool = True
-    num_layers: Size = 3
-    num_head: Size = 8
-    dim_ffn: Size = 2048
+    num_layers: Size = 3  # of the decoder
+    num_head: Size = 8  # attention heads in each of its layers
+    dim_ffn: Size = 2048  # hidden width of its feed-forward part
+    # Inside it, attention weights included; in [0, 1).
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+
+    # --- loading ---
+    # Loader processes of a machine, shared by its ranks; never more than there are cores.
     workers: Count = 32
-    workers_val: Count = 16
+    workers_val: Count = 16  # the same for validation
+
+    # --- recipe ---
+    # Passes over the refs; each visit of a ref draws one of its sentences.
     epochs: Size = 50
-    milestones: tuple[Size, ...] = (35,)
-    start_epoch: Count = 0
-    batch_size: Size = 64
-    batch_size_val: Size = 64
-    accumulation_steps: Size = 1
-    batch_by: Literal["refs", "images"] = "refs"
+    # How the rates fall: at milestones (published), or along half a cosine to 0 over all epochs.
     schedule: Literal["milestones", "cosine"] = "milestones"
-    base_lr: Rate = 1e-4
-    lr_decay: Rate = 0.1
-    lr_multi: Amount = 0.1
+    # After how many epochs the rates are multiplied by lr_decay.
+    milestones: tuple[Size, ...] = (35,)
+    # Epoch to count from, 0 = the first. A checkpoint to resume from brings its own.
+    start_epoch: Count = 0
+    # Refs an optimiser step, over all ranks and accumulation steps; must divide by both.
+    batch_size: Size = 64
+    # Sentences a validation step, over all ranks.
+    batch_size_val: Size = 64
+    # Forward and backward passes whose gradients add up to one optimiser step.
+    accumulation_steps: Size = 1
+    # What stands side by side in a batch: refs at random (published), or all refs of an image,
+    # which is then encoded once for them: cheaper, and every sentence meets its distractors.
+    batch_by: Literal["refs", "images"] = "refs"
+    base_lr: Rate = 1e-4  # Adam's rate for the head
+    lr_decay: Rate = 0.1  # what the rates are multiplied by at each milestone
+    lr_multi: Amount = 0.1  # the backbone's rate over the head's, from epoch 2
+    # The backbone's rate in epoch 1: published (base_lr, as the release really does), or lr_multi
+    # times it from the start.
     backbone_start: Literal["published", "lr_multi"] = "published"
+    # Keep CLIP's token embedding as it is; published: trained.
     freeze_token_embedding: StrictBool = False
+    # Optimiser steps over which both rates rise linearly from 0; 0: none, as published.
     warmup_steps: Count = 0
-    weight_decay: Amount = 0.0
+    weight_decay: Amount = 0.0  # Adam's L2 penalty
+    # Largest norm of the gradient, after loss scaling is undone; 0: no clipping.
     max_norm: Amount = 0.0
-    recompute_backbone: StrictBool = False
-    recompute_decoder: StrictBool = False
-    compile: StrictBool = False
-    deterministic: StrictBool = False
+    # auto (fp16 on CUDA, fp32 on the CPU), fp16 (with loss scaling), bf16 or fp32.
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    # Gradient checkpointing: keep only what enters each block of CLIP's two encoders, and compute
+    # the rest again in the backward pass: less memory, more time, same numbers (docs/memory.md).
+    recompute_backbone: StrictBool = False
+    recompute_decoder: StrictBool = False  # the same for the layers of the decoder
+    # Compile the training pass with torch.compile: minutes at the first step, faster steps then;
+    # other last bits, other dropout. Needs a C++ compiler on the CPU; not with recompute_*.
+    compile: StrictBool = False
+    # On a GPU too, two runs give the same bits: only algorithms that do, which are slower
+    # (docs/memory.md). The CPU does without it, with the same number of threads.
+    deterministic: StrictBool = False
+    # How masks shrink to the size of the logits: nearest (published) or area (soft, unshifted; goes
+    # with TEST.protocol aligned).
     target: Literal["nearest", "area"] = "nearest"
+    # Epochs from one validation and checkpoint to the next; the last epoch always has both.
     val_freq: Size = 1
+    # Sentences of a ref that validation scores: all, as the test does, or the first (CRIS's own).
     val_sentences: Literal["all", "first"] = "all"
+    # Sentences that are drawn after each validation (photo, ground truth, prediction), always the
+    # same ones, each on another photo: in the run's folder, and at Weights & Biases if it is on.
     val_pictures: Count = 4
+    # Checkpoints within an epoch: every so many steps (500) or minutes (10 minutes). null: only
+    # after each validation. Beside last_model.pth each is kept as step_<step>.pth, the newest
+    # keep_checkpoints of them.
     save_every: Interval | None = None
-    keep_checkpoints: Size = 2
+    keep_checkpoints: Size = 2  # no effect without save_every
+    # Seed of weights, order of refs, choice of sentences and dropout.
     manual_seed: Count = 0
+
+    # --- run ---
+    # Steps between two lines in the log.
     print_freq: Size = 100
-    exp_name: Text = "CRIS_R50"
-    output_folder: FilePath = "exp/refcoco"
+    exp_name: Text = "CRIS_R50"  # the run is written to <output_folder>/<exp_name>
+    output_folder: FilePath = "exp/refcoco"  # folder of runs
+    # Checkpoint whose weights to start from, with a new optimiser and epoch 0.
     weight: FilePath | None = None
+    # Checkpoint (last_model.pth of a run) to continue exactly where it stopped; auto: the newest
+    # whole one in the run's folder, or a new training where there is none. One of another run's
+    # folder is refused where there are checkpoints already.
     resume: FilePath | None = None
+    # Write to the run's folder even if another process is training there, an earlier training has
+    # left its checkpoints (one that begins there removes them), or it has scores of other records.
     force: StrictBool = False
+    # Weights & Biases: disabled, offline or online.
     wandb: Literal["disabled", "offline", "online"] = "disabled"
 
     @property
@@ -224,20 +328,32 @@ class TrainConfig(_Group):
 class TestConfig(_Group):
     """Say what test.py scores, and how."""
 
-    __test__ = False  # pytest: no test class
-
+    # Split to score; val-test, CRIS's name for val, is read as val.
     test_split: Split = "val"
-    test_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"
+    test_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"  # its records
+    # Several splits in one run, such as [val, testA, testB], each from <split>.lmdb in the folder
+    # of test_lmdb; []: only test_split. TEST.test_split in --opts takes the place of the list.
     splits: Annotated[tuple[Split, ...], BeforeValidator(_as_list)] = ()
+    # Checkpoint to score; null: best_model.pth of the run.
     weights: FilePath | None = None
+    # How logits become a mask: published (corners aligned, threshold 0.35), aligned (pixel centres
+    # aligned, threshold 0.5; goes with TRAIN.target area), or both, one table each.
     protocol: Literal["published", "aligned", "both"] = "published"
+    # Probability above which a pixel is foreground; null: the protocol's.
     threshold: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    # Write overlays of photo, ground truth, prediction, sentence and IoU.
     visualize: StrictBool = False
-    visualize_limit: Count | None = None
+    visualize_limit: Count | None = None  # at most so many a split; null: all
+    # Write report/index.html in the run's folder: numbers, charts, and every sentence to look at.
     report: StrictBool = False
+    # At most so many sentences a split to look at, evenly from the worst to the best; null: all.
+    # The numbers are always those of all sentences.
     report_limit: Size | None = None
-    report_photo_size: Size = 384
+    report_photo_size: Size = 384  # longest side of the report's photos in pixels
+    # Check that the model reads: give each ref the sentences of another ref of the same image.
     swap_sentences: StrictBool = False
+
+    __test__ = False  # pytest: no test class
 
 
 class Config(_Group):
@@ -317,6 +433,28 @@ def save_config(config: Config, path: str | Path) -> None:
     with atomic_path(path) as partial:
         text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         partial.write_text(text, encoding="utf-8")
+
+
+def base_yaml() -> str:
+    """Return the text of `config/base.yaml`: the comments, keys and defaults of the sections."""
+    lines = [BASE_HEAD]
+    for section, values in Config().model_dump(mode="json").items():
+        lines.append(f"\n{section}:\n")
+        source = inspect.getsource(Config.model_fields[section].annotation)
+        for line in source.splitlines()[3:]:
+            field = re.match(r"    (\w+): .*? = .*?(  # .*)?$", line)
+            if field:
+                key, meaning = field.groups(default="")
+                value = yaml.safe_dump([values[key]], default_flow_style=True, width=200)[1:-2]
+                lines.append(f"  {key}: {value}{meaning}\n")
+            elif line.startswith("    # "):
+                lines.append(line[2:] + "\n")
+            elif line:
+                break
+            else:
+                lines.append("\n")
+        lines[-1:] = [] if lines[-1] == "\n" else lines[-1:]
+    return "".join(lines)
 
 
 def check_batch(train: TrainConfig, world_size: int) -> int:
@@ -478,7 +616,10 @@ def _suggestion(key: str) -> str:
     name = key.rpartition(".")[2]
     names = {known.rpartition(".")[2]: known for known in KEYS} | GUESSES
     near = [name] if name in names else get_close_matches(name, names, 1)
-    return f"did you mean {names[near[0]]}?" if near else "config/base.yaml lists the valid ones"
+    if not near:
+        return "config/base.yaml lists the valid ones"
+    answer = names[near[0]]
+    return answer if " " in answer else f"did you mean {answer}?"
 
 
 def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str) -> str:
@@ -507,3 +648,7 @@ def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str)
 def _show(value: Any) -> str:
     """Return `value` as a YAML file would have it."""
     return "null" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+
+
+if __name__ == "__main__":
+    BASE_YAML.write_text(base_yaml(), encoding="utf-8")

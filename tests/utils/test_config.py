@@ -1,12 +1,14 @@
 """The schema, the files in config/, `--opts`, and the one-line errors."""
 
+import difflib
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, tracked
 
 from model.segmenter import build_segmenter
 from utils import config as module
@@ -15,6 +17,7 @@ from utils.config import (
     Config,
     TestConfig,
     TrainConfig,
+    base_yaml,
     check_batch,
     load_config,
     save_config,
@@ -26,7 +29,7 @@ CONFIG_DIR = ROOT / "config"
 BASE = CONFIG_DIR / "base.yaml"
 R50 = CONFIG_DIR / "refcoco" / "cris_r50.yaml"
 TINY = CONFIG_DIR / "refshapes" / "cris_tiny.yaml"
-SHIPPED = sorted(CONFIG_DIR.glob("*/*.yaml"))
+SHIPPED = tracked("config/*/*.yaml")
 
 RN50_ARCH = (
     "{embed_dim: 1024, image_resolution: 224, vision_layers: [3, 4, 6, 3], vision_width: 64, "
@@ -123,17 +126,29 @@ def yaml_leaves(node: dict, prefix: str = "") -> dict[str, object]:
 
 
 class TestShippedFiles:
-    def test_base_spells_out_every_default_and_nothing_else(self):
-        assert load_config(BASE) == Config()
-        written = yaml_leaves(yaml.safe_load(BASE.read_text(encoding="utf-8")))
-        assert written.keys() == yaml_leaves(to_dict(Config())).keys()
+    def test_base_is_written_from_the_schema(self):
+        texts = (text.splitlines() for text in (BASE.read_text("utf-8"), base_yaml()))
+        odd = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
+        assert not odd, "python -m utils.config writes config/base.yaml anew"
 
-    def test_base_explains_every_key_above_or_beside_it(self):
-        above = ""
-        for line in BASE.read_text(encoding="utf-8").splitlines():
+    def test_base_has_every_default_and_explains_every_key_above_or_beside_it(self):
+        assert load_config(BASE) == Config()
+        written = yaml_leaves(yaml.safe_load(BASE.read_text("utf-8")))
+        assert written.keys() ^ yaml_leaves(to_dict(Config())).keys() == set()
+        lines = BASE.read_text("utf-8").splitlines()
+        for above, line in itertools.pairwise(lines):
             if re.match(r"  \w+:", line):
-                assert "  # " in line or above.startswith("  # "), line
-            above = line
+                assert "  # " in line or above.startswith("  # "), f"no comment says what {line} is"
+
+    @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git tells what is shipped")
+    def test_every_shipped_file_is_looked_at_and_no_other(self):
+        assert len(SHIPPED) > 12
+        assert R50 in SHIPPED
+        (mine := CONFIG_DIR / "refcoco/test_of_a_file_beside.yaml").touch()
+        try:
+            assert mine not in tracked("config/*/*.yaml")
+        finally:
+            mine.unlink()
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
     def test_thin_file_lists_only_what_differs(self, path):
@@ -356,6 +371,14 @@ class TestErrors:
             ("TRIAN: {batch_size: 4}", "unknown key TRIAN; did you mean TRAIN?"),
             ("TEST: {batch_size: 4}", "key TEST.batch_size; did you mean TRAIN.batch_size?"),
             ("TRAIN: {lr: 0.1}", "unknown key TRAIN.lr; did you mean TRAIN.base_lr?"),
+            ("TRAIN: {optimizer: SGD}", "TRAIN.optimizer; it is Adam, built by build_optimizer in"),
+            ("TRAIN: {optimiser: SGD}", "TRAIN.optimiser; it is Adam, built by build_optimizer in"),
+            ("TRAIN: {gpus: 2}", "key TRAIN.gpus; training takes all GPUs that CUDA_VISIBLE_DEV"),
+            (
+                "DATA: {root: a}",
+                "DATA.root; DATA.train_lmdb, DATA.val_lmdb and TEST.test_lmdb",
+            ),
+            ("device: cuda", "unknown key device; training takes all GPUs"),
             ("TRAIN: {zzz: 4}", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
             ("TRAIN: {clip_arch: {depth: 4}}", "unknown key TRAIN.clip_arch.depth"),
             ("TRAIN: {clip_arch: RN50}", "TRAIN.clip_arch must be a mapping of its keys, not"),
