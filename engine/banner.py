@@ -77,7 +77,10 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     length = f"{counted(train.epochs, 'epoch')} of {counted(run.length, 'step')}"
     left = max(0, (train.epochs - run.epoch) * run.length - run.position)
     done = f", {run.step:,} of them done" if run.step else ""
-    yield "length", f"{length}: {run.step + left:,} in all{done}"
+    refs = len(run.train_loader.dataset)
+    rest = refs - run.length * train.batch_size
+    idle = f"; {rest:,} of {counted(refs, 'ref')}, others each time, fill no batch" if rest else ""
+    yield "length", f"{length}: {run.step + left:,} in all{done}{idle}"
     yield "output", str(run.folder)
     options = ", ".join(options_on(run.cfg)) or "as published"
     lines = textwrap.wrap(options, 80, break_long_words=False, break_on_hyphens=False)

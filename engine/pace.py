@@ -10,7 +10,7 @@ from utils.distributed import gather_objects
 from utils.machine import GIB, resident_memory
 
 # What a lap measures: it differs from run to run, as nothing else in the records does.
-MEASURED = ("images_per_second", "data_wait_share", "memory_gib")
+MEASURED = ("refs_per_second", "data_wait_share", "memory_gib")
 _END = object()
 
 

@@ -42,7 +42,7 @@ class Run:
     `sums` is (2, 4) on the device, the sums of loss, IoU, Pr@0.5 and 1 over the micro-batches of
     this epoch up to the last line in the log, and since. `faults` is (3,) int64 on
     the device: steps left out since that line, how many the last ones are in a row, and the
-    position of the first (from 1; 0: none).
+    position of the first (from 1; 0: none). `told` is the step of the log's last line about steps.
     """
 
     cfg: Config
@@ -64,6 +64,7 @@ class Run:
     best: float = -1.0
     sums: Tensor = field(init=False)
     faults: Tensor = field(init=False)
+    told: int | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     saved_at: float = field(default_factory=time.monotonic)
     version: str | None = field(default_factory=code_version)

@@ -66,7 +66,8 @@ def fit(run: Run) -> None:
                 left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
                 line += f"; {describe_scores(scores, run.val_loader.dataset, run.protocols)}"
                 line += f"{' (best)' if is_best else ''}; {duration(left)} left"
-            logger.info(line)
+            if is_validated or run.told == run.step or run.length >= run.cfg.TRAIN.print_freq:
+                logger.info(line)
     if not is_saved:
         raise UserError(f"the last checkpoint is missing: make room in {run.folder}, then resume")
 
@@ -138,14 +139,16 @@ def means(sums: Tensor) -> dict[str, float]:
 
 
 def log_step(run: Run, values: dict[str, float]) -> None:
-    """Tell the log and the tracker how the steps since the last line went."""
+    """Tell the tracker how the last steps went, and the log if enough came since its last line."""
     rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
     run.tracker.log("step", {"epoch": run.epoch + 1, "step": run.step, **values, **rates})
-    speed = values["images_per_second"]
+    if run.told is not None and run.step - run.told < run.cfg.TRAIN.print_freq:
+        return
+    run.told, speed = run.step, values["refs_per_second"]
     left = (run.length - run.position) * run.cfg.TRAIN.batch_size / speed
     logger.info(
         f"epoch {run.epoch + 1} step {run.position}/{run.length}: {describe_step(values)}, "
-        f"{speed:.1f} images/s, {duration(left)} left in the epoch"
+        f"{speed:.1f} refs/s, {duration(left)} left in the epoch"
     )
 
 

@@ -117,7 +117,8 @@ class Contents:
     """Holds what has been read so far.
 
     `sizes` has (height, width), None for an unusable image; `image_ids` and `ref_ids` know the
-    lines that first gave them; `odd_masks` has the lines of what a mask seldom is.
+    lines that first gave them; `missing` names images that are not there; `odd_masks` has the
+    lines of what a mask seldom is.
     """
 
     images: Path
@@ -126,6 +127,7 @@ class Contents:
     sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
     ref_ids: dict[int, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
     odd_masks: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -163,7 +165,8 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
         path: the file; empty lines are skipped.
         images, masks: folders that relative paths start at.
     Returns:
-        what it holds, and its problems in order, each "<line>: <text>".
+        what it holds, and its problems in order, each "<line>: <text>"; of missing images the first
+        and, last, their number.
     Raises:
         UserError: the file is missing, holds no line, or is not UTF-8.
     """
@@ -190,6 +193,8 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
         problems += [f"{number}: {problem}" for problem in found]
         entry.ref_id = entry.ref_id if has_ref_id else number
         contents.entries.append(entry)
+    if (count := len(contents.missing)) > 1:
+        problems.append(f" {count} images are not below {images}: name their folder with --images")
     return contents, problems
 
 
@@ -225,8 +230,11 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
             path, remedy = contents.images / key, "check image"
             contents.sizes[key] = image_size(read_file(path, remedy), str(path), remedy)
         except (UserError, OSError) as error:
-            yield str(error)
-    elif contents.sizes[key] is None:
+            if not path.exists():
+                contents.missing.append(key)
+            if key not in contents.missing[1:]:
+                yield str(error)
+    elif contents.sizes[key] is None and key not in contents.missing[1:]:
         yield f"its image {key} cannot be used, see above"
     if contents.sizes[key] is not None:
         try:

@@ -35,7 +35,7 @@ PANELS = (  # title and unit
     ("mIoU", "mIoU (%)"),
     ("Pr@X of the validation", "sentences with an IoU above X (%)"),
     ("Learning rates", "learning rate (log scale)"),
-    ("Speed", "training images/s"),
+    ("Speed", "training refs/s"),
     ("Waiting for data", "of the time (%)"),
 )
 
@@ -196,7 +196,7 @@ def plot(series: Sequence[Series]) -> "Figure":
     plot_keys(precision, series, "Pr@", 100)
     plot_keys(rates, series, "lr_", 1)
     rates.set_yscale("log", nonpositive="mask")
-    plot_steps(speed, series, "images_per_second")
+    plot_steps(speed, series, "refs_per_second")
     plot_steps(waiting, series, "data_wait_share", 100)
     for panel in (miou, precision, speed, waiting):
         panel.set_ylim(bottom=0)

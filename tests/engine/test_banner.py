@@ -45,6 +45,11 @@ def test_everything_that_decides_a_run_is_named(config, data, tmp_path):
     assert said["step"] == ["1 rank(s) x 4 x 2 (accumulation) = batch 8"]
     steps = len(run.train_loader) // 2
     assert said["length"] == [f"3 epochs of {steps} steps: {3 * steps} in all"]
+    refs = len(RecordReader(data / "lmdb/shapes/train.lmdb"))
+    (line,) = lines_of(build_run(config, "TRAIN.batch_size", refs - 2))["length"]
+    assert (
+        line == f"3 epochs of 1 step: 3 in all; 2 of {refs} refs, others each time, fill no batch"
+    )
     assert said["output"] == [str(tmp_path / "exp/tiny")]
     assert "TRAIN.freeze_token_embedding true" in ", ".join(said["options"])
 

@@ -40,11 +40,11 @@ def test_speed_counts_the_refs_of_all_batches_since_the_last_lap():
     batches = pace.watch(slow_loader(6, 0.01))
     for _ in range(4):
         next(batches)
-    speed = pace.lap(batch_size=16)["images_per_second"]
+    speed = pace.lap(batch_size=16)["refs_per_second"]
     assert speed == pytest.approx(4 * 16 / (time.monotonic() - start), rel=0.2)
     start = time.monotonic()
     assert len(list(batches)) == 2
-    speed = pace.lap(batch_size=16)["images_per_second"]
+    speed = pace.lap(batch_size=16)["refs_per_second"]
     assert speed == pytest.approx(2 * 16 / (time.monotonic() - start), rel=0.2)
 
 

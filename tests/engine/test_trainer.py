@@ -1,6 +1,7 @@
 """The training loop, through train.py on a tiny set or on a `Run` that train.py built."""
 
 import math
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -148,6 +149,15 @@ def test_the_log_file_tells_the_run(straight, data):
     ):
         assert expected in text
     assert "\x1b" not in text
+
+
+def test_short_epochs_do_not_fill_the_log(tmp_path, data):
+    train = {"batch_size": 8 * num_steps(data), "epochs": 12, "val_freq": 6, "print_freq": 5}
+    run_program("train.py", write_config(tmp_path, data, **train))
+    text = (tmp_path / "exp/tiny/train.log").read_text()
+    assert re.findall(r"epoch (\d+) step 1/1: loss .* refs/s", text) == ["1", "6", "11"]
+    assert re.findall(r"epoch (\d+)/12: loss", text) == ["1", "6", "11", "12"]
+    assert len(read_metrics(tmp_path / "exp/tiny")) == 24
 
 
 def test_the_saved_config_is_the_one_that_ran(straight):

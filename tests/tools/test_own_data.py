@@ -232,6 +232,17 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capsys):
     assert found[-1].endswith("its image photos/none.jpg cannot be used, see above")
 
 
+def test_missing_images_are_counted_once_and_their_folder_is_asked_for(data):
+    images = ["photos/1.jpg", "a.jpg", "b.jpg", "a.jpg", "b.jpg", "c.jpg"]
+    lines = [line(image=image) for image in images]
+    _, found = own_data.read(write(data, *lines), data, data)
+    assert found == [
+        f"2: {data}/a.jpg does not exist: check image",
+        "4: its image a.jpg cannot be used, see above",
+        f" 3 images are not below {data}: name their folder with --images",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -16,7 +16,7 @@ TINY = ROOT / "config/refshapes/cris_tiny.yaml"
 
 
 def step(number: int, loss: float | None, **more) -> dict:
-    values = {"loss": loss, "lr_head": 1e-3, "lr_backbone": 1e-4, "images_per_second": 50.0}
+    values = {"loss": loss, "lr_head": 1e-3, "lr_backbone": 1e-4, "refs_per_second": 50.0}
     return {"kind": "step", "epoch": 1, "step": number, **values, "data_wait_share": 0.2, **more}
 
 
