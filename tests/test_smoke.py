@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import (
     ROOT,
+    all_refs,
     load,
     pack,
     read_jsonl,
@@ -18,8 +21,11 @@ from helpers import (
 )
 from PIL import Image
 
+from tools import inspect_lmdb
+from tools.refer import Refer
 from utils.metrics import METRIC_NAMES
 from utils.records import RecordReader
+from utils.transforms import load_mask
 
 
 def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int) -> None:
@@ -74,6 +80,67 @@ def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, sp
     opts += ("TEST.visualize_limit", 2)
     run_program("test.py", config, *split, *opts)
     check_run(tmp_path / "exp/tiny", dataset, val, folder / f"{val}.lmdb", pictures=2)
+
+
+def write_grefcoco(mini: Path, root: Path) -> None:
+    """Some of the photos as gRefCOCO: each ref, two refs of a photo in one, and one of nothing."""
+    plain = Refer(mini, "refcoco", "unc")
+    refs = []
+    for split, name in (("testB", "train"), ("val", "val")):
+        of_image: dict[int, list] = {}
+        for ref in plain.split_refs(split):
+            of_image.setdefault(ref["image_id"], []).append(ref)
+        for image_id, found in of_image.items():
+            lists = [[r["ann_id"]] for r in found] + [[r["ann_id"] for r in found[:2]], [-1]]
+            texts = [[s["sent"] for s in r["sentences"]] for r in found]
+            texts += [["both of them"], ["the submarine"]]
+            for ids, sentences in zip(lists, texts, strict=True):
+                number = len(refs)
+                refs.append(
+                    {
+                        "ref_id": number,
+                        "ann_id": ids,
+                        "image_id": image_id,
+                        "category_id": [1] * len(ids),
+                        "split": name,
+                        "sentences": [
+                            {"sent": text, "sent_id": 100 * number + i}
+                            for i, text in enumerate(sentences)
+                        ],
+                    }
+                )
+    folder = root / "grefcoco"
+    folder.mkdir()
+    (folder / "grefs(unc).json").write_text(json.dumps(refs))
+    (folder / "instances.json").symlink_to(mini / "refcoco/instances.json")
+    (root / "images").symlink_to(mini / "images")
+
+
+def test_real_photos_with_sentences_about_several_objects_and_about_none(mini_root, tmp_path):
+    write_grefcoco(mini_root, tmp_path)
+    pack(tmp_path, tmp_path, "grefcoco", "unc", "grefcoco")
+    for split, photos in (("train", 4), ("val", 4)):
+        path = tmp_path / f"lmdb/grefcoco/{split}.lmdb"
+        refs = all_refs(path)
+        assert Counter(min(ref.num_targets, 2) for ref in refs) == {0: photos, 2: photos} | {
+            1: len(refs) - 2 * photos
+        }
+        for ref in refs:
+            parts = [r for r in refs if r.image_key == ref.image_key and r.num_targets == 1][:2]
+            masks = {0: [], 1: [ref], 2: parts}[ref.num_targets]
+            union = np.any([np.zeros((ref.height, ref.width)), *map(load_mask, masks)], axis=0)
+            assert np.array_equal(load_mask(ref) > 0, union)
+        inspect_lmdb.main([str(path)])
+    config = write_config(tmp_path, tmp_path, "grefcoco", threshold=0.15, print_freq=1)
+    run_program("train.py", config)
+    run_program("test.py", config, "TEST.report", True, "TEST.visualize", True)
+    folder = tmp_path / "exp/tiny"
+    losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    assert losses
+    assert np.isfinite(losses).all()
+    scores = read_jsonl(folder / "test_grefcoco_val.threshold0.15.jsonl")
+    assert len(scores) == RecordReader(path).meta["sentences"]
+    assert (folder / "report/index.html").is_file()
 
 
 def test_the_official_command_lines_run_as_they_are_written(data, tmp_path):

@@ -8,9 +8,11 @@ import hashlib
 import lzma
 import os
 import shutil
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,39 @@ def unzip(path: Path, name: str, target: Path) -> None:
             error.filename = error.filename or str(target)
             raise
         raise UserError(f"{path} is damaged ({error}): delete it and run this again") from None
+
+
+def untar(path: Path, names: Sequence[str], target: Path | None = None) -> None:
+    """Unpack these files of a tar archive, whatever folders they are in, as a new folder.
+
+    Args:
+        target: the folder; without it the archive is only looked through.
+    Raises:
+        UnfitError: it is no whole tar archive, or lacks a file.
+    """
+    found = set()
+    try:
+        beside = nullcontext() if target is None else staging_folder(target)
+        with beside as staging, tarfile.open(path) as archive:
+            for entry in archive:
+                if entry.isfile() and (name := Path(entry.name).name) in names:
+                    found.add(name)
+                    if target is not None:
+                        with archive.extractfile(entry) as file, (staging / name).open("wb") as out:
+                            shutil.copyfileobj(file, out)
+            if target is not None and len(found) == len(names):
+                os.replace(staging, target)
+    except (*DAMAGE, tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip's have none
+            error.filename = error.filename or str(target)
+            raise
+        reason = " ".join(str(error).split())
+        raise UnfitError(f"{path} is no whole tar archive ({reason}): get it again") from None
+    if lacking := [name for name in names if name not in found]:
+        raise UnfitError(
+            f"{path} lacks {', '.join(lacking)}: put {' and '.join(names)} into a folder below "
+            "FOLDER, called as the data set, and pass --from FOLDER"
+        )
 
 
 def check_space(folder: Path, need: int, what: str) -> None:

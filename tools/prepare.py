@@ -24,16 +24,26 @@ from model.clip import DenseCLIP
 from model.clip_archive import derive_sizes, read_clip
 from model.segmenter import load_backbone
 from tools import data_process, folder2lmdb
-from tools.download import UnfitError, ask_hub, check_file, check_space, fetch, members, unzip
+from tools.download import (
+    UnfitError,
+    ask_hub,
+    check_file,
+    check_space,
+    fetch,
+    members,
+    untar,
+    unzip,
+)
 from tools.inspect_lmdb import PUBLISHED, differences, inspect
 from tools.parquet import write_refer
+from tools.refer import find_refs
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader
 
 SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text())
 ARCHIVES, DATASETS, CLIP = SOURCES["archives"], SOURCES["datasets"], SOURCES["clip"]
 COCO, PHOTOS = "coco-train2014", "train2014"
-TARGETS = (*DATASETS, *CLIP, COCO)
+TARGETS = (*CLIP, COCO, *DATASETS)
 REFS_BYTES = 4 * 10**8  # of a data set's annotations and masks, about
 
 
@@ -54,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
     """Make the records of a data set's splits, and check each."""
     root, name, is_whole = args.root, data["name"], "archive" in data
-    splits = [split for split in PUBLISHED[name] if is_whole or split != "train"]
+    known = PUBLISHED.get(name) or data_process.SPLITS_OF[name, data["split_by"]]
+    splits = [split for split in known if is_whole or split != "train"]
     lmdbs = {split: root / "lmdb" / target / f"{split}.lmdb" for split in splits}
     jsons = {split: root / "anns" / target / f"{split}.json" for split in splits}
     left = [split for split in splits if not lmdbs[split].is_file()]
+    odd = ["--skip-odd"] if args.skip_odd else []
     # Annotations are written after their masks, so they tell that both are whole.
     expected = all if is_whole and not args.subset else any
     are_converted = expected(path.is_file() for path in jsons.values())
@@ -66,7 +78,7 @@ def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
         make_refs(args, data)
         where = ["--data_root", str(root / "refer"), "--output_dir", str(root), "--name", target]
         which = ["--dataset", data["folder"], "--split", data["split_by"], "--generate_mask"]
-        data_process.main([*where, *which])
+        data_process.main([*where, *which, *odd])
     left = [split for split in left if jsons[split].is_file()]
     if left and is_whole:
         make_photos(args)
@@ -75,7 +87,7 @@ def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
         print(f"{target}: pack {split}", flush=True)
         check_space(root, data["lmdb"] // len(splits), f"packing {target} {split}")
         source = ["-j", str(jsons[split]), "-i", str(images), "-m", str(root / "masks" / target)]
-        folder2lmdb.main([*source, "--dataset", name, "-o", str(lmdbs[split].parent)])
+        folder2lmdb.main([*source, "--dataset", name, "-o", str(lmdbs[split].parent), *odd])
     verify(args, [path for path in lmdbs.values() if path.is_file()], data["word_len"])
 
 
@@ -93,10 +105,13 @@ def verify(args: argparse.Namespace, lmdbs: Sequence[Path], word_len: int) -> No
 
 
 def make_refs(args: argparse.Namespace, data: dict) -> None:
-    """Make a REFER folder: of its archive, or of Parquet, which may have photos inside."""
+    """Make a REFER folder: of a folder given, its archive, or Parquet with photos or without."""
     folder = args.root / "refer" / data["folder"]
-    if (folder / f"refs({data['split_by']}).p").is_file():
+    if find_refs(folder, data["split_by"]).is_file():
         return
+    if args.given is not None and find_refs(args.given / folder.name, data["split_by"]).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder.symlink_to((args.given / folder.name).resolve())
     if "archive" in data and args.source == "zip":
         return unpack(args, data["archive"], folder)
     if "parquet" not in data:
@@ -139,11 +154,15 @@ def unpack(args: argparse.Namespace, name: str, folder: Path) -> None:
     else:
         fetch(sources(args, name, archive["sources"]), path, check)
     print(f"{folder}: unpack {path}", flush=True)
+    if path.suffix == ".gz":
+        return untar(path, archive["files"], folder)
     unzip(path, archive["folder"], folder)
 
 
 def check_archive(archive: dict, path: Path, is_subset: bool) -> None:
     """Raise UnfitError if a file is not the archive; of a part of the data only look inside."""
+    if path.suffix == ".gz":  # neither its size nor its digest is known
+        return untar(path, archive["files"])
     if not is_subset:
         check_file(path, archive["size"], archive["sha256"], archive["witnesses"])
     names = {entry.filename for entry in members(path)}
@@ -201,6 +220,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source", choices=("zip", "parquet"), default="zip", help="of the refs (%(default)s)")
     mirror = "download from URL/<archive> instead; may be given several times"
     add("--mirror", action="append", default=[], metavar="URL", help=mirror)
+    add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
     add("--subset", action="store_true", help="a part of the data: compare no sizes and counts")
     args = parser.parse_args(argv)
     if args.given is not None and not args.given.is_dir():

@@ -15,7 +15,8 @@ NAMES = {
     name: " ".join(text.split()).split(", ")
     for name, text in {"refcoco": COCO, "refshapes": REFSHAPES}.items()
 }
-NAMES |= dict.fromkeys(("refcoco+", "refcocog", "refcocog_u", "refcocog_g"), NAMES["refcoco"])
+LIKE_REFCOCO = "refcoco+", "refcocog", "refcocog_u", "refcocog_g", "grefcoco"
+NAMES |= dict.fromkeys(LIKE_REFCOCO, NAMES["refcoco"])
 
 
 def category_name(dataset: str, category: int) -> str:

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     Batches,
+    all_refs,
     assert_equal_runs,
     assert_same,
     build_run,
@@ -31,9 +33,12 @@ from engine.trainer import (
     resolve_precision,
     train_one_epoch,
 )
+from model.loss import text_to_pixel_loss
 from utils.config import load_config
 from utils.metrics import METRIC_NAMES
-from utils.records import RecordReader
+from utils.records import RecordReader, RecordWriter
+from utils.tokenizer import token_lengths
+from utils.transforms import normalize_images, normalize_masks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -94,6 +99,35 @@ def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, d
     assert_same(states[2], states[0])
     assert seen == [True] * (6 * num_steps(data))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_number_of_objects_of_a_mask_changes_no_bit_of_a_training(straight, tmp_path, data):
+    """A mask is a mask: `straight` has records of one object a ref, as all data sets had."""
+    path = tmp_path / "data/lmdb/shapes/train.lmdb"
+    reader = RecordReader(data / "lmdb/shapes/train.lmdb")
+    with RecordWriter(path, "shapes", "train") as writer:
+        for ref in all_refs(reader.path):
+            writer.add_image(ref.image_key, reader.image(ref.image_key))
+            writer.add_ref(replace(ref, num_targets=2), token_lengths(ref.sentences))
+    config = write_config(tmp_path, data, dropout=0.2, epochs=3, milestones=[2], lr_multi=0.1)
+    run_program("train.py", config, "TRAIN.workers_val", 2, "DATA.train_lmdb", path)
+    folders = tmp_path / "exp/tiny", straight / "exp/tiny"
+    got, expected = (load_state(folder / "last_model.pth") for folder in folders)
+    assert got.pop("records") != expected.pop("records")
+    assert_same(got, expected)
+    assert read_metrics(folders[0]) == read_metrics(folders[1])
+
+
+def test_a_sentence_about_nothing_has_a_target_of_zeros(config, tmp_path):
+    run = build_run(config)
+    batch = next(iter(run.train_loader))
+    batch["masks"][:] = 0
+    with on_cpu():
+        images = normalize_images(batch["images"])
+        logits = run.model(images, batch["tokens"], batch["image_index"])
+        loss = text_to_pixel_loss(logits, normalize_masks(batch["masks"]))
+    expected = -torch.nn.functional.logsigmoid(-logits.double()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_another_seed_gives_another_run(straight, tmp_path, data):

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -293,6 +295,85 @@ def test_interrupted_anywhere_the_same_command_goes_on(files, run, monkeypatch, 
     assert set(records(run("refcoco", "--from", files))) == set(COUNTS)
 
 
+@pytest.fixture(scope="module")
+def grefcoco(shapes, tmp_path_factory) -> Path:
+    """RefShapes as gRefCOCO: in each split one ref of two objects, and one of none."""
+    content = json.loads((shapes / "refcoco/instances.json").read_text())
+    refs, seen = [dict(ref) for ref in Refer(shapes, "refcoco", "unc").refs], set()
+    of_image = Counter(ref["image_id"] for ref in refs)
+    for ref in refs:
+        number, ids = ref["ann_id"], [ref["ann_id"]]
+        if ref["split"] not in seen and of_image[ref["image_id"]] > 1:
+            seen.add(ref["split"])
+            ids = [r["ann_id"] for r in refs if r["image_id"] == ref["image_id"]]
+            ids = [number, *(i for i in ids if i != number)][:2]
+        ref |= {"ann_id": ids, "category_id": [ref["category_id"]] * len(ids)}
+    for split in COUNTS:
+        last = [ref for ref in refs if ref["split"] == split][-1]
+        last |= {"ann_id": [-1], "category_id": [-1]}
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "grefcoco").mkdir()
+    (folder / "grefcoco/grefs(unc).json").write_text(json.dumps(refs))
+    (folder / "grefcoco/instances.json").write_text(json.dumps(content))
+    zip_folder(folder / "train2014.zip", shapes / "images/train2014", "train2014")
+    return folder
+
+
+def tar_folder(path: Path, *files: Path) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for file in files:
+            archive.add(file, f"data/odd name/{file.name}")
+    return path
+
+
+@pytest.mark.parametrize("form", ["folder", "archive", "hub"])
+def test_grefcoco_comes_from_its_files_its_archive_or_the_hub(
+    grefcoco, server, run, tmp_path, form
+):
+    given, words = tmp_path / "other", []
+    given.mkdir()
+    (given / "train2014.zip").symlink_to(grefcoco / "train2014.zip")
+    if form == "folder":
+        words = ["--from", grefcoco]
+    else:
+        tar_folder(given / "grefs.tar.gz", *(grefcoco / "grefcoco").iterdir())
+    if form == "archive":
+        words = ["--from", given]
+    if form == "hub":
+        content = {"grefs.tar.gz": (given / "grefs.tar.gz").read_bytes()}
+        server.put_hub("datasets/KeepParallel/gRefCOCO", content)
+        (tmp_path / "data/downloads").mkdir(parents=True)
+        shutil.copy(given / "train2014.zip", tmp_path / "data/downloads")
+    found = records(run("grefcoco", *words), "grefcoco")
+    assert set(found) == set(COUNTS)
+    for refs in found.values():
+        assert {min(ref.num_targets, 2) for ref in refs} == {0, 1, 2}
+
+
+def test_an_archive_of_grefcoco_that_lacks_a_file_says_where_to_put_it(grefcoco, run, tmp_path):
+    tar_folder(tmp_path / "grefs.tar.gz", grefcoco / "grefcoco/grefs(unc).json")
+    told = error(run, "grefcoco", "--from", tmp_path)
+    assert "lacks instances.json: put instances.json and grefs(unc).json into a folder" in told
+    (tmp_path / "grefs.tar.gz").write_bytes(b"<html>")
+    assert "grefs.tar.gz is no whole tar archive" in error(run, "grefcoco", "--from", tmp_path)
+    assert not list((tmp_path / "data/refer").glob("*"))
+
+
+def test_odd_records_stop_the_preparation_unless_they_are_left_out(grefcoco, run, tmp_path, capsys):
+    given = tmp_path / "given"
+    shutil.copytree(grefcoco, given)
+    path = given / "grefcoco/grefs(unc).json"
+    refs = json.loads(path.read_text())
+    for ref in refs[:2]:
+        ref["ann_id"] = [10**6, 10**7]
+    path.write_text(json.dumps(refs))
+    told = error(run, "grefcoco", "--from", given)
+    assert told.startswith("2 odd records (2 of kind 'missing annotation'), listed above")
+    root = run("grefcoco", "--from", given, "--skip-odd")
+    assert RecordReader(root / "lmdb/grefcoco/train.lmdb").meta["left_out"] == 2
+    assert "left out 2 odd refs" in capsys.readouterr().out
+
+
 def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path):
     shutil.copytree(shapes / "images", tmp_path / "data/images")
     shutil.copytree(shapes / "refcoco", tmp_path / "data/refer/refcoco")
@@ -491,8 +572,9 @@ def test_a_mistyped_command_is_refused(run, capsys, arguments, message):
 
 
 def test_each_file_has_two_sources_and_help_names_each_target(capsys):
-    files = [*prepare.ARCHIVES.values(), *prepare.CLIP.values()]
-    assert all(len({source.split("/")[2] for source in file["sources"]}) >= 2 for file in files)
+    files = prepare.ARCHIVES | prepare.CLIP
+    hosts = {n: {source.split("/")[2] for source in f["sources"]} for n, f in files.items()}
+    assert [name for name in hosts if len(hosts[name]) < 2] == ["grefs.tar.gz"]  # one is known
     with pytest.raises(SystemExit):
         prepare.main(["--help"])
     told = capsys.readouterr().out
