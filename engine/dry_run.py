@@ -12,6 +12,7 @@ from engine.trainer import forward_backward, means, validate
 from utils.config import Config
 from utils.distributed import gather_objects
 from utils.machine import GIB, peak_memory
+from utils.metrics import main_metric, percent
 
 
 def without_writing(cfg: Config) -> Config:
@@ -30,9 +31,10 @@ def dry_run(run: Run) -> None:
     )
     start = time.monotonic()
     scores = validate(run, batches=1)
+    name = main_metric(scores)
     logger.info(
         f"one validation batch, {scores['sentences']} sentences, in "
-        f"{time.monotonic() - start:.1f} s: mIoU {100 * scores['mIoU']:.2f}; {_memory(run)}"
+        f"{time.monotonic() - start:.1f} s: {name} {percent(scores[name])}; {_memory(run)}"
     )
     logger.info(f"dry run: nothing was written to {run.folder}")
 

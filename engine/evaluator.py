@@ -25,7 +25,14 @@ from utils.config import Config
 from utils.dataset import EvaluationDataset, SentenceTask
 from utils.distributed import gather_objects
 from utils.machine import available_cores
-from utils.metrics import BRIEF_NAMES, intersection_and_union, iou, summarize
+from utils.metrics import (
+    brief_names,
+    count_lines,
+    describe_rule,
+    intersection_and_union,
+    iou,
+    percent,
+)
 from utils.transforms import (
     PROTOCOLS,
     Protocol,
@@ -50,6 +57,7 @@ class SentenceScore:
 
     `ceiling_*` are the counts of a prediction that equals the training target of the protocol:
     what a perfect model would reach at this input size. They and `pred_rle` are filled on demand.
+    `num_targets` is 0 where the sentence is true of nothing.
     """
 
     key: tuple[int, int]
@@ -67,36 +75,61 @@ class SentenceScore:
     ceiling_intersection: int | None = None
     ceiling_union: int | None = None
     pred_rle: str | None = None
+    num_targets: int = 1
 
     @property
     def iou(self) -> float:
-        """In [0, 1]."""
-        return iou(self.intersection, self.union)
+        """In [0, 1]; without a target 1 if nothing is predicted, else 0."""
+        return iou(self.intersection, self.union) if self.num_targets else float(self.union == 0)
 
     def record(self) -> dict:
         """Return the line of the JSON Lines file (COCO RLE, sizes in pixels)."""
         line = asdict(self)
         for name in ("key", "ceiling_intersection", "ceiling_union", "pred_rle"):
             del line[name]
+        if self.num_targets == 1:
+            del line["num_targets"]  # as in the records
         rle = {"size": [self.height, self.width], "counts": self.pred_rle}
         return line | {"iou": self.iou, "pred_rle": rle}
 
+    def emptied_below(self, pixels: int) -> "SentenceScore":
+        """Empty the prediction, and that of the ceiling, if it has fewer pixels."""
+        changes = {}
+        for prefix in ("", "ceiling_"):
+            names = f"{prefix}intersection", f"{prefix}union"
+            intersection, union = (getattr(self, name) for name in names)
+            if union is not None and union - self.target_area + intersection < pixels:
+                changes |= dict(zip(names, (0, self.target_area), strict=True))
+        if self.pred_rle is not None and "union" in changes:
+            changes["pred_rle"] = encode_rle(np.zeros((self.height, self.width), bool))
+        return replace(self, **changes)
 
-def resolve_protocols(name: str, threshold: float | None = None) -> dict[str, Protocol]:
+
+def resolve_protocols(
+    name: str, threshold: float | None = None, no_target_pixels: int = 1
+) -> dict[str, Protocol]:
     """The protocols that a config asks for, by name: one, or both with aligned first.
 
     Args:
         name: "published", "aligned" or "both".
         threshold: replaces the protocol's own, if given.
+        no_target_pixels: a smaller mask is emptied where sentences may have no target.
     """
     names = ("aligned", "published") if name == "both" else (name,)
     changes = {} if threshold is None else {"threshold": threshold}
+    changes["no_target_pixels"] = no_target_pixels
     return {n: replace(PROTOCOLS[n], **changes) for n in names}
+
+
+def scoring_protocols(cfg: Config) -> dict[str, Protocol]:
+    """The protocols that the test scores by."""
+    test = cfg.TEST
+    return resolve_protocols(test.protocol, test.threshold, test.no_target_pixels)
 
 
 def validation_protocol(cfg: Config) -> dict[str, Protocol]:
     """The one protocol that selects checkpoints: the first of those that the test scores by."""
-    name, *_ = chosen = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
+    name, *_ = chosen = scoring_protocols(cfg)
     return {name: chosen[name]}
 
 
@@ -127,6 +160,7 @@ def evaluate(
         batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
         By protocol, the scores of all ranks' sentences in the order of the LMDB, on every rank.
+        Where one of the sentences has no target, small predictions are emptied.
     Raises:
         RuntimeError: a sentence was scored twice or not at all; or folding changes the model.
     """
@@ -158,7 +192,13 @@ def evaluate(
         pool.shutdown(cancel_futures=True)  # who is stopped, or fails, leaves the rest unscored
     scores = {name: [row[name] for row in rows] for name in protocols}
     expected = loader.dataset.keys() if batches is None else None
-    return {name: _gather(scores[name], expected) for name in protocols}
+    joined = {name: _gather(scores[name], expected) for name in protocols}
+    if all(score.num_targets for score in next(iter(joined.values()))):
+        return joined
+    return {
+        name: [score.emptied_below(protocols[name].no_target_pixels) for score in joined[name]]
+        for name in protocols
+    }
 
 
 def answer_first(model: nn.Module, images: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
@@ -167,16 +207,14 @@ def answer_first(model: nn.Module, images: Tensor, tokens: Tensor, index: Tensor
     return model.segment(features, tokens[:1])
 
 
-def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float]:
-    """mIoU, oIoU and Pr@X of scored sentences."""
-    scores = list(scores)
-    return summarize([s.intersection for s in scores], [s.union for s in scores])
+def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float | None]:
+    """mIoU, oIoU and Pr@X of scored sentences; gIoU and so on where one of them has no target."""
+    return count_lines(map(vars, scores)).scores()
 
 
-def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float]:
+def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float | None]:
     """Summarise what a perfect model would score; needs scores made with `ceiling=True`."""
-    scores = list(scores)
-    return summarize([s.ceiling_intersection for s in scores], [s.ceiling_union for s in scores])
+    return count_lines(map(vars, scores), "ceiling_").scores()
 
 
 def describe_scores(
@@ -188,7 +226,8 @@ def describe_scores(
     threshold = protocols[name].threshold
     if threshold != PROTOCOLS[name].threshold:
         name += f", threshold {threshold:g}"
-    numbers = (f"{key} {100 * scores[key]:.2f}" for key in BRIEF_NAMES)
+    rule = {"N-acc": f" (none: {describe_rule(protocols[name].no_target_pixels)})"}
+    numbers = (f"{key} {percent(scores[key])}{rule.get(key, '')}" for key in brief_names(scores))
     return (
         f"{meta['dataset']} {meta['split']}, {scores['sentences']:,} {first}sentences, {name}: "
         + ", ".join(numbers)
@@ -264,6 +303,7 @@ def _score(
             ceiling_intersection=best[0],
             ceiling_union=best[1],
             pred_rle=encode_rle(pred_mask) if task.key in rle else None,
+            num_targets=ref.num_targets,
         )
     return scores
 

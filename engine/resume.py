@@ -321,10 +321,12 @@ def records_until(state: dict) -> Callable[[dict], bool]:
 def measured_on(run: Run) -> dict[str, object]:
     """Return what a score of the validation depends on, but for the model."""
     dataset = run.val_loader.dataset
+    meta = dataset.reader.meta
     ((name, protocol),) = run.protocols.items()
-    return {
-        "data set": dataset.reader.meta["dataset"],
-        "split": dataset.reader.meta["split"],
+    rule = {"no_target_pixels": protocol.no_target_pixels} if "no_target" in meta else {}
+    return rule | {
+        "data set": meta["dataset"],
+        "split": meta["split"],
         "protocol": name,
         "threshold": protocol.threshold,
         "val_sentences": dataset.sentences,
@@ -406,6 +408,6 @@ def _resume_best(run: Run, state: dict, source: str) -> None:
         run.best = best
     elif best >= 0:
         logger.warning(
-            f"best mIoU {100 * best:.2f} of {source} does not count, a new best begins: "
+            f"best score {100 * best:.2f} of {source} does not count, a new best begins: "
             f"{'; '.join(faults)}"
         )

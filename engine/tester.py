@@ -15,7 +15,7 @@ from torch import nn
 from engine.evaluator import (
     SentenceScore,
     evaluate,
-    resolve_protocols,
+    scoring_protocols,
     summarize_ceiling,
     summarize_scores,
 )
@@ -28,7 +28,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.logger import progress
-from utils.metrics import METRIC_NAMES
+from utils.metrics import describe_rule, main_metric, percent
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS
 from utils.visualize import file_stem, save_picture
@@ -76,7 +76,7 @@ def find_records(cfg: Config, weights: str) -> list[str]:
 def _check_earlier_scores(cfg: Config, reader: RecordReader) -> None:
     """Refuse to replace the scores of other records of the same name."""
     meta, swapped = reader.meta, cfg.TEST.swap_sentences
-    for name, protocol in resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold).items():
+    for name, protocol in scoring_protocols(cfg).items():
         stem = result_stem(meta["dataset"], meta["split"], name, protocol.threshold, swapped)
         path, earlier = cfg.run_folder / f"{stem}.json", None
         with suppress(OSError, ValueError, AttributeError):  # there is none, or none to be read
@@ -95,7 +95,7 @@ def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights:
     Returns:
         By protocol, the content of its `.json` with `ceiling`, and the sentences' scores.
     """
-    protocols = resolve_protocols(cfg.TEST.protocol, cfg.TEST.threshold)
+    protocols = scoring_protocols(cfg)
     loader = build_evaluation_loader(cfg, lmdb, ranks, swap=cfg.TEST.swap_sentences)
     meta, start = loader.dataset.reader.meta, time.monotonic()
     scores = evaluate(
@@ -125,10 +125,19 @@ def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights:
             "swapped_sentences": cfg.TEST.swap_sentences,
             "lmdb": lmdb,
             "records": loader.dataset.reader.digest(),
+            **no_target_rule(cfg, lines),
         }
         for protocol, lines in scores.items()
     ]
     return Scored(loader.dataset, results, list(scores.values()))
+
+
+def no_target_rule(cfg: Config, lines: Sequence[SentenceScore]) -> dict:
+    """Return what a result says of predictions of nothing, if a sentence is true of nothing."""
+    if all(line.num_targets for line in lines):
+        return {}
+    pixels = cfg.TEST.no_target_pixels
+    return {"no_target_pixels": pixels, "no_target_rule": describe_rule(pixels)}
 
 
 def write_split(cfg: Config, scored: Scored) -> None:
@@ -214,22 +223,31 @@ def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -
 
 
 def print_table(results: list[dict]) -> None:
-    """Print one row a split and protocol in per cent, the ceiling of a perfect model below it."""
-    heads = ["dataset", "split", "protocol", "sentences", *METRIC_NAMES]
-    rows = []
+    """Print one row a split and protocol in per cent, the ceiling of a perfect model below it.
+
+    Splits with sentences that are true of nothing have metrics, so a table, of their own.
+    """
+    for names in dict.fromkeys(tuple(result["ceiling"]) for result in results):
+        _print_scores([r for r in results if tuple(r["ceiling"]) == names], names)
+
+
+def _print_scores(results: Sequence[Mapping], names: Sequence[str]) -> None:
+    rule = {"N-acc": f"N-acc (none: {results[0].get('no_target_rule')})"}
+    rows = [["dataset", "split", "protocol", "sentences", *(rule.get(n, n) for n in names)]]
     for result in results:
         label = result["protocol"] + (" (swapped)" if result["swapped_sentences"] else "")
         head = [result["dataset"], result["split"], label, f"{result['sentences']}"]
-        rows.append(head + [f"{100 * result[name]:.2f}" for name in METRIC_NAMES])
-        ceiling = [f"{100 * result['ceiling'][name]:.2f}" for name in METRIC_NAMES]
+        rows.append(head + [percent(result[name]) for name in names])
+        ceiling = [percent(result["ceiling"][name]) for name in names]
         rows.append(["", "", "  perfect model", "", *ceiling])
-    print_aligned([heads, *rows], left=3)
+    print_aligned(rows, left=3)
+    main = main_metric(results[0])
     for group in dict.fromkeys((result["dataset"], result["protocol"]) for result in results):
         chosen = [r for r in results if (r["dataset"], r["protocol"]) == group]
         if len(chosen) > 1:  # as papers do
             splits = " / ".join(result["split"] for result in chosen)
-            values = " / ".join(f"{100 * result['mIoU']:.2f}" for result in chosen)
-            print(f"{group[0]} mIoU ({group[1]}), {splits}: {values}")
+            values = " / ".join(percent(result[main]) for result in chosen)
+            print(f"{group[0]} {main} ({group[1]}), {splits}: {values}")
 
 
 def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:

@@ -18,7 +18,7 @@ from utils.dataset import TrainingBatch
 from utils.distributed import gather_objects, mean_over_ranks, no_sync, share_buffers, unwrap
 from utils.errors import UserError
 from utils.logger import duration, progress
-from utils.metrics import training_scores
+from utils.metrics import main_metric, training_scores
 from utils.signals import listen
 from utils.transforms import normalize_images, normalize_masks
 
@@ -60,8 +60,9 @@ def fit(run: Run) -> None:
             run.epoch, run.position = run.epoch + 1, 0
             run.tracker.log("epoch", {"epoch": run.epoch, "step": run.step, **losses, **scores})
             if is_validated:
-                is_best = scores["mIoU"] > run.best
-                run.best = max(run.best, scores["mIoU"])
+                score = scores[main_metric(scores)]
+                is_best = score > run.best
+                run.best = max(run.best, score)
                 is_saved = save(run, scores, is_best)
                 left = (time.monotonic() - start) / (run.epoch - first) * (epochs - run.epoch)
                 line += f"; {describe_scores(scores, run.val_loader.dataset, run.protocols)}"
@@ -166,7 +167,7 @@ def validate(run: Run, batches: int | None = None) -> dict[str, float]:
     Args:
         batches: score each rank's first so many alone, and show nothing.
     Returns:
-        mIoU, oIoU and Pr@X, and the number of sentences.
+        What `summarize_scores` says, and the number of sentences.
     """
     share_buffers(run.model)
     loader = run.val_loader

@@ -18,11 +18,11 @@ from engine.report.pages import (
     write_page,
     write_pictures,
 )
-from engine.report.statistics import counts, outcomes, paired_bootstrap
+from engine.report.statistics import outcomes, paired_bootstrap
 from engine.tester import print_aligned
 from utils.arguments import check_at_least
 from utils.errors import UserError, run_entry_point
-from utils.metrics import METRIC_NAMES, summarize
+from utils.metrics import count_lines, percent
 from utils.records import RecordReader
 from utils.visualize import file_stem
 
@@ -38,7 +38,7 @@ MARGIN = 0.01  # of IoU: closer than that is a tie
 DRAWS, LEVEL = 10_000, 0.95
 # What two results must share for their numbers to be comparable.
 SAME = ("dataset", "split")
-SAME_PROTOCOL = ("protocol", "threshold", "swapped_sentences")
+SAME_PROTOCOL = ("protocol", "threshold", "no_target_pixels", "swapped_sentences")
 
 
 class Line(BaseModel):
@@ -58,6 +58,7 @@ class Line(BaseModel):
     union: int
     iou: float
     pred_rle: dict
+    num_targets: int = 1
 
 
 class Result(BaseModel):
@@ -70,6 +71,7 @@ class Result(BaseModel):
     protocol: str
     threshold: float
     swapped_sentences: bool
+    no_target_pixels: int | None = None
     checkpoint: str
     refs: int
     ceiling: dict
@@ -108,8 +110,7 @@ def load_results(*paths: Path) -> list[Scored]:
         names = list("AB")
     models = []
     for name, (lines, result) in zip(names, contents, strict=True):
-        pixels = ([line[key] for line in lines] for key in ("intersection", "union"))
-        models.append(Scored(name, {**result, **summarize(*pixels)}, lines))
+        models.append(Scored(name, {**result, **count_lines(lines).scores()}, lines))
     return models
 
 
@@ -178,7 +179,7 @@ def align(path_a: Path, a: Scored, path_b: Path, b: Scored) -> Scored:
                 f"{_describe((lines_a | lines_b)[min(extra)])}; score both on the same records"
             )
     for key, line in lines_a.items():
-        for name in ("sentence", "image", "height", "width", "target_area"):
+        for name in ("sentence", "image", "height", "width", "target_area", "num_targets"):
             if line[name] != lines_b[key][name]:
                 raise UserError(
                     f"not the same records: {_describe(line)} has {name} {line[name]!r:.60} in "
@@ -204,7 +205,7 @@ def _describe(line: Mapping) -> str:
 
 def compare(first: Scored, second: Scored, margin: float = MARGIN, seed: int = 0) -> dict:
     """Count who won, and give all metrics' differences with intervals, as the page takes them."""
-    a, b = counts(first.lines), counts(second.lines)
+    a, b = count_lines(first.lines), count_lines(second.lines)
     photos = [line["image"] for line in first.lines]
     verdicts = outcomes(a, b, margin).tolist()
     return {
@@ -227,11 +228,12 @@ def print_comparison(first: Scored, second: Scored, numbers: Mapping) -> None:
         f"{what['dataset']} {what['split']}: {len(first.lines):,} sentences on "
         f"{numbers['images']:,} photos, in per cent"
     )
-    intervals = [numbers["intervals"][name] for name in METRIC_NAMES]
-    rows = [["", *METRIC_NAMES]]
+    names = list(numbers["intervals"])
+    intervals = numbers["intervals"].values()
+    rows = [["", *names]]
     for letter, model in zip("AB", (first, second), strict=True):
         label = letter if model.name == letter else f"{letter}: {model.name}"
-        rows.append([label, *(f"{100 * model.result[name]:.2f}" for name in METRIC_NAMES)])
+        rows.append([label, *(percent(model.result[name]) for name in names)])
     rows.append(["B − A", *(f"{100 * i.difference:+.2f}" for i in intervals)])
     rows.append([f"{100 * LEVEL:.0f} % interval from", *(f"{100 * i.low:+.2f}" for i in intervals)])
     rows.append(["  to", *(f"{100 * i.high:+.2f}" for i in intervals)])

@@ -341,6 +341,9 @@ class TestConfig(_Group):
     protocol: Literal["published", "aligned", "both"] = "published"
     # Probability above which a pixel is foreground; null: the protocol's.
     threshold: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    # Where some sentences are true of nothing (gRefCOCO): a prediction of fewer foreground pixels,
+    # at the photo's size, says "nothing" and is emptied; 1: only one without any pixel.
+    no_target_pixels: Size = 50
     # Write overlays of photo, ground truth, prediction, sentence and IoU.
     visualize: StrictBool = False
     visualize_limit: Count | None = None  # at most so many a split; null: all

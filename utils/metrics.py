@@ -3,10 +3,17 @@
 mIoU is the mean over sentences of each one's IoU (CRIS prints it as "IoU"), oIoU the sum of
 intersections over the sum of unions of the split (LAVT and most later work), Pr@X the share of
 sentences whose IoU is strictly above X.
+
+A split with sentences that are true of nothing is scored as ReLA does (`GRES`). gIoU is then the
+mean IoU and cIoU the ratio of the sums. N-acc is the share of sentences without a target that are
+answered with nothing, T-acc that of sentences with a target that are answered with something, and
+Pr@X that of sentences with a target whose IoU is X or more.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,27 +35,135 @@ def iou(intersection: float | np.ndarray, union: float | np.ndarray) -> float | 
     return intersection / (union + EPSILON)
 
 
-def _precision(at: float, inter: np.ndarray, union: np.ndarray, ious: np.ndarray) -> float:
-    return (ious > at).mean()
+def describe_rule(no_target_pixels: int) -> str:
+    """Say which predictions count as none; this belongs wherever N-acc stands."""
+    return "no pixel" if no_target_pixels == 1 else f"under {no_target_pixels} pixels"
 
 
-# A metric is computed from the intersections, unions and IoUs of sentences, float64 arrays of (N,).
-# One that is added here is in the test's tables, files and report, in the log, and in comparisons.
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
-    "mIoU": lambda inter, union, ious: ious.mean(),
-    "oIoU": lambda inter, union, ious: iou(inter.sum(), union.sum()),
-} | {f"Pr@{at}": partial(_precision, at) for at in PRECISION_AT}
-METRIC_NAMES = tuple(METRICS)
-BRIEF_NAMES = tuple(n for n in METRICS if not n.startswith("Pr@") or n == "Pr@0.5")  # in a line
+class Convention(NamedTuple):
+    """Define scores of some counts: the sentences' IoUs, (N,), and the metrics by name.
+
+    A metric without a value, such as N-acc where all sentences have a target, is not-a-number.
+    """
+
+    ious: Callable[["Counts"], np.ndarray]
+    metrics: dict[str, Callable[["Counts"], float]]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else np.nan
+
+
+def _mean_iou(counts: "Counts") -> float:
+    return counts.ious.mean()
+
+
+def _overall_iou(counts: "Counts") -> float:
+    return _share(counts.intersections.sum(), counts.unions.sum())
+
+
+def _exact_ious(counts: "Counts") -> np.ndarray:
+    zeros = np.zeros(len(counts.unions))
+    return np.divide(counts.intersections, counts.unions, out=zeros, where=counts.unions > 0)
+
+
+def _precision_from(at: float) -> Callable[["Counts"], float]:
+    return lambda c: _share((c.ious[c.has_target] >= at).sum(), c.has_target.sum())
+
+
+# A metric that is added to CRIS is in the test's tables, files and report, in the log, and in
+# comparisons, wherever every sentence has a target; one of GRES wherever some have none.
+CRIS = Convention(
+    lambda c: iou(c.intersections, c.unions),
+    {"mIoU": _mean_iou, "oIoU": lambda c: iou(c.intersections.sum(), c.unions.sum())}
+    | {f"Pr@{at}": lambda c, at=at: (c.ious > at).mean() for at in PRECISION_AT},
+)
+LAVT = Convention(
+    _exact_ious,
+    {"mIoU": _mean_iou, "oIoU": _overall_iou}
+    | {f"Pr@{at}": lambda c, at=at: (c.ious >= at).mean() for at in PRECISION_AT},
+)
+GRES = Convention(
+    lambda c: np.where(c.has_target, _exact_ious(c), c.areas == 0),
+    {
+        "gIoU": _mean_iou,
+        "cIoU": _overall_iou,
+        "N-acc": lambda c: _share((c.areas[~c.has_target] == 0).sum(), (~c.has_target).sum()),
+        "T-acc": lambda c: _share((c.areas[c.has_target] > 0).sum(), c.has_target.sum()),
+    }
+    | {f"Pr@{at}": _precision_from(at) for at in PRECISION_AT[2:]},
+)
+METRIC_NAMES = tuple(CRIS.metrics)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Hold pixel counts of N sentences, float64 arrays of (N,), and how they are scored.
+
+    intersections, unions: of prediction and truth.
+    areas: of the predictions; where one counts as none, it is 0 and the prediction empty.
+    has_target: (N,) bool. It and areas are for `GRES` alone.
+    """
+
+    intersections: np.ndarray
+    unions: np.ndarray
+    areas: np.ndarray | None = None
+    has_target: np.ndarray | None = None
+    convention: Convention = CRIS
+
+    @cached_property
+    def ious(self) -> np.ndarray:
+        """(N,) float64."""
+        return self.convention.ious(self)
+
+    def of(self, chosen: np.ndarray) -> "Counts":
+        """Return the counts of some of the sentences."""
+        names = ("intersections", "unions", "areas", "has_target")
+        arrays = {n: None if (a := getattr(self, n)) is None else a[chosen] for n in names}
+        return replace(self, **arrays)
+
+    def scores(self) -> dict[str, float | None]:
+        """Return all metrics of the convention, None for one without a value."""
+        if not len(self.unions):
+            raise ValueError("no sentences to score")
+        values = {name: float(metric(self)) for name, metric in self.convention.metrics.items()}
+        return {name: None if np.isnan(value) else value for name, value in values.items()}
+
+
+def count_lines(lines: Iterable[Mapping], prefix: str = "") -> Counts:
+    """Collect the counts of sentences' records, to be scored as `GRES` where one has no target.
+
+    Args:
+        lines: with intersection, union and target_area, and num_targets unless that is 1.
+        prefix: of the names of intersection and union.
+    """
+    names = (f"{prefix}intersection", f"{prefix}union", "target_area")
+    rows = [(*(line[name] for name in names), line.get("num_targets", 1)) for line in lines]
+    inter, union, truth, number = np.array(rows, np.float64).reshape(-1, 4).T
+    has_target = number > 0
+    convention = CRIS if has_target.all() else GRES
+    return Counts(inter, union, union - truth + inter, has_target, convention)
 
 
 def summarize(intersections: Sequence[int], unions: Sequence[int]) -> dict[str, float]:
-    """Return the scores of a split from its sentences' pixel counts, by `METRIC_NAMES`."""
-    if not len(intersections):
-        raise ValueError("no sentences to score")
-    inter, union = np.asarray(intersections, np.float64), np.asarray(unions, np.float64)
-    ious = iou(inter, union)
-    return {name: float(metric(inter, union, ious)) for name, metric in METRICS.items()}
+    """Return the scores of sentences that all have a target, by `METRIC_NAMES`."""
+    return Counts(*(np.asarray(a, np.float64) for a in (intersections, unions))).scores()
+
+
+def main_metric(scores: Mapping[str, object]) -> str:
+    """Return the name of the metric that chooses checkpoints, of those in some scores."""
+    return "gIoU" if "gIoU" in scores else "mIoU"
+
+
+def brief_names(scores: Mapping[str, object]) -> list[str]:
+    """Return the metrics that a line has room for, of those in some scores, the main one first."""
+    known = (*GRES.metrics, *METRIC_NAMES)
+    return [n for n in known if n in scores and (not n.startswith("Pr@") or n == "Pr@0.5")]
+
+
+def percent(score: float | None) -> str:
+    """Print a score in per cent, and a dash where there is none."""
+    return "–" if score is None else f"{100 * score:.2f}"
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ The file holds these entries. None is pickled, and all can be read without this 
     __meta__         JSON: format_version, dataset, split, refs, sentences, images,
                      token_length {length: sentences}, tool, digest (SHA-256 of all other
                      entries, each as key and value, in the order they were written), and
-                     left_out, refs, if there are any
+                     left_out and no_target, numbers of refs, if there are any
     __index__        Arrow table, a row a ref: ref_id, image_key, image_id, num_sentences
     ref:<position>   Arrow table of one row, the fields of `RefRecord`; num_targets only where it
                      is not 1, so that older files read on and one-target files stay as they were
@@ -126,6 +126,7 @@ class RecordWriter:
         self.left_out = 0
         self._image_keys: set[str] = set()
         self._index: list[dict] = []  # its rows
+        self._no_target = 0
         self._token_length: Counter[int] = Counter()
         self._digest = hashlib.sha256()
 
@@ -185,6 +186,7 @@ class RecordWriter:
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
         self._index.append(row | {"num_sentences": count})
         self._token_length.update(token_lengths)
+        self._no_target += record.num_targets == 0
 
     def _put(self, key: bytes, value: bytes) -> None:
         """Write an entry, in a map that grows with the file: some systems give no terabyte."""
@@ -217,6 +219,7 @@ class RecordWriter:
             "digest": self._digest.hexdigest(),
         }
         meta |= {"left_out": self.left_out} if self.left_out else {}
+        meta |= {"no_target": self._no_target} if self._no_target else {}
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
 

@@ -29,11 +29,13 @@ class Protocol:
     target: how a training mask is brought to S/4 for this geometry (`model.loss.resize_target`).
     align_corners: of the upsampling to S×S.
     threshold: a pixel above it is foreground.
+    no_target_pixels: where sentences may be true of nothing, a mask of fewer is emptied.
     """
 
     target: str
     align_corners: bool
     threshold: float
+    no_target_pixels: int = 1
 
 
 PROTOCOLS = {

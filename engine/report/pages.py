@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.files import atomic_path
 from utils.logger import progress
 from utils.machine import available_cores
-from utils.metrics import METRIC_NAMES
+from utils.metrics import count_lines
 from utils.records import RecordReader
 from utils.transforms import decode_image, decode_mask
 from utils.visualize import file_stem, save_picture
@@ -143,7 +143,7 @@ def report_data(
         photos_folder: where the photos are, seen from the page.
     """
     lines = models[0].lines
-    counts = [statistics.counts(model.lines) for model in models]
+    counts = [count_lines(model.lines) for model in models]
     dataset, split = (models[0].result[name] for name in ("dataset", "split"))
     groupings = statistics.group_sentences(lines, dataset)
     chosen = [lines[place] for place in shown]
@@ -156,7 +156,7 @@ def report_data(
     rows["groups"] = {g.key: [g.members[place] for place in shown] for g in groupings}
     return {
         "title": f"{dataset} {split}",
-        "metrics": list(METRIC_NAMES),
+        "metrics": [name for name, value in counts[0].scores().items() if value is not None],
         "models": [{"name": model.name, **model.result} for model in models],
         "sentences": len(lines),
         "histogram": [statistics.histogram(count.ious) for count in counts],

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.report.categories import category_name
-from utils.metrics import BRIEF_NAMES, METRICS, iou, summarize
+from utils.metrics import Counts, brief_names
 
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 50  # of the Pr@X curve, from X = 0 to 1
@@ -40,22 +40,6 @@ OTHER_KIND = "other"
 _KINDS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in KIND_PATTERNS.items()}
 
 
-class Counts(NamedTuple):
-    """One model's pixel counts, a number a sentence, and the IoU that follows from them."""
-
-    intersections: np.ndarray
-    unions: np.ndarray
-
-    @property
-    def ious(self) -> np.ndarray:
-        """(N,) float64."""
-        return iou(self.intersections, self.unions)
-
-    def of(self, chosen: np.ndarray) -> "Counts":
-        """Return the counts of some of the sentences."""
-        return Counts(self.intersections[chosen], self.unions[chosen])
-
-
 class Grouping(NamedTuple):
     """A way to divide the sentences; `members` are the groups (places in `labels`) of each.
 
@@ -75,12 +59,6 @@ class Interval(NamedTuple):
     difference: float
     low: float
     high: float
-
-
-def counts(lines: Sequence[Mapping]) -> Counts:
-    """The pixel counts of the records of a `.jsonl`."""
-    columns = [np.array([line[name] for line in lines]) for name in ("intersection", "union")]
-    return Counts(*columns)
 
 
 def histogram(ious: np.ndarray) -> list[int]:
@@ -141,12 +119,12 @@ def _grouping(
 
 
 def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:
-    """Score each label: {"sentences": its number, "models": `BRIEF_NAMES` by each model}."""
+    """Score each label: {"sentences": its number, "models": brief metrics by each model}."""
     rows = []
     for place in range(len(grouping.labels)):
         chosen = np.array([place in places for places in grouping.members])
-        scores = [summarize(*model.of(chosen)) for model in models]
-        kept = [{name: score[name] for name in BRIEF_NAMES} for score in scores]
+        scores = [model.of(chosen).scores() for model in models]
+        kept = [{name: score[name] for name in brief_names(score)} for score in scores]
         rows.append({"sentences": int(chosen.sum()), "models": kept})
     return rows
 
@@ -175,26 +153,27 @@ def paired_bootstrap(
         clusters: (N,) what tells the photo of each sentence.
         level: share of the draws within an interval.
     Returns:
-        By metric (`METRIC_NAMES`), second minus first.
+        By metric that has a value, second minus first. A draw without one, as of N-acc if all its
+        sentences have a target, does not count for it.
     """
     _, owner = np.unique(np.asarray(clusters), return_inverse=True)
     num_clusters = owner.max() + 1
     generator = np.random.default_rng(seed)
     shares = np.full(num_clusters, 1 / num_clusters)
     rows = np.arange(len(owner))
-    drawn: dict[str, list[float]] = {name: [] for name in METRICS}
+    drawn = []
     for _ in range(draws):
         chosen = np.repeat(rows, generator.multinomial(num_clusters, shares)[owner])
-        for name, value in _differences(first, second, chosen).items():
-            drawn[name].append(value)
-    tail = (1 - level) / 2
+        drawn.append(_differences(first, second, chosen))
+    ends = [(1 - level) / 2, (1 + level) / 2]
     return {
-        name: Interval(value, *map(float, np.quantile(drawn[name], [tail, 1 - tail])))
+        name: Interval(value, *map(float, np.nanquantile([d[name] for d in drawn], ends)))
         for name, value in _differences(first, second, rows).items()
+        if not np.isnan(value)
     }
 
 
 def _differences(first: Counts, second: Counts, chosen: np.ndarray) -> dict[str, float]:
     """Return by metric the second model's score less the first's, on the sentences chosen."""
-    scores = [summarize(m.intersections[chosen], m.unions[chosen]) for m in (first, second)]
-    return {name: scores[1][name] - scores[0][name] for name in METRICS}
+    a, b = (model.of(chosen).scores() for model in (first, second))
+    return {name: np.nan if a[name] is None else b[name] - a[name] for name in a}

@@ -20,6 +20,7 @@ from helpers import (
     read_jsonl,
     run_program,
     spawn,
+    write_any_number,
 )
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -41,7 +42,7 @@ from utils.config import Config, load_config
 from utils.dataset import SentenceTask, collate_images
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.metrics import METRIC_NAMES
+from utils.metrics import METRIC_NAMES, count_lines
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
 from utils.transforms import PROTOCOLS, letterbox_mask, load_mask, normalize_masks
@@ -111,7 +112,7 @@ def scores_of(
 ) -> list[SentenceScore]:
     loader = build_evaluation_loader(cfg, lmdb, ranks)
     count = cfg.TRAIN.batch_size_val
-    protocols = resolve_protocols(protocol, THRESHOLD)
+    protocols = resolve_protocols(protocol, THRESHOLD, 50)
     with on_cpu():
         return evaluate(model, loader, ranks.device, protocols, count)[protocol]
 
@@ -161,10 +162,12 @@ class Oracle(nn.Module):
         return torch.logit(target.double())
 
 
-def ask_oracle(cfg: Config, data: Path, name: str, swap: bool = False) -> list[SentenceScore]:
-    loader = build_evaluation_loader(cfg, val_lmdb(data), ALONE, swap=swap)
+def ask_oracle(
+    cfg: Config, lmdb: str, name: str, swap: bool = False, no_target_pixels: int = 1
+) -> list[SentenceScore]:
+    loader = build_evaluation_loader(cfg, lmdb, ALONE, swap=swap)
     oracle = Oracle(loader.dataset.reader, cfg.TRAIN.input_size, PROTOCOLS[name].target)
-    protocols = resolve_protocols(name)
+    protocols = resolve_protocols(name, None, no_target_pixels)
     # It answers each sentence once, in order, and has no BatchNorm.
     with on_cpu(), mock.patch("engine.evaluator.check_folding"):
         scores = evaluate(
@@ -197,7 +200,7 @@ def test_every_sentence_is_scored_exactly_once_in_the_order_of_the_records(train
 
 @pytest.mark.parametrize("name", ["published", "aligned"])
 def test_a_model_that_reproduces_its_target_reaches_exactly_the_ceiling(cfg, data, name):
-    scores = ask_oracle(cfg, data, name)
+    scores = ask_oracle(cfg, val_lmdb(data), name)
     counts = [(s.intersection, s.union) for s in scores]
     assert counts == [(s.ceiling_intersection, s.ceiling_union) for s in scores]
     ceiling = summarize_ceiling(scores)
@@ -206,7 +209,7 @@ def test_a_model_that_reproduces_its_target_reaches_exactly_the_ceiling(cfg, dat
 
 
 def test_swapped_sentences_defeat_a_model_that_reads(cfg, data):
-    own, swapped = ask_oracle(cfg, data, "aligned"), ask_oracle(cfg, data, "aligned", swap=True)
+    own, swapped = (ask_oracle(cfg, val_lmdb(data), "aligned", swap) for swap in (False, True))
     assert {s.key for s in own} == {s.key for s in swapped}  # every image has two refs or more
     assert {(s.sent_id, s.sentence) for s in own} == {(s.sent_id, s.sentence) for s in swapped}
     for a, b in zip(own, swapped, strict=True):
@@ -228,6 +231,44 @@ def test_scores_do_not_depend_on_batch_size_or_workers(trained, cfg, data, chang
         assert got == expected
 
 
+@pytest.fixture(scope="module")
+def any_lmdb(data, tmp_path_factory) -> str:
+    """Val with sentences that mean one object, several, and none."""
+    return str(write_any_number(Path(val_lmdb(data)), tmp_path_factory.mktemp("any") / "val.lmdb"))
+
+
+def test_sentences_about_nothing_count_by_what_is_said_of_them(cfg, any_lmdb):
+    own = ask_oracle(cfg, any_lmdb, "aligned")
+    scores = summarize_scores(own)
+    assert scores == summarize_ceiling(own)
+    assert (scores["N-acc"], scores["T-acc"]) == (1, 1)
+    assert {s.num_targets for s in own} == {0, 1, 3}
+    assert {s.iou for s in own if s.num_targets == 0} == {1}
+    # With the sentences of its neighbour, what has no target is answered with something.
+    swapped = ask_oracle(cfg, any_lmdb, "aligned", swap=True)
+    assert {s.iou for s in swapped if s.union and s.num_targets == 0} == {0}
+    answered = [s.union == 0 for s in swapped if s.num_targets == 0]
+    assert summarize_scores(swapped)["N-acc"] == np.mean(answered) < 1
+
+
+def test_predictions_under_the_rule_are_emptied_where_some_sentences_have_no_target(
+    cfg, data, any_lmdb
+):
+    for lmdb in (val_lmdb(data), any_lmdb):
+        is_ordinary = lmdb != any_lmdb
+        kept = ask_oracle(cfg, lmdb, "aligned")
+        areas = [s.union - s.target_area + s.intersection for s in kept]
+        pixels = sorted(areas)[-3]
+        assert sum(0 < area < pixels for area in areas) > 0
+        less = ask_oracle(cfg, lmdb, "aligned", no_target_pixels=pixels)
+        assert (kept == less) == is_ordinary
+        for before, after, area in zip(kept, less, areas, strict=True):
+            is_emptied = area < pixels and not is_ordinary
+            counts = (0, before.target_area) if is_emptied else (before.intersection, before.union)
+            assert (after.intersection, after.union) == counts
+            assert (after.ceiling_intersection, after.ceiling_union) == counts
+
+
 def score_on_rank(ranks: Ranks, config: Path, lmdb: str, out: Path) -> None:
     """What one of several ranks does: validate, and tell what it got."""
     cfg = load_config(config)
@@ -238,11 +279,15 @@ def score_on_rank(ranks: Ranks, config: Path, lmdb: str, out: Path) -> None:
     assert 0 < len(own) < len(build_evaluation_loader(cfg, lmdb, ALONE).dataset)
 
 
-def test_two_processes_score_the_same_sentences_as_one(trained, cfg, run_folder, data, tmp_path):
-    spawn(2, score_on_rank, run_folder / "tiny.yaml", val_lmdb(data), tmp_path)
+@pytest.mark.parametrize("is_any", [False, True])
+def test_two_processes_score_the_same_sentences_as_one(
+    trained, cfg, run_folder, data, any_lmdb, tmp_path, is_any
+):
+    lmdb = any_lmdb if is_any else val_lmdb(data)
+    spawn(2, score_on_rank, run_folder / "tiny.yaml", lmdb, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
-    expected = scores_of(trained, cfg, val_lmdb(data))
+    expected = scores_of(trained, cfg, lmdb)
     assert list(first) == [score.key for score in expected]
     counts = [first[score.key] for score in expected]
     got = [replace(s, intersection=i, union=u) for s, (i, u) in zip(expected, counts, strict=True)]
@@ -340,8 +385,8 @@ def test_protocols_are_chosen_by_name_and_may_have_another_threshold():
 def test_validation_scores_by_the_first_protocol_and_threshold_of_the_test(cfg):
     test = cfg.TEST.model_copy(update={"protocol": "both", "threshold": 0.7})
     both = cfg.model_copy(update={"TEST": test})
-    assert validation_protocol(both) == {"aligned": resolve_protocols("aligned", 0.7)["aligned"]}
-    assert validation_protocol(cfg) == resolve_protocols("published", THRESHOLD)
+    assert validation_protocol(both) == resolve_protocols("aligned", 0.7, 50)
+    assert validation_protocol(cfg) == resolve_protocols("published", THRESHOLD, 50)
 
 
 # ------------------------------------------------------------------------------------- test.py
@@ -404,6 +449,32 @@ def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, data):
         assert (pred_mask & mask).sum() == line["intersection"]
         assert (pred_mask | mask).sum() == line["union"]
         assert mask.sum() == line["target_area"]
+
+
+@pytest.mark.parametrize("pixels", [1, 50])
+def test_a_split_with_sentences_about_nothing_is_scored_so_and_names_the_rule(
+    run_folder, any_lmdb, tmp_path, capsys, pixels
+):
+    opts = ("TEST.test_lmdb", any_lmdb, "TEST.no_target_pixels", pixels, "TEST.protocol", "both")
+    folder = run_test(run_folder, tmp_path, *opts)
+    names = ["gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
+    rule = {1: "no pixel", 50: "under 50 pixels"}[pixels]
+    output = capsys.readouterr().out
+    assert f"N-acc (none: {rule})" in output
+    for stem in (f"test_shapes_val.{LOWERED}", f"test_shapes_val.aligned.{LOWERED}"):
+        result = json.loads((folder / f"{stem}.json").read_text())
+        lines = read_jsonl(folder / f"{stem}.jsonl")
+        rule_fields = {"no_target_pixels": pixels, "no_target_rule": rule}
+        assert rule_fields.items() <= result.items()
+        assert set(result) == RESULT_FIELDS - set(METRIC_NAMES) | set(names) | set(rule_fields)
+        assert list(result["ceiling"]) == names
+        assert {name: result[name] for name in names} == count_lines(lines).scores()
+        assert result["gIoU"] == pytest.approx(np.mean([line["iou"] for line in lines]), abs=1e-6)
+        assert {line.get("num_targets") for line in lines} == {None, 0, 3}
+        for line in lines:
+            area = int(decode(line).sum())
+            assert area == line["union"] - line["target_area"] + line["intersection"]
+            assert area == 0 or area >= pixels
 
 
 def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):

@@ -154,7 +154,7 @@ def random_models(count: int) -> tuple[Counts, Counts]:
 def test_a_difference_is_that_of_the_whole_set_for_every_metric():
     first, second = random_models(40)
     found = statistics.paired_bootstrap(first, second, range(40), draws=50)
-    a, b = (statistics.summarize(*m) for m in (first, second))
+    a, b = (model.scores() for model in (first, second))
     assert list(found) == list(a)
     for name, interval in found.items():
         assert interval.difference == pytest.approx(b[name] - a[name], abs=1e-12)

@@ -278,7 +278,7 @@ def test_a_best_score_counts_only_for_what_it_was_measured_on(
     split = value if key == "DATA.val_split" else "val"
     opts = ("TRAIN.resume", last, "DATA.val_lmdb", data / f"lmdb/shapes/{split}.lmdb", key, value)
     assert build_run(config, *opts).best == (-1.0 if told else 0.99)
-    line = f"best mIoU 99.00 of {last} does not count, a new best begins: {told}"
+    line = f"best score 99.00 of {last} does not count, a new best begins: {told}"
     assert (line in capfd.readouterr().err) is bool(told)
 
 
