@@ -34,7 +34,7 @@ from engine.run import Run
 from engine.trainer import build_scaler, forward_backward
 from tools import data_process, folder2lmdb, published, refshapes
 from tools.latency import count_flops, machine, take_turns, without_archive
-from utils.arguments import check_at_least, parse_with_opts
+from utils.arguments import check_at_least, parse_with_opts, text_parser
 from utils.cache import open_cache
 from utils.config import Config, load_config
 from utils.dataset import TrainingDataset, collate_refs
@@ -354,9 +354,7 @@ COMMANDS = {  # function, rounds
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, EPILOG)
     parser.add_argument("command", choices=COMMANDS, help="what is compared")
     parser.add_argument("records", type=Path, nargs="?", help="LMDB; without it RefShapes")
     parser.add_argument("--config", default="config/refcoco/cris_r50.yaml", metavar="FILE")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.odd_records import EMPTY, OddError, OddRecords
 from tools.refer import Ref, Refer
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path, staging_folder
 from utils.tokenizer import has_words, token_lengths
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if refer.refs_path.name.startswith("grefs"):
         for ref in refer.refs:
             with odd.catch("unknown split", ref["split"], ref["ref_id"]):
-                _check_split(ref, splits, refer.refs_path)
+                if ref["split"] not in splits:
+                    what = f"{refer.refs_path}: ref {ref['ref_id']} is of split {ref['split']!r}"
+                    raise UserError(f"{what}, not of one of {', '.join(splits)}")
     entries = convert(refer, by_split, args, odd)
     anns = args.output_dir / "anns" / name
     for path in sorted(anns.glob("*.json")):
@@ -214,17 +217,8 @@ def _write_mask(staging: Path, folder: Path, ref_id: int, mask: np.ndarray) -> N
         raise
 
 
-def _check_split(ref: Ref, splits: Sequence[str], path: Path) -> None:
-    """Raise OddError if a ref of gRefCOCO is in no split, or in several."""
-    if ref["split"] not in splits:
-        what = f"{path}: ref {ref['ref_id']} is of split {ref['split']!r}"
-        raise OddError("unknown split", f"{what}, not of one of {', '.join(splits)}")
-
-
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("--data_root", type=Path, required=True, help="folder that holds the REFER folders")
     add("--output_dir", type=Path, required=True, help="folder for anns/ and masks/")

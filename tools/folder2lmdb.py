@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask, token_length_summary
 from tools.odd_records import EMPTY, MISSING_MASK, MISSING_PHOTO, OddError, OddRecords
 from tools.refer import load_plain, must, read_as, read_file, refuse_seen
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode, read_mask
 from utils.records import (
@@ -142,7 +143,7 @@ def pack(args: argparse.Namespace) -> Path:
                 add_ref(writer, entry, sizes[key], white)
         odd.settle()
         lists = [p.with_suffix(".odd") for p in args.json]
-        earlier = sum(len(p.read_text("utf-8").splitlines()) for p in lists if p.is_file())
+        earlier = sum(len(p.read_text("utf-8").split("\n")) for p in lists if p.is_file())
         writer.left_out = earlier + len(odd.of_split(split))
     _note_whitened(whitened, len(entries))
     return path
@@ -373,9 +374,7 @@ def _unpickle(data: bytes | None, where: str, remedy: str) -> object:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add(
         *("-j", "--json"),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import target_summary, token_length_summary
 from tools.folder2lmdb import check_mask
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader, RefRecord
 from utils.tokenizer import has_words, token_lengths
@@ -316,9 +317,7 @@ def _cell(reader: RecordReader, position: int) -> Image.Image:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("lmdb", type=Path, help="a file of tools/folder2lmdb.py or tools/own_data.py")
     add("--samples", type=_count, default=12, metavar="N", help="refs on the sheet (%(default)s)")

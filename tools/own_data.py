@@ -37,6 +37,7 @@ from tools.folder2lmdb import (
     packed_summary,
 )
 from tools.refer import draw_segmentation, must, read_file
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
 from utils.photos import read_mask
@@ -333,9 +334,7 @@ def _note_shared_images(entries: Sequence[Line]) -> None:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("jsonl", type=Path, help="the JSON Lines file, UTF-8")
     add("-o", "--output", type=Path, help="folder for <split>.lmdb; names the data")

@@ -6,7 +6,6 @@
 It reads metrics.jsonl and config.yaml in each run's folder, and can be called while a run goes on.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.arguments import text_parser
 from utils.config import load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
@@ -57,9 +57,7 @@ class Series:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, draw them, say where the picture is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="the PNG (curves.png in the folder of the first run)"

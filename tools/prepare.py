@@ -37,6 +37,7 @@ from tools.download import (
 from tools.inspect_lmdb import PUBLISHED, differences, inspect
 from tools.parquet import write_refer
 from tools.refer import find_refs
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader
 
@@ -209,9 +210,7 @@ def sources(args: argparse.Namespace, name: str, published: Sequence[str]) -> Se
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__)
     add = parser.add_argument
     add("targets", nargs="+", choices=(*TARGETS, "all"), help="what to make")
     add("--root", type=Path, default=Path("datasets"), help="data root (%(default)s)")

@@ -5,7 +5,6 @@ is there already, whole and newer than what it is made from, is not run again; a
 interrupted goes on after its last epoch.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -26,6 +25,7 @@ from engine.report.pages import INDEX
 from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, blind_baselines, is_complete
+from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run_entry_point
@@ -53,9 +53,7 @@ class Step(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Take the steps that are not done yet, then report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__)
     default = "config/refshapes/cris_tiny.yaml"
     parser.add_argument("--config", default=default, help="one of config/refshapes (%(default)s)")
     config = parser.parse_args(argv).config

@@ -146,12 +146,8 @@ class Refer:
         takes every name with "test" in it, any other name is matched exactly. So are all names
         of gRefCOCO.
         """
-        is_exact = self.refs_path.name.startswith("grefs")
-        return [
-            ref
-            for ref in self.refs
-            if ref["split"] == split or (not is_exact and _is_in_split(ref["split"], split))
-        ]
+        is_in = str.__eq__ if self.refs_path.name.startswith("grefs") else _is_in_split
+        return [ref for ref in self.refs if is_in(ref["split"], split)]
 
     def annotations(self, ref: Ref) -> list[_Annotation]:
         """Return the objects of a ref, none if it has no target; crowds in a list do not count.

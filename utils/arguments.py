@@ -1,4 +1,4 @@
-"""Command lines of programs that read a config."""
+"""Command lines of the programs, above all of those that read a config."""
 
 import argparse
 from collections.abc import Sequence
@@ -28,11 +28,17 @@ def model_parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 def config_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of `--config`; `parse_with_opts` adds the rest."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(description, epilog)
     parser.add_argument("--config", required=True, metavar="FILE", help="the model's YAML file")
     return parser
+
+
+def text_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser whose help shows these texts line by line, as they are written."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=as_written
+    )
 
 
 def check_at_least(
