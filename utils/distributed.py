@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
@@ -202,11 +203,12 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> n
     if ranks.world_size == 1:
         return model
     if sync_bn:
-        model = synchronize_batchnorm(model, ranks.device)
+        model = synchronize_batchnorm(model)
     return DistributedDataParallel(
         model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        forward_sync_buffers=not sync_bn,
         static_graph=static_graph,
     )
 
@@ -222,9 +224,15 @@ def share_buffers(model: nn.Module) -> None:
     After a step without synchronised BatchNorm each rank has statistics of its own, and a
     validation that is shared between ranks would score several models.
     """
-    if dist.is_initialized():
-        for buffer in unwrap(model).buffers():
-            dist.broadcast(buffer, 0)
+    if not dist.is_initialized():
+        return
+    buffers = list(unwrap(model).buffers())
+    for dtype in {buffer.dtype for buffer in buffers}:  # one broadcast each
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        joined = torch.cat([buffer.flatten() for buffer in same])
+        dist.broadcast(joined, 0)
+        for buffer, values in zip(same, joined.split([b.numel() for b in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager:
@@ -232,22 +240,23 @@ def no_sync(model: nn.Module) -> AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def synchronize_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm by one over all ranks; names and values stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(module, name, GlooBatchNorm.of(child))
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, SyncBatchNorm.of(child))
     return model
 
 
-class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over all ranks on the CPU, which `nn.SyncBatchNorm` refuses."""
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batches of all ranks, which may differ in size, on any device.
+
+    Unlike torch's it also runs on CPUs, never waits for the device, and torch.compile takes it.
+    """
 
     @classmethod
-    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "GlooBatchNorm":
+    def of(cls, norm: _BatchNorm) -> "SyncBatchNorm":
         """Return one that shares the parameters and statistics of `norm`."""
         synced = cls(norm.num_features, norm.eps, norm.momentum)
         for name, value in (*norm.named_parameters(), *norm.named_buffers()):
@@ -258,35 +267,62 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Accept every number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, …) -> the same shape, normalised over the B of all ranks."""
+        """(B, C, …) -> the same shape and type, normalised over the B of all ranks."""
         if not self.training:
             return super().forward(input)
-        wide = input.to(torch.promote_types(input.dtype, torch.float32))
-        x = wide.transpose(0, 1).flatten(1)
-        # Ranks may see different numbers of images (TRAIN.batch_by images).
-        count = _SumOverRanks.apply(torch.tensor(float(x.shape[1])))
-        mean = _SumOverRanks.apply(x.sum(1)) / count
-        centred = x - mean[:, None]
-        variance = _SumOverRanks.apply(centred.square().sum(1)) / count
+        output, mean, variance, count = _NormalizeOverRanks.apply(
+            input, self.weight, self.bias, self.eps
+        )
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shape = (1, -1) + (1,) * (input.dim() - 2)
-        output = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
-        return output.to(input.dtype)
+        return output
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, through which gradients flow back to every rank's summand."""
+class _NormalizeOverRanks(torch.autograd.Function):
+    """Normalisation with one exchange a pass: what it keeps is the input and two vectors.
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+    Computed in float32 or better. Each rank's count, mean and sum of squares about its own mean
+    are merged, which unlike plain sums of squares loses nothing where a mean is large.
+    """
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _SumOverRanks.apply(gradient)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        dims, shape = _reduced(x)
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        size = x.numel() // x.shape[1]
+        own = torch.cat([mean.new_full((1,), size), mean, variance * size])
+        every = own.new_empty(dist.get_world_size() * len(own))  # gloo knows no rows
+        dist.all_gather_single(every, own)
+        counts, means, squares = every.view(-1, len(own)).split([1, len(mean), len(mean)], dim=1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        variance = (squares + counts * (means - mean).square()).sum(0) / count
+        inverse = (variance + eps).rsqrt()
+        normalized = (wide - mean.view(shape)) * (inverse * weight).view(shape) + bias.view(shape)
+        ctx.save_for_backward(x, weight, mean, inverse, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalized.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, count = ctx.saved_tensors
+        dims, shape = _reduced(x)
+        wide = gradient.to(mean.dtype)
+        standard = (x.to(mean.dtype) - mean.view(shape)) * inverse.view(shape)
+        own = torch.stack([wide.sum(dims), (wide * standard).sum(dims)])
+        joined = own.clone()
+        dist.all_reduce(joined)
+        shift, slope = (joined / count).unbind()
+        scale = (inverse * weight).view(shape)
+        into_x = (wide - shift.view(shape) - standard * slope.view(shape)) * scale
+        return into_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+
+
+def _reduced(x: Tensor) -> tuple[list[int], list[int]]:
+    """Return all dimensions but the channels', and a vector of channels' shape beside `x`."""
+    return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)

@@ -113,6 +113,8 @@ def on_rank(ranks: Ranks, out: Path) -> None:
         if name == "compiled":
             compile_model(net, CPU)
         model = wrap(net, ranks, sync_bn=True, static_graph=True)
+        traced = torch._dynamo.explain(net)(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+        assert traced.graph_break_count == 0
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):

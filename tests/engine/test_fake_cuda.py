@@ -7,7 +7,7 @@ Kernels and the backward pass need a device, and are not run.
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import build_run, write_config
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine import evaluator, predictor
 from engine.evaluator import evaluate, resolve_protocols
@@ -24,7 +25,7 @@ from engine.optim import build_optimizer, parameter_groups
 from engine.predictor import Predictor
 from engine.run import Run
 from engine.trainer import build_scaler, forward_backward, optimizer_step, resolve_precision
-from utils.distributed import Ranks
+from utils.distributed import Ranks, synchronize_batchnorm
 from utils.transforms import _clip_statistics
 
 GPU = torch.device("cuda", 0)
@@ -87,20 +88,31 @@ def put_on_cuda(run: Run) -> None:
     run.__post_init__()
 
 
+@contextmanager
+def two_ranks() -> Iterator[None]:
+    """Be the first of two ranks, whose exchanges move nothing."""
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 RECOMPUTED = {"recompute_backbone": True, "recompute_decoder": True}
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected", "options"),
+    ("precision", "expected", "options", "ranks"),
     [
-        ("auto", torch.float16, {"max_norm": 1.0}),
-        ("auto", torch.float16, RECOMPUTED | {"batch_by": "images"}),
-        ("bf16", torch.bfloat16, RECOMPUTED | {"target": "area"}),
-        ("fp32", torch.float32, {"max_norm": 1.0, "batch_by": "images"}),
+        ("auto", torch.float16, {"max_norm": 1.0}, 1),
+        ("auto", torch.float16, {}, 2),
+        ("auto", torch.float16, RECOMPUTED | {"batch_by": "images"}, 1),
+        ("bf16", torch.bfloat16, RECOMPUTED | {"target": "area"}, 2),
+        ("fp32", torch.float32, {"max_norm": 1.0, "batch_by": "images"}, 1),
     ],
 )
 def test_training_steps_mix_no_devices_and_wait_for_nothing(
-    tmp_path, data, monkeypatch, precision, expected, options
+    tmp_path, data, monkeypatch, precision, expected, options, ranks
 ):
     config = write_config(tmp_path, data, dropout=0.1, precision=precision, **options)
     run = build_run(config)
@@ -115,7 +127,9 @@ def test_training_steps_mix_no_devices_and_wait_for_nothing(
                 parameter.grad = torch.empty_like(parameter)
 
     monkeypatch.setattr(Tensor, "backward", backward)
-    with fake_cuda():
+    with two_ranks() if ranks == 2 else nullcontext(), fake_cuda():
+        if ranks == 2:
+            synchronize_batchnorm(run.model)
         put_on_cuda(run)
         for _ in range(2):
             run.sums[1] += forward_backward(run, batch, synchronize=True)

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from engine.trainer import train_one_epoch
 from model.loss import text_to_pixel_loss
 from model.recompute import checkpointed
-from utils.distributed import GlooBatchNorm, Ranks, unwrap
+from utils.distributed import Ranks, SyncBatchNorm, unwrap
 from utils.transforms import normalize_images
 
 SIDE = 96
@@ -151,7 +151,7 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     for name, opts in {"plain": (), "recomputed": BOTH}.items():
         for steps in (1, 2):  # one: the static graph
             run = build_run(config, *opts, "TRAIN.accumulation_steps", steps, ranks=ranks)
-            norms = [m for m in run.model.modules() if isinstance(m, GlooBatchNorm)]
+            norms = [m for m in run.model.modules() if isinstance(m, SyncBatchNorm)]
             assert norms
             assert run.model.static_graph == (steps == 1)
             with on_cpu():
