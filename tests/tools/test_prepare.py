@@ -217,6 +217,20 @@ def test_real_photos_give_records_that_are_whole_and_score_alike(mini_root, run,
     assert len(scores[0].splitlines()) == 36
 
 
+def test_photos_that_coco_lacks_are_counted_and_may_be_left_out(files, run, tmp_path, capsys):
+    (photos := tmp_path / "data/images/train2014").mkdir(parents=True)
+    with zipfile.ZipFile(files / "train2014.zip") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".jpg")]
+        for name in names[2:]:
+            (photos / Path(name).name).write_bytes(archive.read(name))
+    line = error(run, "refcoco", "--from", files)
+    assert f"{photos / Path(names[0]).name} and 1 more do not exist" in line
+    assert "--skip-odd" in line
+    root = run("refcoco", "--from", files, "--skip-odd")
+    assert RecordReader(root / "lmdb/refcoco/train.lmdb").meta["left_out"] > 1
+    assert "odd refs, when it was packed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_evaluation_sets_bring_their_photos(files, server, run, refer, source):
     given = ["--from", files] if source == "folder" else []
