@@ -227,7 +227,7 @@ def share_buffers(model: nn.Module) -> None:
     if not dist.is_initialized():
         return
     buffers = list(unwrap(model).buffers())
-    for dtype in {buffer.dtype for buffer in buffers}:  # one broadcast each
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):  # one broadcast each
         same = [buffer for buffer in buffers if buffer.dtype == dtype]
         joined = torch.cat([buffer.flatten() for buffer in same])
         dist.broadcast(joined, 0)

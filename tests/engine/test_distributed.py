@@ -147,7 +147,7 @@ def descend(
 descend_single = partial(descend, build=build_single, normalize=normalize_images)
 ADAM = {
     "float64": partial(descend, optimizer=torch.optim.Adam, lr=1e-4),
-    "float32": partial(descend_single, optimizer=torch.optim.Adam, lr=1e-6),
+    "float32": partial(descend_single, optimizer=torch.optim.Adam, lr=SMALL),
 }
 
 
