@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -155,7 +156,11 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     run = build_run(write_config(tmp_path, data, batch_size_val=6))
     batch = next(iter(run.val_loader))
     monkeypatch.setattr(Tensor, "numpy", as_zeros)
-    monkeypatch.setattr(evaluator, "_score", lambda task, maps, *_: dict.fromkeys(maps, maps))
+    monkeypatch.setattr(
+        evaluator,
+        "_score",
+        lambda task, maps, *_: {n: SimpleNamespace(map=m, num_targets=1) for n, m in maps.items()},
+    )
     monkeypatch.setattr(evaluator, "_gather", lambda scores, _: scores)
     # It reads whether numbers differ, once an evaluation; these have none.
     monkeypatch.setattr(evaluator, "check_folding", lambda *_: None)
@@ -172,5 +177,5 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     assert {name: len(lines) for name, lines in scores.items()} == dict.fromkeys(
         protocols, len(batch["tasks"])
     )
-    assert {m.shape for line in scores["aligned"] for m in line.values()} == {(64, 64)}
+    assert {line.map.shape for lines in scores.values() for line in lines} == {(64, 64)}
     assert [[p.mask.shape for p in each] for each in found] == [[(50, 70)] * 2, [(50, 70)]]
