@@ -26,7 +26,7 @@ from utils.errors import UserError, run_entry_point
 from utils.logger import setup_logging
 from utils.photos import read_photo
 from utils.records import RecordReader
-from utils.visualize import PRED_COLOR, heat_map, overlay
+from utils.visualize import PRED_COLOR, fade, heat_map, overlay
 
 if TYPE_CHECKING:
     import gradio
@@ -42,6 +42,14 @@ other host, so it works without a network. Photos are kept for an hour, or until
 EXAMPLES = 6
 SHOWN_SIDE = 1280  # pixels; what is shown and kept of a photo is no larger
 PHOTOS, MAPS = 16, 32  # kept in memory, of all people together; at most some 0.5 GB
+# What data sets show, by how their names begin, and a sentence that fits.
+SHOWN = {
+    "refshapes": ("drawings of coloured shapes (RefShapes)", "the red star"),
+    "refcocog": ("everyday photos (G-Ref)", "the man in a blue shirt holding a cup"),
+    "refcoco+": ("everyday photos (RefCOCO+)", "the man in a blue shirt"),
+    "refcoco": ("everyday photos (RefCOCO)", "the man on the left"),
+    "combined": ("everyday photos (RefCOCO, RefCOCO+ and G-Ref)", "the man on the left"),
+}
 CLEANING = (300, 3600)  # seconds: how often uploaded files are looked through, and their age then
 
 
@@ -97,14 +105,18 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
             raise gr.Error(html.escape(text), print_exception=False) from None
 
     with gr.Blocks(title="CRIS", delete_cache=CLEANING) as page:
-        gr.Markdown(f"# CRIS\n`{predictor.weights}`")
+        seen, hint = describe_data(predictor.config.DATA.dataset, examples)
+        gr.Markdown(
+            f"# CRIS\nThis model was trained on {seen}. On other pictures its answers mean little."
+            f"\n\n`{predictor.weights}`",
+            elem_id="model",
+        )
         with gr.Row():
             with gr.Column(scale=2):
                 photo = gr.Image(
                     label="Photo", type="filepath", image_mode=None, height=320, elem_id="photo",
                     sources=["upload", "clipboard"],
                 )  # fmt: skip
-                hint = "the man on the left"
                 sentence = gr.Textbox(label="Sentence", placeholder=hint, elem_id="sentence")
                 button = gr.Button("Find it", variant="primary", elem_id="ask")
                 slider = gr.Slider(
@@ -120,7 +132,8 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
         # One question at a time: they share the model and what is kept.
         shared = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         gr.on([button.click, sentence.submit], show, **asked, **shared)
-        slider.change(show, **asked, **shared, trigger_mode="always_last", show_progress="hidden")
+        slider.input(show, **asked, **shared, trigger_mode="always_last", show_progress="hidden")
+        photo.change(None, outputs=slider, js=f"() => {predictor.threshold}")
         if examples:
             gr.Examples(
                 examples, [photo, sentence], asked["outputs"], elem_id="examples",
@@ -128,6 +141,16 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
                 api_visibility="private",
             )  # fmt: skip
     return page
+
+
+def describe_data(name: str, examples: list[list[str]]) -> tuple[str, str]:
+    """Return what pictures the data set of this name has, in plain words, and a fitting sentence.
+
+    The sentence is the first example's, if there is one.
+    """
+    kinds = (kind for start, kind in SHOWN.items() if name.startswith(start))
+    seen, hint = next(kinds, (f"the data set {name}", "what to look for"))
+    return seen, examples[0][1] if examples else hint
 
 
 def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
@@ -153,7 +176,7 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
         if path is None:
             raise UserError("there is no photo yet: drop one on the page first")
         found = find(path, check_sentence(sentence)).at(threshold)
-        shown = overlay(encode(path)[0], found.mask, PRED_COLOR)
+        shown = overlay(fade(encode(path)[0]), found.mask, PRED_COLOR)
         return shown, heat_map(found.probability), _numbers(found)
 
     return answer

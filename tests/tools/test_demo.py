@@ -13,7 +13,7 @@ from tools import demo
 from utils.config import load_config
 from utils.errors import UserError
 from utils.records import RecordReader
-from utils.visualize import PRED_COLOR, heat_map, overlay
+from utils.visualize import PRED_COLOR, fade, heat_map, overlay
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def test_an_answer_is_the_predictors_and_the_network_runs_once(tmp_path, predict
     with on_cpu():
         (found,) = predictor(path, "red circle")
         shown, heat, text = answer(path, "red circle", 0.15)
-        assert np.array_equal(shown, overlay(demo.read_photo(path), found.mask, PRED_COLOR))
+        photo = fade(demo.read_photo(path))
+        assert np.array_equal(shown, overlay(photo, found.mask, PRED_COLOR))
         assert np.array_equal(heat, heat_map(found.probability))
         assert text.startswith(f"“red circle”: {found.area / found.mask.size:.1%} of")
         monkeypatch.setattr(predictor, "encode", None)
@@ -69,6 +70,14 @@ def test_examples_are_of_the_val_split(tmp_path, trained):
     assert 2 <= len(found) <= demo.EXAMPLES
     assert {sentence for _, sentence in found} <= sentences
     assert len({Path(path).read_bytes() for path, _ in found}) == len(found)
+
+
+def test_what_the_model_was_trained_on_is_said_in_plain_words():
+    assert demo.describe_data("refcoco+", [])[0] == "everyday photos (RefCOCO+)"
+    shapes = "drawings of coloured shapes (RefShapes)"
+    assert demo.describe_data("refshapes", []) == (shapes, "the red star")
+    assert demo.describe_data("refshapes", [["a.png", "the blue dot"]]) == (shapes, "the blue dot")
+    assert demo.describe_data("mugs", []) == ("the data set mugs", "what to look for")
 
 
 def test_a_damaged_split_costs_the_examples_only(tmp_path, trained):

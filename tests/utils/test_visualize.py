@@ -12,6 +12,7 @@ from utils.visualize import (
     PRED_COLOR,
     TRUTH_COLOR,
     comparison,
+    fade,
     file_stem,
     grid,
     heat_map,
@@ -64,6 +65,14 @@ def test_overlay_can_leave_the_object_its_colours_and_pale_the_rest():
     assert (shown[inside] == 100).all()
     assert (shown[outside] == 177).all()
     assert (shown[~inside & ~outside] == TRUTH_COLOR).all(-1).any()
+
+
+def test_a_mask_stands_out_on_a_faded_photo_of_any_colour():
+    levels = np.linspace(0, 255, 18, dtype=np.uint8)
+    photo = fade(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(54, 108, 3))
+    shown = overlay(photo, np.ones(photo.shape[:2], bool), PRED_COLOR)
+    distance = np.linalg.norm(shown.astype(float) - photo, axis=2)
+    assert distance[3:-3, 3:-3].min() > 40
 
 
 def test_empty_and_full_masks_can_be_drawn():
