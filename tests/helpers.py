@@ -610,6 +610,8 @@ def write_result(
     scores = made_up_scores(reader, step)
     train = TrainConfig(output_folder=str(folder.parent), exp_name=folder.name)
     cfg = Config(TRAIN=train, TEST=TestConfig(**test_keys))
+    if rule := tester.no_target_rule(cfg, scores):
+        scores = [score.emptied_below(rule["no_target_pixels"]) for score in scores]
     results = [
         {
             "dataset": reader.meta["dataset"],
@@ -625,6 +627,7 @@ def write_result(
             "swapped_sentences": is_swapped,
             "lmdb": str(lmdb),
             "records": reader.digest(),
+            **rule,
         }
         for protocol in protocols
     ]
