@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer, nothing else: everything is installed into .venv.
 #     make quickstart PYTHON=python3.12        another Python, for a new .venv
 #     make quickstart CONFIG=config/refshapes/cris_small.yaml
+#     make test MARK='not parity'             the tests that hold for a changed model too
 
 PYTHON ?= python3
 CONFIG ?= config/refshapes/cris_tiny.yaml
@@ -9,6 +10,7 @@ INSTALLED := .venv/installed-requirements.txt
 DEMO_INSTALLED := .venv/installed-requirements-demo.txt
 # Two files of tests at a time, each computing in one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+MARK ?= slow or not slow
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo test test-full test-demo lint format clean
@@ -25,10 +27,10 @@ demo: $(DEMO_INSTALLED) ## Try the model of the quickstart on a page in the brow
 	@$(BIN)/python tools/demo.py --config $(CONFIG)
 
 test: install ## Run the tests, without the slow ones
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and ($(MARK))"
 
 test-full: install ## Run all the tests
-	@$(PYTEST)
+	@$(PYTEST) -m "$(MARK)"
 
 # gradio brings Pillow 12 in place of 13, so what reads or writes pictures is tested again.
 test-demo: $(DEMO_INSTALLED) ## Install the demo's requirements and run its tests

@@ -212,6 +212,7 @@ def strangers(tmp_path) -> list[Path]:
     return [write(tmp_path / f"{s}/train.lmdb", numbered(*range(8)), seed=s) for s in (1, 2)]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("batch_by", ["refs", "images"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_photos_of_one_name_in_two_files_are_two_photos(strangers, tmp_path, batch_by, cache):

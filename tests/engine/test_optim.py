@@ -35,6 +35,7 @@ def rates(cfg: SimpleNamespace, progress: float, step: int = 0) -> list[float]:
     return build_schedule(small_optimizer(cfg), cfg).rates(progress, step)
 
 
+@pytest.mark.parity
 def test_groups_hold_every_trained_parameter_once_and_positional_embeddings_in_the_head():
     model = small_segmenter()
     groups = {g["name"]: g for g in parameter_groups(model, recipe())}
@@ -108,6 +109,7 @@ def test_schedule_keeps_no_state_so_any_order_of_epochs_gives_the_same_rates():
     assert seen[35] == pytest.approx([1e-6, 1e-5])
 
 
+@pytest.mark.parity
 def test_optimizer_is_adam_with_the_configs_weight_decay():
     optimizer = small_optimizer(recipe(weight_decay=0.01))
     assert isinstance(optimizer, torch.optim.Adam)

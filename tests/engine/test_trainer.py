@@ -289,7 +289,8 @@ def test_one_batch_is_learnt(config):
         run.optimizer.zero_grad()
         train_one_epoch(run)
         loss, iou, *_ = forward_backward(run, run.train_loader[0], True).tolist()
-    assert loss < 0.15 < 0.5 < before
+    assert loss < 0.2 * before  # of any loss that falls to 0
+    assert before > 0.5
     assert iou > 0.3
 
 

@@ -30,6 +30,8 @@ from utils.transforms import (
     upsample_probability,
 )
 
+pytestmark = pytest.mark.parity
+
 GOLDEN = ROOT / "tests/golden"
 CLIP = (
     "{embed_dim: %d, image_resolution: 224, vision_layers: %s, vision_width: 64, "

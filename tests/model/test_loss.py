@@ -35,6 +35,7 @@ def test_targets_stay_between_0_and_1_at_sizes_that_do_not_divide():
         assert small.max() <= 1
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("target", ["nearest", "area"])
 def test_loss_is_the_mean_cross_entropy_over_all_pixels_of_all_samples(target):
     logits, mask = some_logits(), soft_masks()
@@ -44,6 +45,7 @@ def test_loss_is_the_mean_cross_entropy_over_all_pixels_of_all_samples(target):
     assert text_to_pixel_loss(logits, mask, target).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parity
 def test_gradient_is_the_difference_of_probability_and_target_over_the_number_of_pixels():
     logits, mask = some_logits().requires_grad_(), soft_masks()
     text_to_pixel_loss(logits, mask, "area").backward()

@@ -84,6 +84,7 @@ def step(dtype: torch.dtype, **recompute: bool) -> dict:
     }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_changes_to_the_bit_and_less_is_kept(part, dtype):

@@ -21,6 +21,8 @@ from utils.transforms import normalize_images
 
 SIDE = 416
 
+pytestmark = pytest.mark.parity  # the published formulation, and how much faster this is
+
 
 # --------------------------------------------------------------------------------------- operations
 

@@ -59,6 +59,7 @@ def test_parts_add_up_to_the_model(trained):
     assert all(parts.values())
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("name", "parameters"), [("RN50", 146_849_122), ("RN101", 161_251_682)])
 def test_without_the_archive_the_published_sizes_are_built(name, parameters):
     cfg = load_config(ROOT / f"config/refcoco/cris_{name.lower().replace('n', '')}.yaml")

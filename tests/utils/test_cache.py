@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     ALONE,
+    all_refs,
     assert_same,
     error_of,
     load,
@@ -37,6 +38,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logger import progress
 from utils.records import RecordReader
+from utils.transforms import load_image, load_square_mask
 
 
 def open_cache(path: Path, folder: Path, side: int = 32) -> SquareCache:
@@ -50,12 +52,11 @@ def contents(folder: Path) -> dict[str, int]:
 
 def equals_fresh(cache: SquareCache, path: Path) -> bool:
     """Whether the cache gives every ref's photo and mask as they are made anew."""
-    dataset = training_dataset(path)
-    samples = [dataset[position, 0] for position in range(len(dataset))]
+    reader = RecordReader(path)
     return all(
-        np.array_equal(cache.image(i), sample["image"])
-        and np.array_equal(cache.mask(i), sample["mask"])
-        for i, sample in enumerate(samples)
+        np.array_equal(cache.image(i), load_image(reader, ref, 32))
+        and np.array_equal(cache.mask(i), load_square_mask(ref, 32))
+        for i, ref in enumerate(all_refs(path))
     )
 
 

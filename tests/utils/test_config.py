@@ -276,8 +276,8 @@ class TestValuesThatMayBeMistakes:
         assert (config.TRAIN.vis_dim, config.TRAIN.fpn_out) == (None, None)
         with torch.device("meta"):
             model = build_segmenter(config)
-        assert model.decoder.norm.normalized_shape == (640,)
         neck = model.neck
+        assert neck.aggr[0].out_channels == 640
         assert (neck.f3_v_proj[0].out_channels, neck.f1_v_proj[0].out_channels) == (320, 1280)
         with pytest.raises(UserError, match=r"fpn_out\[1\] 512 does not fit the CLIP: use 640"):
             load_config(CONFIG_DIR / "base.yaml", [*names, "fpn_out", "[256, 512, 1024]"])

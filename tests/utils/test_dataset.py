@@ -208,7 +208,7 @@ def test_collated_sentences_point_to_their_images(shapes_lmdb):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_one_file_may_be_trained_on_and_validated_on_at_once(shapes_lmdb, num_workers):
     training, evaluation = training_dataset(shapes_lmdb), evaluation_dataset(shapes_lmdb)
-    first, _ = training[0, 0], evaluation[0]
+    first, shown = training[0, 0]["image"], evaluation[0]["image"]
     visits = DataLoader(
         training, sampler=[(0, 0), (1, 0)], num_workers=num_workers, collate_fn=collate_refs
     )
@@ -216,8 +216,8 @@ def test_one_file_may_be_trained_on_and_validated_on_at_once(shapes_lmdb, num_wo
         evaluation, sampler=[0, 1], collate_fn=collate_images, num_workers=num_workers
     )
     pairs = list(zip(visits, images, strict=True))
-    assert torch.equal(pairs[0][0]["images"][0], first["image"])
-    assert torch.equal(pairs[0][1]["images"][0], first["image"])
+    assert torch.equal(pairs[0][0]["images"][0], first)
+    assert torch.equal(pairs[0][1]["images"][0], shown)
 
 
 def test_memory_does_not_grow_over_epochs(shapes_lmdb):
