@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers import made_once, product_type
 from model.recompute import checkpointed
 
 HEAD_WIDTH = 64  # channels per attention head, in CLIP's attention pool and text transformer
@@ -94,10 +95,7 @@ class DenseAttentionPool(nn.Module):
         By a matrix, because CUDA's backward pass of bicubic interpolation is not deterministic.
         """
         table = self.positional_embedding[1:]
-        identity = torch.eye(len(table), dtype=table.dtype, device=table.device)
-        cells = identity.view(1, -1, self.grid, self.grid)
-        resized = F.interpolate(cells, (height, width), mode="bicubic", align_corners=False)
-        return resized.flatten(2).transpose(1, 2) @ table
+        return resizing_matrix(self.grid, height, width, table.dtype, table.device) @ table
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
@@ -109,9 +107,21 @@ class DenseAttentionPool(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         pooled = self.c_proj(attended).transpose(1, 2).unflatten(2, (height, width))
-        # contiguous: on the CPU, BatchNorm's gradients go silently wrong at batch 1 when they
-        # arrive with the strides of permuted tokens (torch 2.13).
-        return F.relu(pooled.contiguous() + self.connect(x), inplace=True)
+        if x.device.type == "cpu":
+            # BatchNorm's gradients go silently wrong there at batch 1 when they arrive with the
+            # strides of permuted tokens (torch 2.13).
+            pooled = pooled.contiguous()
+        return F.relu(pooled + self.connect(x), inplace=True)
+
+
+@made_once
+def resizing_matrix(
+    grid: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the bicubic weights from a square grid to a map: (1, H·W, grid²)."""
+    cells = torch.eye(grid**2, dtype=dtype, device=device).view(1, -1, grid, grid)
+    resized = F.interpolate(cells, (height, width), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)
 
 
 class DenseResNet(nn.Module):
@@ -190,10 +200,10 @@ class TextBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, causal_mask: Tensor) -> Tensor:
-        """x (B, L, D), causal_mask (L, L) bool, True = hidden -> (B, L, D)."""
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x (B, L, D), hidden (L, L), -inf where a token is not seen -> (B, L, D)."""
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, attn_mask=causal_mask, need_weights=False)[0]
+        x = x + self.attn(y, y, y, attn_mask=hidden, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -207,11 +217,16 @@ class TextTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D); a token sees itself and those before it."""
-        length = x.shape[1]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        hidden = causal_mask(x.shape[1], product_type(x), x.device)
         for block in self.resblocks:
             x = checkpointed(block, x, hidden, recompute=self.recompute)
         return x
+
+
+@made_once
+def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to attention: (L, L), -inf where a token comes later, 0 elsewhere."""
+    return torch.full((length, length), -math.inf, dtype=dtype, device=device).triu(1)
 
 
 class DenseCLIP(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import conv_bn_relu, linear_bn_relu
+from model.layers import conv_bn_relu, linear_bn_relu, made_once
 
 
 class ImageFeatures(NamedTuple):
@@ -37,12 +37,16 @@ class CoordConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        batch, _, height, width = x.shape
-        xs = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype)
-        ys = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)
-        xs = xs.expand(batch, 1, height, width)
-        ys = ys[:, None].expand(batch, 1, height, width)
-        return self.conv1(torch.cat([x, xs, ys], dim=1))
+        _, channels, height, width = x.shape
+        conv, *others = self.conv1
+        # Apart from the map: 2 more channels would cost it its alignment, and a copy.
+        of_map, of_place = conv.weight.split([channels, 2], dim=1)
+        places = coordinates(height, width, x.dtype, x.device)
+        x = F.conv2d(x, of_map, conv.bias, padding=conv.padding)
+        x = x + F.conv2d(places, of_place, padding=conv.padding)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 class Neck(nn.Module):
@@ -86,6 +90,15 @@ class Neck(nn.Module):
         return self.coordconv(self.aggr(torch.cat(maps, dim=1)))
 
 
+@made_once
+def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return each pixel's x and y in [-1, 1]: (1, 2, H, W)."""
+    xs = torch.linspace(-1, 1, width, device=device, dtype=dtype)
+    ys = torch.linspace(-1, 1, height, device=device, dtype=dtype)
+    return torch.stack(torch.meshgrid(xs, ys, indexing="xy"))[None]
+
+
 def upsample(x: Tensor) -> Tensor:
     """Twice the size, bilinear, as everywhere in the model (align_corners=False)."""
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    # Autocast gives float32, and would make what is joined with it float32 as well.
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False).to(x.dtype)

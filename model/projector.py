@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import conv_bn_relu
+from model.layers import conv_bn_relu, made_once
 
 KERNEL = 3
 
@@ -81,14 +81,15 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     batch, _, height, width = x.shape
     out_channels = weight.shape[0]
-    rows = resampling_matrix(height, x).flatten(1)  # (2H, 3·H): tap, source row
-    columns = resampling_matrix(width, x).transpose(1, 2).flatten(1)  # (2W, W·3): source, tap
-    pixels = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
+    rows = resampling_matrix(height, x.dtype, x.device).flatten(1)  # (2H, 3·H): tap, source row
+    columns = resampling_matrix(width, x.dtype, x.device)
+    columns = columns.transpose(1, 2).flatten(1)  # (2W, W·3): source, tap
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, C), copied once or not at all
     # (3, C, 3·O): row tap; channel; column tap and output channel
     taps = weight.permute(2, 1, 3, 0).flatten(2).contiguous()
     # One product of two matrices a row tap: (B·H·W, C) @ (C, 3·O).
-    responses = torch.stack([pixels @ tap for tap in taps], dim=1)  # (B, 3, H·W, 3·O)
-    tall = rows @ responses.view(batch, KERNEL * height, -1)  # (B, 2H, W·3·O)
+    responses = [(pixels @ tap).view(batch, height, -1) for tap in taps]
+    tall = rows @ torch.cat(responses, dim=1)  # (B, 2H, W·3·O)
     tall = tall.view(-1, width * KERNEL, out_channels)  # (B·2H, W·3, O)
     if bias is None:
         out = columns @ tall  # (B·2H, 2W, O)
@@ -97,21 +98,21 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return out.unflatten(0, (batch, 2 * height)).permute(0, 3, 1, 2)
 
 
-def resampling_matrix(size: int, like: Tensor) -> Tensor:
+@made_once
+def resampling_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One axis of "upsample ×2 bilinearly, then shift by -1, 0 or 1 with zeros coming in".
 
     Args:
         size: N, pixels before.
-        like: gives device and type.
     Returns:
         (2N, 3, N): entry (i, k, j) is the weight of source j in pixel i + k - 1 of the upsampled
         axis, and 0 where that pixel lies outside.
     """
-    identity = torch.eye(size, device=like.device)[None]
+    identity = torch.eye(size, device=device)[None]
     upsampled = F.interpolate(identity, scale_factor=2, mode="linear", align_corners=False)[0].T
     padded = F.pad(upsampled, (0, 0, 1, 1))
     shifted = [padded[k : k + 2 * size] for k in range(KERNEL)]
-    return torch.stack(shifted, dim=1).to(like.dtype)
+    return torch.stack(shifted, dim=1).to(dtype)
 
 
 def dynamic_conv(x: Tensor, kernel: Tensor, offset: Tensor, bias: Tensor) -> Tensor:

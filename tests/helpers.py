@@ -26,6 +26,8 @@ import torch.multiprocessing
 import yaml
 from golden.fill import filled
 from PIL import Image
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from engine import tester
@@ -105,6 +107,28 @@ def write_any_number(source: Path, target: Path) -> Path:
             writer.add_image(ref.image_key, reader.image(ref.image_key))
             writer.add_ref(ref, token_lengths(ref.sentences))
     return target
+
+
+class KeptBytes:
+    """Counts the bytes that the forward pass keeps for the backward pass."""
+
+    def __enter__(self) -> "KeptBytes":
+        self.sizes: dict[int, int] = {}
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
 
 
 def smooth_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

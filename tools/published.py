@@ -174,18 +174,23 @@ def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Te
     map_pos = map_pos.flatten(0, 1)[:, None]
     x, words = x.flatten(2).permute(2, 0, 1), words.transpose(0, 1)
     for layer in decoder.layers:
-        y = layer.norm1(x)
+        y = normed(layer.norm1, x)
         y, _weights = layer.self_attn(y + map_pos, y + map_pos, y)
-        x = x + drop(layer, layer.self_attn_norm(y))
-        y = layer.norm2(x)
+        x = x + drop(layer, normed(layer.self_attn_norm, y))
+        y = normed(layer.norm2, x)
         y, _weights = layer.multihead_attn(
             y + map_pos, words + word_pos, words, key_padding_mask=pad_mask
         )
-        x = x + drop(layer, layer.cross_attn_norm(y))
+        x = x + drop(layer, normed(layer.cross_attn_norm, y))
         first, relu, _dropout, norm, second = layer.ffn
-        hidden = drop(layer, relu(first(layer.norm3(x))))
-        x = x + drop(layer, second(norm(hidden)))
-    return decoder.norm(x).permute(1, 2, 0).reshape(batch, channels, height, width)
+        hidden = drop(layer, relu(first(normed(layer.norm3, x))))
+        x = x + drop(layer, second(normed(norm, hidden)))
+    return normed(decoder.norm, x).permute(1, 2, 0).reshape(batch, channels, height, width)
+
+
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Layer normalisation as torch has it."""
+    return nn.LayerNorm.forward(norm, x)
 
 
 def drop(layer: nn.Module, x: Tensor) -> Tensor:

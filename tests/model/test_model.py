@@ -288,7 +288,7 @@ def test_text_tokens_see_only_those_before_them():
 
 
 def test_sequence_positions_are_waves_from_0_with_sine_and_cosine_interleaved():
-    table = sequence_positions(5, 6, torch.device("cpu"))
+    table = sequence_positions(5, 6, torch.float32, torch.device("cpu"))
     assert torch.equal(table[0], torch.tensor([0.0, 1, 0, 1, 0, 1]))
     t = torch.arange(5.0)
     torch.testing.assert_close(table[:, 0], t.sin())

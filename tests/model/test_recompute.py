@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     SIZES,
+    KeptBytes,
     assert_same,
     build_run,
     load,
@@ -17,8 +18,7 @@ from helpers import (
     spawn,
     write_config,
 )
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 from engine.trainer import train_one_epoch
 from model.loss import text_to_pixel_loss
@@ -38,28 +38,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------- one step
-
-
-class KeptBytes:
-    """Counts the bytes that the forward pass keeps for the backward pass."""
-
-    def __enter__(self) -> "KeptBytes":
-        self.sizes: dict[int, int] = {}
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__()
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(self.sizes.values())
 
 
 def step(dtype: torch.dtype, **recompute: bool) -> dict:
