@@ -1,5 +1,6 @@
 # Needs make and Python 3.11 or newer, nothing else: everything is installed into .venv.
 #     make quickstart PYTHON=python3.12        another Python, for a new .venv
+#     make gpu PY=python3                      the Python that is given; nothing is installed
 #     make quickstart CONFIG=config/refshapes/cris_small.yaml
 #     make test MARK='not parity'             the tests that hold for a changed model too
 
@@ -13,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 MARK ?= slow or not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-full test-demo lint format clean
+.PHONY: help install quickstart demo gpu test test-full test-demo lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +26,9 @@ quickstart: install ## Draw RefShapes, train on it, evaluate, and show the resul
 
 demo: $(DEMO_INSTALLED) ## Try the model of the quickstart on a page in the browser
 	@$(BIN)/python tools/demo.py --config $(CONFIG)
+
+gpu: $(if $(PY),,install) ## Prove it on a GPU, in minutes: tests, speed, memory, a training
+	@$(or $(PY),$(BIN)/python) tools/gpu.py
 
 test: install ## Run the tests, without the slow ones
 	@$(PYTEST) -m "not slow and ($(MARK))"

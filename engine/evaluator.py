@@ -221,12 +221,11 @@ def describe_scores(
     scores: Mapping[str, float], dataset: EvaluationDataset, protocols: Mapping[str, Protocol]
 ) -> str:
     """Say what validation found, in per cent, with all that such a number depends on."""
-    meta, name = dataset.reader.meta, next(iter(protocols))
+    meta, (name, protocol) = dataset.reader.meta, next(iter(protocols.items()))
     first = "first " if dataset.sentences == "first" else ""
-    threshold = protocols[name].threshold
-    if threshold != PROTOCOLS[name].threshold:
-        name += f", threshold {threshold:g}"
-    rule = {"N-acc": f" (none: {describe_rule(protocols[name].no_target_pixels)})"}
+    if protocol.threshold != PROTOCOLS[name].threshold:
+        name += f", threshold {protocol.threshold:g}"
+    rule = {"N-acc": f" (none: {describe_rule(protocol.no_target_pixels)})"}
     numbers = (f"{key} {percent(scores[key])}{rule.get(key, '')}" for key in brief_names(scores))
     return (
         f"{meta['dataset']} {meta['split']}, {scores['sentences']:,} {first}sentences, {name}: "

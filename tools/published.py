@@ -217,20 +217,31 @@ def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:
 
 
 def train_step(
-    model: nn.Module, optimizer: optim.Optimizer, image: Tensor, mask: Tensor, tokens: Tensor
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    image: Tensor,
+    mask: Tensor,
+    tokens: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, float, float]:
     """One step on (B, 3, S, S) normalised images and (B, 1, S, S) masks in [0, 1].
 
+    Args:
+        scaler, dtype: of autocast, as in the release's training on a GPU.
     Returns:
         Loss, IoU and Pr@0.5 of the small maps, fetched at once.
     """
     model.train()
-    logits = model(image, tokens)
-    target = F.interpolate(mask, logits.shape[-2:], mode="nearest")
-    loss = F.binary_cross_entropy_with_logits(logits, target)
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(image, tokens)
+        target = F.interpolate(mask, logits.shape[-2:], mode="nearest")
+        loss = F.binary_cross_entropy_with_logits(logits, target)
     optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     with torch.no_grad():
         pred = torch.sigmoid(logits).flatten(1) >= THRESHOLD
         truth = target.flatten(1) > 0
