@@ -140,6 +140,8 @@ def test_real_photos_with_sentences_about_several_objects_and_about_none(mini_ro
     assert np.isfinite(losses).all()
     scores = read_jsonl(folder / "test_grefcoco_val.threshold0.15.jsonl")
     assert len(scores) == RecordReader(path).meta["sentences"]
+    result = json.loads((folder / "test_grefcoco_val.threshold0.15.json").read_text())
+    assert {"gIoU", "cIoU", "N-acc", "T-acc"} <= set(result)
     assert (folder / "report/index.html").is_file()
 
 
