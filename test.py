@@ -31,14 +31,17 @@ def main() -> None:
     model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
     files, results, failure = find_records(cfg, weights), [], None
     check_writable(cfg.run_folder)
-    for lmdb in files:
-        scored = score_split(cfg, model, ranks, lmdb, weights)
-        results += scored.results
-        try:
-            write_split(cfg, scored)
-        except (OSError, UserError) as error:
-            failure = error  # the scores may have taken an hour: they are printed first
-    print_table(results)
+    try:
+        for lmdb in files:
+            scored = score_split(cfg, model, ranks, lmdb, weights)
+            results += scored.results
+            try:
+                write_split(cfg, scored)
+            except (OSError, UserError) as error:
+                failure = error
+    finally:  # the scores may have taken an hour: they are printed whatever happens
+        if results:
+            print_table(results)
     if failure is not None:
         raise failure
     logger.info(f"scores and predictions are in {cfg.run_folder}")

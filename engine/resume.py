@@ -25,6 +25,7 @@ from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop,
 from utils.errors import UserError, loader_loss
 from utils.lock import hold
 from utils.logger import LOG
+from utils.records import RecordReader
 from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
@@ -320,7 +321,7 @@ def records_until(state: dict) -> Callable[[dict], bool]:
 
 def measured_on(run: Run) -> dict[str, object]:
     """Return what a score of the validation depends on, but for the model."""
-    dataset = run.val_loader.dataset
+    dataset, train = run.val_loader.dataset, run.cfg.TRAIN
     meta = dataset.reader.meta
     ((name, protocol),) = run.protocols.items()
     rule = {"no_target_pixels": protocol.no_target_pixels} if "no_target" in meta else {}
@@ -330,14 +331,18 @@ def measured_on(run: Run) -> dict[str, object]:
         "protocol": name,
         "threshold": protocol.threshold,
         "val_sentences": dataset.sentences,
+        "input_size": train.input_size,
+        "word_len": train.word_len,
         "records": dataset.reader.digest()[:12],
     }
 
 
 def digests(run: Run) -> dict[str, str]:
-    """Return the digest of each file that is trained on, by its path."""
-    parts = run.train_loader.dataset.records.parts
-    return {str(reader.path): reader.digest() for reader, _ in parts}
+    """Return the digest of each file that is trained on, or left out of that, by its path."""
+    readers = [reader for reader, _ in run.train_loader.dataset.records.parts]
+    if len(readers) > 1:
+        readers += map(RecordReader, run.cfg.DATA.exclude_lmdb)
+    return {str(reader.path): reader.digest() for reader in readers}
 
 
 def resume(run: Run, state: dict, source: str) -> None:
@@ -399,7 +404,10 @@ def _counted(sums: Tensor, count: int) -> Tensor:
 def _resume_best(run: Run, state: dict, source: str) -> None:
     """Take over the best score, unless it was measured otherwise or its model is not there."""
     best, now, was = float(state.get("best_iou", -1)), measured_on(run), state.get("best_on", {})
-    faults = [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
+    # An older checkpoint does not say all of it.
+    faults = [
+        f"{key} {was[key]}, now {now[key]}" for key in now if was.get(key, now[key]) != now[key]
+    ]
     if not was:
         faults = ["it does not say what it was measured on"]
     elif not (run.folder / BEST).exists():

@@ -340,6 +340,20 @@ def test_stopping_by_hand_is_no_error():
     assert ending.value.code == 130
 
 
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (">&-", ""),
+        ("2>&-", ""),
+        (">/dev/full", "error: the output could not be written: No space left on device\n"),
+    ],
+)
+def test_a_program_whose_output_cannot_be_written(data, where, message):
+    command = f"{sys.executable} tools/inspect_lmdb.py {data}/lmdb/shapes/val.lmdb --samples 0"
+    ending = run_command("bash", "-c", f"{command} {where}")
+    assert (ending.returncode, ending.stderr) == (int(bool(message)), message)
+
+
 @pytest.mark.parametrize("closed", ["", "2>&1"])
 def test_output_that_nobody_reads_ends_a_program_without_a_word(data, closed):
     command = f"{sys.executable} tools/inspect_lmdb.py {data}/lmdb/shapes/val.lmdb --samples 0"

@@ -5,6 +5,7 @@ ranks gloo, and what lies on the CPU always goes by gloo.
 """
 
 import os
+import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -95,8 +96,18 @@ def _announced() -> dict[str, int] | None:
         if name in whole and not (given[name].isascii() and given[name].isdecimal()):
             raise UserError(f"{name} in the environment is {given[name]!r}, no number: {remedy}")
     numbers = {name: int(given[name]) for name in whole}
-    if not max(numbers["RANK"], numbers["LOCAL_RANK"]) < numbers["WORLD_SIZE"]:
-        told = ", ".join(f"{name}={numbers[name]}" for name in whole[:3])
+    if not 0 < numbers["MASTER_PORT"] < 1 << 16:
+        raise UserError(f"MASTER_PORT in the environment is {numbers['MASTER_PORT']}: {remedy}")
+    try:
+        socket.getaddrinfo(given["MASTER_ADDR"], None)
+    except (OSError, UnicodeError):
+        raise UserError(
+            f"MASTER_ADDR in the environment, {given['MASTER_ADDR']}, is no host that can be found: "
+            f"{remedy}"
+        ) from None
+    ranks = max(numbers["RANK"], numbers["LOCAL_RANK"])
+    if not ranks < numbers["WORLD_SIZE"] or not numbers["LOCAL_WORLD_SIZE"]:
+        told = ", ".join(f"{name}={numbers[name]}" for name in whole[:4])
         raise UserError(f"{told} in the environment name no rank: {remedy}")
     return numbers
 
@@ -180,7 +191,8 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 
 def is_restart() -> bool:
     """Whether torchrun has started this process in place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return count.isdecimal() and int(count) > 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

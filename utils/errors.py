@@ -1,9 +1,11 @@
 """Tell users of their mistakes in one line, with exit code 1 and no traceback."""
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import torch
 
@@ -29,22 +31,33 @@ def run_entry_point(main: Callable[[], None]) -> None:
 
     `CRIS_TRACEBACK=1` in the environment shows the traceback all the same.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the program began
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         try:
             main()
         finally:
             sys.stdout.flush()  # what nobody reads is found out here, not when Python ends
     except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):  # Python flushes both when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _drop(sys.stdout)
+        _drop(sys.stderr)
         sys.exit(1)
     except (UserError, OSError, EOFError, RuntimeError, MemoryError) as error:
         line = _foreseen(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            line = f"the output could not be written: {error.strerror}"
+            _drop(sys.stdout)
         if os.environ.get("CRIS_TRACEBACK") or line is None:
             raise
         sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what is still written to nowhere: Python flushes its streams when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def loader_loss(error: Exception) -> str | None:

@@ -337,7 +337,10 @@ NOT_SET = dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MAS
         ({"RANK": "two"}, "RANK in the environment is 'two', no number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment is '', no number"),
         ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE in the environment is '-1', no number"),
-        ({"RANK": "2"}, "WORLD_SIZE=2, RANK=2, LOCAL_RANK=0 in the environment name no rank"),
+        ({"RANK": "2"}, "WORLD_SIZE=2, RANK=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1 in the env"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment name no rank"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT in the environment is 99999"),
+        ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR in the environment, a..b, is no host that can be"),
     ],
 )
 def test_training_where_the_environment_names_half_a_rank(

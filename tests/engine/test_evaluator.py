@@ -1,6 +1,7 @@
 """The one evaluation loop, and what test.py makes of it."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from helpers import (
     read_jsonl,
     run_program,
     spawn,
+    with_bad_image,
     write_any_number,
 )
 from PIL import Image
@@ -494,6 +496,18 @@ def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):
     assert f"{100 * results[0]['ceiling']['mIoU']:.2f}" in rows[2]
     means = " / ".join(f"{100 * result['mIoU']:.2f}" for result in results)
     assert rows[-1] == f"shapes mIoU (published), val / testA: {means}"
+
+
+def test_what_was_scored_is_printed_though_a_later_split_is_broken(
+    run_folder, data, tmp_path, capsys
+):
+    shutil.copy(data / "lmdb/shapes/val.lmdb", tmp_path)
+    with_bad_image(data / "lmdb/shapes/testA.lmdb", tmp_path / "testA.lmdb", b"no photo")
+    opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
+    opts += ("TRAIN.exp_name", "broken", "TEST.weights", run_folder / "exp/tiny/best_model.pth")
+    line = error_of("test.py", run_folder / "tiny.yaml", *opts)
+    assert "cannot be decoded" in line
+    assert "shapes   val" in capsys.readouterr().out
 
 
 def test_swapped_scores_go_to_files_of_their_own(tested, run_folder):

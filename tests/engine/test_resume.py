@@ -261,6 +261,18 @@ def test_records_packed_anew_since_the_checkpoint_are_told(straight, config, tmp
     assert f"{lmdb} holds other records now than when {source} was saved" in capfd.readouterr().err
 
 
+def test_records_that_are_left_out_and_packed_anew_are_told(straight, config, data, tmp_path):
+    other = shutil.copy(data / "lmdb/shapes/testA.lmdb", tmp_path / "other.lmdb")
+    lmdbs = [data / "lmdb/shapes/train.lmdb", data / "lmdb/shapes/testB.lmdb"]
+    opts = ("DATA.train_lmdb", list(map(str, lmdbs)), "DATA.exclude_lmdb", [str(other)])
+    run = build_run(config, *opts, "DATA.allow_mismatch", True)
+    found = resume.digests(run)
+    shutil.copy(data / "lmdb/shapes/val.lmdb", other)
+    assert {path for path, digest in resume.digests(run).items() if found[path] != digest} == {
+        str(other)
+    }
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
@@ -268,6 +280,8 @@ def test_records_packed_anew_since_the_checkpoint_are_told(straight, config, tmp
         ("TEST.protocol", "aligned", "protocol published, now aligned; threshold 0.35, now 0.5"),
         ("TEST.threshold", 0.05, "threshold 0.35, now 0.05"),
         ("TRAIN.val_sentences", "first", "val_sentences all, now first"),
+        ("TRAIN.input_size", 32, "input_size 64, now 32"),
+        ("TRAIN.word_len", 9, "word_len 17, now 9"),
         ("TRAIN.batch_size_val", 4, ""),
     ],
 )
@@ -278,6 +292,7 @@ def test_a_best_score_counts_only_for_what_it_was_measured_on(
     torch.save(load(last) | {"best_iou": 0.99}, last)
     split = value if key == "DATA.val_split" else "val"
     opts = ("TRAIN.resume", last, "DATA.val_lmdb", data / f"lmdb/shapes/{split}.lmdb", key, value)
+    opts += ("DATA.allow_mismatch", True)
     assert build_run(config, *opts).best == (-1.0 if told else 0.99)
     line = f"best score 99.00 of {last} does not count, a new best begins: {told}"
     assert (line in capfd.readouterr().err) is bool(told)
