@@ -102,8 +102,8 @@ def _announced() -> dict[str, int] | None:
         socket.getaddrinfo(given["MASTER_ADDR"], None)
     except (OSError, UnicodeError):
         raise UserError(
-            f"MASTER_ADDR in the environment, {given['MASTER_ADDR']}, is no host that can be found: "
-            f"{remedy}"
+            f"MASTER_ADDR in the environment, {given['MASTER_ADDR']}, is no host that can be "
+            f"found: {remedy}"
         ) from None
     ranks = max(numbers["RANK"], numbers["LOCAL_RANK"])
     if not ranks < numbers["WORLD_SIZE"] or not numbers["LOCAL_WORLD_SIZE"]:

@@ -33,7 +33,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the program began
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         try:
             main()
