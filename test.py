@@ -28,7 +28,7 @@ def main() -> None:
     for notice in cfg.notices:
         logger.info(notice)
     ranks = start(alone=True)
-    model, weights = restore_trained(cfg, ranks.device, None, "TEST.weights")
+    model, weights, _ = restore_trained(cfg, ranks.device, None, "TEST.weights")
     files, results, failure = find_records(cfg, weights), [], None
     check_writable(cfg.run_folder)
     try:

@@ -65,8 +65,8 @@ def restore_model(
 
 def restore_trained(
     cfg: Config, device: torch.device, weights: str | Path | None, purpose: str
-) -> tuple[Segmenter, str]:
-    """Return the config's trained model, and the path of its checkpoint.
+) -> tuple[Segmenter, str, dict]:
+    """Return the config's trained model, the path of its checkpoint, and what else that holds.
 
     Args:
         weights: of the checkpoint; None: `TEST.weights`, or else the best one of the run.
@@ -77,7 +77,7 @@ def restore_trained(
     path = str(weights or cfg.TEST.weights or cfg.run_folder / BEST)
     model, state = restore_model(cfg, device, path, purpose)
     check_checkpoint(cfg, state, path, is_training=False)
-    return model, path
+    return model, path, state
 
 
 def find_device(name: str | torch.device | None, purpose: str) -> torch.device:

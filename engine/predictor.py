@@ -36,12 +36,14 @@ class Prediction:
 
     probability: (H, W) float32 in [0, 1].
     is_cut: the sentence has more tokens than `TRAIN.word_len`, and the rest was not read.
+    no_target_pixels: a mask of fewer pixels is emptied: nothing is found.
     """
 
     sentence: str
     probability: np.ndarray
     threshold: float
     is_cut: bool
+    no_target_pixels: int = 1
 
     def at(self, threshold: float) -> "Prediction":
         """Apply another threshold, in (0, 1), to the same probabilities; the model is not run."""
@@ -49,8 +51,9 @@ class Prediction:
 
     @cached_property
     def mask(self) -> np.ndarray:
-        """Tell, (H, W) bool, where the probability is above the threshold."""
-        return self.probability > self.threshold
+        """Tell, (H, W) bool, where the probability is above the threshold, if in enough pixels."""
+        above = self.probability > self.threshold
+        return above & (np.count_nonzero(above) >= self.no_target_pixels)
 
     @cached_property
     def area(self) -> int:
@@ -111,11 +114,14 @@ class Predictor:
         """
         self.config = config if isinstance(config, Config) else load_config(config)
         self.device = find_device(device, "device")
-        model, self.weights = restore_trained(self.config, self.device, weights, "weights")
+        restored = restore_trained(self.config, self.device, weights, "weights")
+        model, self.weights, state = restored
         self.model = fold_batch_norm(model)
         self.protocols = validation_protocol(self.config)
         ((self.protocol, protocol),) = self.protocols.items()
         self.threshold = protocol.threshold
+        # Who has never seen a sentence about nothing does not say "nothing" by a small mask.
+        self.no_target_pixels = protocol.no_target_pixels if state.get("no_target") else 1
 
     def __call__(
         self, image: Photo | EncodedImage, sentences: str | Sequence[str]
@@ -170,7 +176,8 @@ class Predictor:
             probability = restore_size(square, encoded[row].size)
             probability.clip(0, 1, out=probability)  # the cubic ways leave it a little
             is_cut = length > train.word_len
-            found[row].append(Prediction(sentence, probability, self.threshold, is_cut))
+            rule = self.threshold, is_cut, self.no_target_pixels
+            found[row].append(Prediction(sentence, probability, *rule))
         return found
 
     def encode(self, image: Photo) -> EncodedImage:

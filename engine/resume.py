@@ -61,6 +61,7 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         "best_iou": run.best,
         "best_on": measured_on(run),
         "records": digests(run),
+        "no_target": any("no_target" in reader.meta for reader in train_readers(run)),
         "scores": scores,
         "state_dict": unwrap(run.model).state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -337,9 +338,14 @@ def measured_on(run: Run) -> dict[str, object]:
     }
 
 
+def train_readers(run: Run) -> list[RecordReader]:
+    """Return the readers of the files that are trained on."""
+    return [reader for reader, _ in run.train_loader.dataset.records.parts]
+
+
 def digests(run: Run) -> dict[str, str]:
     """Return the digest of each file that is trained on, or left out of that, by its path."""
-    readers = [reader for reader, _ in run.train_loader.dataset.records.parts]
+    readers = train_readers(run)
     if len(readers) > 1:
         readers += map(RecordReader, run.cfg.DATA.exclude_lmdb)
     return {str(reader.path): reader.digest() for reader in readers}

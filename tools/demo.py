@@ -185,7 +185,9 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
 def _numbers(found: Prediction) -> str:
     if found.box is None:
         best = found.probability.max()
-        what = f"nothing is above {found.threshold:.2f}; the highest probability is {best:.2f}"
+        few = found.no_target_pixels
+        lacking = "nothing is" if few == 1 else f"fewer than {few} pixels are"
+        what = f"{lacking} above {found.threshold:.2f}; the highest probability is {best:.2f}"
     else:
         share = found.area / found.mask.size
         what = f"{share:.1%} of the photo, mean probability {found.mean_probability:.2f}"

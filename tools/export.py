@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     folder = args.output or cfg.run_folder / "export"
-    model, weights = restore_trained(cfg, torch.device("cpu"), args.weights, "weights")
+    model, weights, _ = restore_trained(cfg, torch.device("cpu"), args.weights, "weights")
     model.eval()
     if args.format == "onnx":
         write_graphs(model, cfg, folder, real_case(cfg, args.image, args.text), args.tolerance)

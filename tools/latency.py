@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.weights is None:
         model = build_model(without_archive(cfg), device)
     else:
-        model, _ = restore_trained(cfg, device, args.weights, "weights")
+        model, *_ = restore_trained(cfg, device, args.weights, "weights")
     model.eval()
     with torch.inference_mode():
         calls = timed_calls(fold_batch_norm(model), cfg, device, args.sentences)

@@ -23,6 +23,7 @@ from utils.config import load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import METRICS
+from utils.metrics import main_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +51,14 @@ class Series:
     epochs: list[dict]
 
     @property
+    def metric(self) -> str:
+        """Return what chooses the run's best checkpoint."""
+        return main_metric({name for record in self.epochs for name in record})
+
+    @property
     def validations(self) -> list[dict]:
         """Return the epochs after which the run was scored."""
-        return [record for record in self.epochs if record.get("mIoU") is not None]
+        return [record for record in self.epochs if record.get(self.metric) is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,9 +216,10 @@ def label(series: Series) -> str:
     validations = series.validations
     if not validations:
         return f"{series.name}: not validated yet"
-    best = max(validations, key=lambda record: record["mIoU"])
+    name = series.metric
+    best = max(validations, key=lambda record: record[name])
     on = f" ({series.scored_on})" if series.scored_on else ""
-    score = f"best mIoU {100 * best['mIoU']:.2f} % after epoch {best.get('epoch', '?')}"
+    score = f"best {name} {100 * best[name]:.2f} % after epoch {best.get('epoch', '?')}"
     return f"{series.name}: {score}{on}"
 
 
@@ -227,10 +234,15 @@ def plot_steps(panel: "Axes", runs: Sequence[Series], key: str, scale: float = 1
 
 
 def plot_miou(panel: "Axes", runs: Sequence[Series]) -> None:
-    """Plot mIoU of the validation, its best, and dotted that of training on the small map."""
+    """Plot mIoU of the validation, its best, and dotted that of training on the small map.
+
+    It is gIoU where some sentences of the validation have no target.
+    """
+    name = " or ".join(dict.fromkeys(series.metric for series in runs))
+    panel.set(title=name, ylabel=f"{name} (%)")
     for i, series in enumerate(runs):
         names = ("validation", "best", "training, on the small map") if i == 0 else (None,) * 3
-        x, y = points(series.validations, "mIoU", 100)
+        x, y = points(series.validations, series.metric, 100)
         panel.plot(x, y, color=f"C{i}", marker=".", label=names[0])
         if len(y):
             best = int(np.nanargmax(y))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.tester import print_aligned
 from tools.refer import draw_segmentation
 from utils import metrics
-from utils.arguments import check_at_least
+from utils.arguments import check_at_least, text_parser
 from utils.config import TestConfig
 from utils.errors import UserError, run_entry_point
 from utils.logger import progress
@@ -133,8 +133,7 @@ def print_scores(scores: Mapping[str, Mapping[str, float | None]], no_target_pix
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
+    parser = text_parser(__doc__, EPILOG)
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl")
     parser.add_argument("lmdb", type=Path, metavar="LMDB", help="the records that were predicted")
     known = {"choices": CONVENTIONS, "default": list(CONVENTIONS), "help": "default: all"}

@@ -64,15 +64,17 @@ def comparison(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        mask, pred_mask: (H, W) bool.
+        mask, pred_mask: (H, W) bool; an empty mask: the sentence has no target.
         iou: in [0, 1].
     """
     height = round(image.shape[0] * PANEL_WIDTH / image.shape[1])
     height = min(max(1, height), 4 * PANEL_WIDTH)  # a tower of a photo is squeezed
+    is_none = not mask.any()
+    is_right = is_none and not pred_mask.any()
     panels = {
         "photo": image,
-        "ground truth": overlay(image, mask, TRUTH_COLOR),
-        "prediction": overlay(image, pred_mask, PRED_COLOR),
+        f"ground truth{': no target' * is_none}": overlay(image, mask, TRUTH_COLOR),
+        f"prediction{': nothing found' * is_right}": overlay(image, pred_mask, PRED_COLOR),
     }
     font = ImageFont.load_default(FONT_SIZE)
     lines = textwrap.wrap(f"“{sentence}”   IoU {iou:.2f}", 100) or [""]

@@ -22,7 +22,8 @@
   }
   const el = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
   const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
-  const percent = (value, digits = 2) => (100 * value).toFixed(digits);
+  const percent = (value, digits = 2) => value === null ? "–" : (100 * value).toFixed(digits);
+  const main = report.metrics[0]; // gIoU where some sentences have no target
   const signed = (value, digits = 2) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
   const number = (value) => value.toLocaleString("en-GB");
   const plural = (count, one) => `${number(count)} ${one}${count === 1 ? "" : "s"}`;
@@ -49,7 +50,8 @@
   }
 
   function drawScores() {
-    const head = el("tr", {}, el("th", {}, "per cent"), report.metrics.map((name) => el("th", { scope: "col" }, name)));
+    const title = (name) => name === "N-acc" ? `N-acc (none: ${models[0].no_target_rule})` : name;
+    const head = el("tr", {}, el("th", {}, "per cent"), report.metrics.map((name) => el("th", { scope: "col" }, title(name))));
     const body = [];
     models.forEach((model, m) => {
       const label = isPair
@@ -73,7 +75,7 @@
   }
 
   function scoreRow(kind, label, value) {
-    const cells = report.metrics.map((name) => el("td", { class: name === "mIoU" ? "main" : null }, value(name)));
+    const cells = report.metrics.map((name) => el("td", { class: name === main ? "main" : null }, value(name)));
     return el("tr", { class: kind }, el("td", {}, label), cells);
   }
 
@@ -169,14 +171,14 @@
       class: "mark", points: at.map(([place, name]) => `${x(place)},${y(model.ceiling[name])}`).join(" "),
     }, svg("title", {}, "a perfect model at this input size and protocol")));
     const labels = numbersBelow([0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]);
-    return frame("Pr@X", "% of sentences; dashed: perfect model", SHARE_TICKS,
+    return frame("Pr@X", `% of sentences${main === "gIoU" ? " with a target" : ""}; dashed: perfect model`, SHARE_TICKS,
       "Share of sentences with an IoU above X", "X", labels, ceilings, lines, dots);
   }
 
   function groupChart(grouping) {
     const count = grouping.labels.length;
-    const heights = models.map((_, m) => grouping.rows.map((row) => row.models[m].mIoU));
-    const tell = (i) => `${grouping.labels[i]}: mIoU ` + heights.map((values) => percent(values[i])).join(" / ") +
+    const heights = models.map((_, m) => grouping.rows.map((row) => row.models[m][main]));
+    const tell = (i) => `${grouping.labels[i]}: ${main} ` + heights.map((values) => percent(values[i])).join(" / ") +
       ` %, ${plural(grouping.rows[i].sentences, "sentence")}`;
     const labels = grouping.labels.map((label, i) => svg("text", {
       x: x((i + 0.5) / count), y: y(0) + 14, "text-anchor": "middle",
@@ -185,7 +187,7 @@
       class: "value", x: x((i + 0.5) / count), y: y(Math.max(...heights.map((values) => values[i]))) - 4, "text-anchor": "middle",
     }, number(row.sentences)));
     const content = bars(heights, count, tell, (i) => apply({ [grouping.key]: String(i) }));
-    const title = `mIoU by ${grouping.title}`;
+    const title = `${main} by ${grouping.title}`;
     return frame(title, "in %, above: count", SHARE_TICKS, title, "", labels, content, numbers);
   }
 
@@ -198,8 +200,8 @@
 
   function drawTables() {
     const kinds = groupings.find((grouping) => grouping.key === "kind");
-    const brief = kinds.labels.map((label, i) => `${label} ${kinds.rows[i].models.map((scores) => percent(scores.mIoU, 1)).join(" / ")}`);
-    $("brief").textContent = `mIoU by kind of sentence: ${brief.join(" · ")}`;
+    const brief = kinds.labels.map((label, i) => `${label} ${kinds.rows[i].models.map((scores) => percent(scores[main], 1)).join(" / ")}`);
+    $("brief").textContent = `${main} by kind of sentence: ${brief.join(" · ")}`;
     const names = Object.keys(groupings[0].rows[0].models[0]);
     $("tables").querySelector(".columns").classList.toggle("pair", isPair);
     $("tables").querySelector(".columns").append(...groupings.map((grouping) => {
@@ -509,7 +511,7 @@
       const links = window.RESULTS.map((result) => el("a", {
         href: `../${encodeURIComponent(result.page)}/index.html`,
         "aria-current": result.page === report.page ? "page" : null,
-      }, `${result.split} ${result.protocol}${result.swapped_sentences ? " swapped" : ""} ${percent(result.mIoU, 1)}`));
+      }, `${result.split} ${result.protocol}${result.swapped_sentences ? " swapped" : ""} ${percent(result.gIoU ?? result.mIoU, 1)}`));
       $("results").append(el("a", { href: "../index.html" }, "all results"), ...links);
       $("results").hidden = links.length < 2;
     };

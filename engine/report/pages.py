@@ -160,7 +160,7 @@ def report_data(
         "models": [{"name": model.name, **model.result} for model in models],
         "sentences": len(lines),
         "histogram": [statistics.histogram(count.ious) for count in counts],
-        "curve": [statistics.precision_curve(count.ious) for count in counts],
+        "curve": [statistics.precision_curve(count) for count in counts],
         "groupings": [
             {
                 "key": grouping.key,

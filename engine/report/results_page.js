@@ -7,8 +7,8 @@
     location.replace(address(results[0]));
     return;
   }
-  const metrics = Object.keys(results.length ? results[0].ceiling : {});
-  const percent = (value) => (100 * value).toFixed(2);
+  const metrics = [...new Set(results.flatMap((result) => Object.keys(result.ceiling)))];
+  const percent = (value) => value === undefined ? "" : value === null ? "–" : (100 * value).toFixed(2);
   const make = (tag, ...children) => {
     const node = document.createElement(tag);
     node.append(...children);

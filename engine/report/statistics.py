@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.report.categories import category_name
-from utils.metrics import Counts, brief_names
+from utils.metrics import GRES, Counts, brief_names
 
 HISTOGRAM_BINS = 20
 CURVE_STEPS = 50  # of the Pr@X curve, from X = 0 to 1
@@ -37,6 +37,7 @@ KIND_PATTERNS = {
     "against|around|with|without|wearing|holding|riding|carrying|touching|facing",
 }
 OTHER_KIND = "other"
+NO_TARGET, SEVERAL = TARGET_KINDS = "no target", "several targets"  # of a sentence of any kind
 _KINDS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in KIND_PATTERNS.items()}
 
 
@@ -66,15 +67,29 @@ def histogram(ious: np.ndarray) -> list[int]:
     return np.histogram(ious, HISTOGRAM_BINS, (0, 1))[0].tolist()
 
 
-def precision_curve(ious: np.ndarray) -> list[float]:
-    """Share of sentences with an IoU strictly above X, for X = 0, 1 / `CURVE_STEPS` ... 1."""
-    return [float((ious > step / CURVE_STEPS).mean()) for step in range(CURVE_STEPS + 1)]
+def precision_curve(counts: Counts) -> list[float]:
+    """Share of sentences with an IoU strictly above X, for X = 0, 1 / `CURVE_STEPS` ... 1.
+
+    Where some have no target: of those that have one, from X on, as their Pr@X.
+    """
+    steps, ious = [step / CURVE_STEPS for step in range(CURVE_STEPS + 1)], counts.ious
+    if counts.convention is not GRES:
+        return [float((ious > step).mean()) for step in steps]
+    ious = ious[counts.has_target]
+    return [float((ious >= step).sum() / max(len(ious), 1)) for step in steps]
 
 
 def sentence_kinds(sentence: str) -> list[str]:
     """Return the kinds of `KIND_PATTERNS` whose words the sentence has, else `OTHER_KIND`."""
     text = " ".join(sentence.lower().split())
     return [kind for kind, pattern in _KINDS.items() if pattern.search(text)] or [OTHER_KIND]
+
+
+def line_kinds(line: Mapping) -> list[str]:
+    """Return the kinds of a record's sentence, and whether it has no target or several."""
+    number = line.get("num_targets", 1)
+    targets = [] if number == 1 else [SEVERAL if number else NO_TARGET]
+    return sentence_kinds(line["sentence"]) + targets
 
 
 def object_share(line: Mapping) -> float:
@@ -88,23 +103,25 @@ def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
     Args:
         dataset: gives the categories their names.
     """
-    kinds = [sentence_kinds(line["sentence"]) for line in lines]
-    found = [_grouping("kind", "kind of sentence", [*_KINDS, OTHER_KIND], kinds)]
+    kinds = [line_kinds(line) for line in lines]
+    found = [_grouping("kind", "kind of sentence", [*_KINDS, OTHER_KIND, *TARGET_KINDS], kinds)]
     categories = sorted({line["category"] for line in lines} - {None})
     names = {category: category_name(dataset, category) for category in categories}
     if names:
         given = [[names[c]] if (c := line["category"]) is not None else [] for line in lines]
         found.append(_grouping("category", "category", list(names.values()), given))
-    shares = [object_share(line) for line in lines]
+    shares = [object_share(line) if line.get("num_targets", 1) else None for line in lines]
     lengths = [len(line["sentence"].split()) for line in lines]
     found.append(_scale("size", "object size, % of the photo", SIZES, shares))
     found.append(_scale("length", "words in the sentence", LENGTHS, lengths))
     return found
 
 
-def _scale(key: str, title: str, bins: Mapping[float, str], values: Sequence[float]) -> Grouping:
-    labels = list(bins.values())
-    given = [[labels[place - 1]] for place in np.digitize(values, list(bins))]
+def _scale(
+    key: str, title: str, bins: Mapping[float, str], values: Sequence[float | None]
+) -> Grouping:
+    labels, ends = list(bins.values()), list(bins)
+    given = [[] if v is None else [labels[np.digitize(v, ends) - 1]] for v in values]
     return _grouping(key, title, labels, given, is_scale=True)
 
 

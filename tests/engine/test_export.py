@@ -128,7 +128,7 @@ def test_graphs_compute_what_the_model_does_and_the_check_sees_when_not(
 ):
     paths = {kind: graphs / kind for kind in NAMES}
     with on_cpu():
-        model, _ = restore_trained(cfg, torch.device("cpu"), None, "weights")
+        model, *_ = restore_trained(cfg, torch.device("cpu"), None, "weights")
         model.eval()
         found = list(compare(model, cfg, paths, random_cases(cfg, seed=7)))
         assert len(found) == 3 * 5

@@ -269,7 +269,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     # It reads whether numbers differ, once an evaluation; these have none.
     monkeypatch.setattr(evaluator, "check_folding", lambda *_: None)
     monkeypatch.setattr(predictor, "find_device", lambda *_: GPU)
-    monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none"))
+    monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none", {}))
     photo = np.zeros((50, 70, 3), np.uint8)
     with fake_cuda():
         move(run.model)

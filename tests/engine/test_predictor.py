@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import on_cpu, read_jsonl, run_program, smooth_photo
+from helpers import load, on_cpu, read_jsonl, run_program, smooth_photo
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -69,6 +69,21 @@ def test_of_two_protocols_the_first_counts_as_in_validation(trained):
     cfg = load_config(trained, ["TEST.protocol", "both", "TEST.threshold", "null"])
     predictor = Predictor(cfg, device="cpu")
     assert (predictor.protocol, predictor.threshold) == ("aligned", 0.5)
+
+
+@pytest.mark.parametrize("has_seen", [False, True])
+def test_a_small_mask_is_none_for_a_model_trained_with_sentences_about_nothing(
+    trained, photo, tmp_path, has_seen
+):
+    state = load(load_config(trained).run_folder / "best_model.pth")
+    assert state["no_target"] is False
+    torch.save(state | {"no_target": has_seen}, tmp_path / "best.pth")
+    cfg = load_config(trained, ["TEST.no_target_pixels", "9"])
+    (found,) = Predictor(cfg, tmp_path / "best.pth", device="cpu")(photo, "a")
+    highest = np.sort(found.probability, axis=None)
+    few, many = (found.at(float(highest[-n - 1])) for n in (8, 9))
+    assert (few.area, many.area) == (0 if has_seen else 8, 9)
+    assert (few.box is None) == has_seen
 
 
 # ---------------------------------------------------------------------------------- what comes back

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import (
     read_jsonl,
     read_script,
     run_program,
+    write_any_number,
     write_config,
     write_odd_records,
     write_result,
@@ -24,12 +26,13 @@ from engine.build import build_model
 from engine.report import statistics
 from engine.report.categories import NAMES, category_name
 from engine.report.pages import choose_shown, write_pictures
-from engine.report.statistics import Counts, Grouping
+from engine.report.statistics import Grouping
 from tools.refer import Refer
 from tools.refshapes import SHAPES
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config, to_dict
 from utils.errors import UserError
+from utils.metrics import CRIS, Convention, Counts, count_lines
 from utils.records import RecordReader
 from utils.transforms import decode_mask
 
@@ -49,12 +52,26 @@ def test_histogram_has_twenty_bins_and_a_perfect_answer_is_in_the_last():
 
 
 def test_curve_is_the_share_strictly_above_each_x():
-    curve = statistics.precision_curve(np.array([0.0, 0.5, 0.6, 1.0]))
+    share = np.array([0.0, 0.5, 0.6, 1.0])
+    exactly = Convention(lambda counts: counts.intersections, CRIS.metrics)
+    curve = statistics.precision_curve(Counts(share, share, convention=exactly))
     assert len(curve) == 51
     assert curve[0] == 0.75  # 0 is not above 0
     assert curve[25] == 0.5  # nor 0.5 above 0.5
     assert curve[24] == 0.75
     assert curve[50] == 0.0
+
+
+def test_curve_counts_sentences_with_a_target_from_each_x_on_where_some_have_none():
+    curve = statistics.precision_curve(count_lines(any_number_lines((5, 10), (9, 10), (0, 0))))
+    assert [curve[i] for i in (0, 25, 26, 45, 46)] == [1, 1, 0.5, 0.5, 0]
+    assert statistics.precision_curve(count_lines(any_number_lines((0, 0)))) == [0] * 51
+
+
+def any_number_lines(*pixels: tuple[int, int]) -> list[dict]:
+    """Records of (intersection, union), which is the target's; without a target where it is 0."""
+    names = ("intersection", "union", "target_area", "num_targets")
+    return [dict(zip(names, (i, u, u, 2 * (u > 0)), strict=True)) for i, u in pixels]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,15 @@ def test_sentences_are_grouped_by_kind_category_size_and_length():
     assert groups["size"].members == [(0,), (1,), (2,)]
     assert groups["length"].labels == ["1", "2", "5–6"]
     assert groups["length"].members == [(1,), (0,), (2,)]
+
+
+def test_sentences_of_no_target_and_of_several_are_groups_and_nothing_has_no_size():
+    numbers = (0, 1, 3)
+    lines = [record("red man", 9 * n) | {"num_targets": n} for n in numbers]
+    groups = {g.key: g for g in statistics.group_sentences(lines, "own")}
+    assert groups["kind"].labels == ["colour", "no target", "several targets"]
+    assert groups["kind"].members == [(0, 1), (0,), (0, 2)]
+    assert groups["size"].members == [(), (0,), (1,)]
 
 
 def test_without_categories_there_is_no_such_group_and_a_few_without_are_in_none():
@@ -159,6 +185,16 @@ def test_a_difference_is_that_of_the_whole_set_for_every_metric():
     for name, interval in found.items():
         assert interval.difference == pytest.approx(b[name] - a[name], abs=1e-12)
         assert interval.low <= interval.high
+
+
+def test_draws_without_a_sentence_about_nothing_do_not_count_for_n_acc():
+    first = count_lines(any_number_lines((0, 0), *[(5, 10)] * 3))
+    second = replace(first, areas=np.array([60.0, 10, 10, 0]))
+    found = statistics.paired_bootstrap(first, second, range(4), draws=50)
+    assert list(found) == ["gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
+    assert found["N-acc"] == (-1, -1, -1)
+    assert found["T-acc"].difference == pytest.approx(-1 / 3)
+    assert "T-acc" not in statistics.paired_bootstrap(*[first.of([0])] * 2, [0], draws=5)
 
 
 def test_two_equal_models_differ_by_nothing_in_any_draw():
@@ -231,6 +267,22 @@ def test_a_page_has_every_sentence_each_photo_once_and_the_numbers_of_its_result
         assert len(grouping["rows"]) == len(grouping["labels"])
     categories = next(g for g in data["groupings"] if g["key"] == "category")
     assert sum(row["sentences"] for row in categories["rows"]) == result["sentences"]
+
+
+def test_a_page_of_sentences_about_nothing_has_their_metrics_kinds_and_rule(tmp_path, shapes_lmdb):
+    lmdb = write_any_number(shapes_lmdb, tmp_path / "train.lmdb")
+    jsonl = write_result(tmp_path / "run", lmdb)
+    data = read_script(tmp_path / "run/report" / jsonl.stem / "data.js")
+    result = json.loads(jsonl.with_suffix(".json").read_text())
+    assert data["metrics"][:4] == ["gIoU", "cIoU", "N-acc", "T-acc"]
+    assert data["models"][0]["no_target_rule"] == "under 50 pixels"
+    assert data["curve"][0][35] == result["Pr@0.7"]
+    kinds = data["groupings"][0]
+    rows = dict(zip(kinds["labels"], (row["models"][0] for row in kinds["rows"]), strict=True))
+    assert rows["no target"] == {"gIoU": 1, "cIoU": None, "N-acc": 1, "T-acc": None}
+    several = [line["iou"] for line in read_jsonl(jsonl) if line.get("num_targets") == 3]
+    assert rows["several targets"]["gIoU"] == pytest.approx(np.mean(several), abs=1e-6)
+    assert rows["several targets"]["N-acc"] is None
 
 
 def test_results_of_a_run_stand_side_by_side_share_photos_and_are_listed(tmp_path, shapes_lmdb):

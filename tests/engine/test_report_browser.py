@@ -14,6 +14,7 @@ from helpers import (
     ODD_SENTENCES,
     all_refs,
     read_jsonl,
+    write_any_number,
     write_odd_records,
     write_records,
     write_result,
@@ -267,6 +268,24 @@ def test_a_comparison_shows_both_and_who_won(visit, tmp_path, shapes_lmdb):
         visit.page.select_option("#outcome", outcome)
         assert 0 < count(visit) == sum(sign * d > 0.1 for d in difference)
     assert visit.page.locator(".card").first.locator(".picture").count() == 4
+    assert_quiet(visit)
+
+
+def test_sentences_about_nothing_are_told_with_their_rule(visit, tmp_path, shapes_lmdb):
+    lmdb = write_any_number(shapes_lmdb, tmp_path / "train.lmdb")
+    for result in (write_result(tmp_path / name, lmdb, step=n) for name, n in (("a", 9), ("b", 5))):
+        go(visit, page_of(result))
+        assert "N-acc (none: under 50 pixels)" in visit.page.inner_text("#scores")
+    visit.page.click("#tables summary")
+    row = visit.page.locator("#table-kind tr", has_text="no target")
+    assert row.inner_text().split()[-4:] == ["100.00", "–", "100.00", "–"]
+    row.locator("button").click()
+    lines = [line for line in read_jsonl(result) if line.get("num_targets") == 0]
+    assert count(visit) == len(lines)
+    assert_quiet(visit)
+    compare_runs.main([str(tmp_path / n / result.name) for n in "ab"] + ["-o", str(tmp_path / "p")])
+    go(visit, tmp_path / "p/index.html")
+    assert "gIoU" in visit.page.inner_text("#scores")
     assert_quiet(visit)
 
 

@@ -20,6 +20,7 @@ from helpers import (
     on_cpu,
     read_metrics,
     run_program,
+    write_any_number,
     write_config,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +79,29 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp
     run_program("train.py", config, "TRAIN.epochs", 2, "TRAIN.resume", last)
     run_program("train.py", config, "TRAIN.epochs", 3, "TRAIN.resume", last, "TRAIN.workers", 2)
     assert_equal_runs(tmp_path / "exp/tiny", straight / "exp/tiny")
+
+
+def test_where_sentences_may_be_about_nothing_giou_under_the_rule_is_the_best(tmp_path, data):
+    lmdbs = {s: data / f"lmdb/shapes/{s}.lmdb" for s in ("train", "val")}
+    opts = [word for split, path in lmdbs.items() for word in (
+        f"DATA.{split}_lmdb", write_any_number(path, tmp_path / f"{split}.lmdb")
+    )]  # fmt: skip
+    config = write_config(tmp_path, data)
+    run_program("train.py", config, *opts, "TRAIN.epochs", 2, "TEST.threshold", 0.2)
+    folder = tmp_path / "exp/tiny"
+    state, records = load(folder / "last_model.pth"), read_metrics(folder)
+    scores = [record["gIoU"] for record in records if record["kind"] == "epoch"]
+    assert state["best_iou"] == max(scores)
+    assert all("mIoU" not in record for record in records)
+    assert state["best_on"]["no_target_pixels"] == 50
+    assert state["no_target"] is True
+    resumed = (*opts, "TRAIN.epochs", 3, "TRAIN.resume", "auto", "TEST.threshold", 0.2)
+    assert build_run(config, *resumed).best == max(scores)
+    other = ("TEST.no_target_pixels", 1)
+    assert build_run(config, *resumed, *other).best == -1
+    log = (folder / "train.log").read_text()
+    assert "N-acc" in log
+    assert "(none: under 50 pixels)" in log
 
 
 def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, data, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, read_jsonl, read_script, run_command, write_result
+from helpers import ROOT, read_jsonl, read_script, run_command, write_any_number, write_result
 
 from tools import compare_runs
 from utils.errors import UserError
@@ -125,6 +125,17 @@ def test_other_protocols_are_refused_unless_that_is_meant(runs, tmp_path, name, 
     assert error(*runs).endswith("do not compare; if that is meant, add --any-protocol")
     main(*runs, "-o", tmp_path / "page", "--any-protocol")
     assert (tmp_path / "page/index.html").is_file()
+
+
+def test_models_of_sentences_about_nothing_compare_under_one_rule(tmp_path, shapes_lmdb, capsys):
+    lmdb = write_any_number(shapes_lmdb, tmp_path / "train.lmdb")
+    paths = [write_result(tmp_path / name, lmdb, step=n) for name, n in (("a", 9), ("b", 2))]
+    main(*paths, "-o", tmp_path / "page")
+    names = capsys.readouterr().out.splitlines()[1].split()
+    assert names == ["gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
+    assert read_script(tmp_path / "page/data.js")["metrics"] == names
+    change_result(paths[1], no_target_pixels=1)
+    assert "has no_target_pixels 50" in error(*paths)
 
 
 def test_two_results_of_one_run_are_told_apart_by_protocol(tmp_path, shapes_lmdb, capsys):

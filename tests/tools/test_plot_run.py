@@ -36,6 +36,16 @@ def write_run(folder: Path, records: list[dict], end: str = "") -> Path:
 RECORDS = [step(n, 1 / n) for n in (10, 20)] + [epoch(1, 20, 0.25)] + [step(30, 0.02)]
 
 
+def test_a_run_scored_on_sentences_about_nothing_is_drawn_by_giou(tmp_path):
+    scores = {"gIoU": 0.25, "N-acc": None, "Pr@0.7": 0.1, "sentences": 9}
+    scored = {"kind": "epoch", "epoch": 1, "step": 20, "train_mIoU": 0.2} | scores
+    folder = write_run(tmp_path / "exp/any", [step(10, 1), scored])
+    series = plot_run.read_run(folder, "any")
+    assert plot_run.label(series) == "any: best gIoU 25.00 % after epoch 1 (9 sentences)"
+    (panel,) = [axes for axes in plot_run.plot([series]).axes if axes.get_ylabel() == "gIoU (%)"]
+    assert panel.lines[0].get_ydata().tolist() == [25]
+
+
 def test_one_run_and_several_are_drawn_to_a_png(tmp_path, capsys):
     one = write_run(tmp_path / "exp/one", [*RECORDS, epoch(2, 30, 0.5)])
     two = write_run(tmp_path / "exp/two", [step(n, 1 / n) for n in range(1, 200)])

@@ -35,6 +35,14 @@ def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.flatnonzero((a != b).any(axis=(0, 2)))
 
 
+def test_a_sentence_without_a_target_is_told_over_both_masks():
+    nothing = np.zeros_like(MASK)
+    right, wrong, missed = picture(nothing, nothing), picture(nothing), picture(MASK, nothing)
+    panel = PANEL_WIDTH + MARGIN
+    assert set(differs(right, missed) // panel) == {1, 2}  # both titles, and the truth
+    assert set(differs(right, wrong) // panel) == {2}
+
+
 def test_heat_map_brightens_with_the_probability():
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
     heat = heat_map(ramp)
