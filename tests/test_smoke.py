@@ -21,14 +21,16 @@ from helpers import (
 )
 from PIL import Image
 
-from tools import inspect_lmdb
+from tools import inspect_lmdb, refshapes
 from tools.refer import Refer
-from utils.metrics import METRIC_NAMES
+from utils.metrics import CRIS, GRES, Convention
 from utils.records import RecordReader
 from utils.transforms import load_mask
 
 
-def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int) -> None:
+def check_run(
+    folder: Path, dataset: str, split: str, lmdb: Path, pictures: int, convention: Convention = CRIS
+) -> None:
     """Everything that a training and a test by both protocols leave behind."""
     assert {"config.yaml", "train.log", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
     for name in ("last_model.pth", "best_model.pth"):
@@ -38,7 +40,7 @@ def check_run(folder: Path, dataset: str, split: str, lmdb: Path, pictures: int)
         stem = f"test_{dataset}_{split}{suffix}"
         result = json.loads((folder / f"{stem}.json").read_text())
         assert result["sentences"] == sentences == len(read_jsonl(folder / f"{stem}.jsonl"))
-        assert all(0 <= result[name] <= result["ceiling"][name] <= 1 for name in METRIC_NAMES)
+        assert all(0 <= result[name] <= result["ceiling"][name] <= 1 for name in convention.metrics)
         page = folder / "report" / stem
         assert {"index.html", "data.js", "masks.js"} <= {path.name for path in page.iterdir()}
     assert (folder / "report/index.html").is_file()
@@ -59,6 +61,22 @@ def test_shapes_from_nothing_to_scores(data, tmp_path):
     run_program("test.py", config, *opts)
     lmdb = data / "lmdb/shapes/val.lmdb"
     check_run(tmp_path / "exp/tiny", "shapes", "val", lmdb, pictures=5)
+
+
+def test_shapes_of_any_number_from_nothing_to_scores(tmp_path):
+    counts = ["--train", "8", "--val", "4", "--testA", "0", "--testB", "0"]
+    refshapes.main(["-o", str(tmp_path), *counts, "--any-number"])
+    pack(tmp_path, tmp_path, "refshapes", "unc", "any")
+    lmdb = tmp_path / "lmdb/any/val.lmdb"
+    drawn = Refer(tmp_path, "refshapes", "unc").split_refs("val")
+    numbers = [len(ref["ann_id"]) if ref["ann_id"] != [-1] else 0 for ref in drawn]
+    assert [ref.num_targets for ref in all_refs(lmdb)] == numbers
+    assert {min(number, 2) for number in numbers} == {0, 1, 2}
+    config = write_config(tmp_path, tmp_path, "any", threshold=0.15, batch_by="images")
+    run_program("train.py", config)
+    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
+    run_program("test.py", config, *opts, "TEST.visualize_limit", 2)
+    check_run(tmp_path / "exp/tiny", "any", "val", lmdb, pictures=2, convention=GRES)
 
 
 @pytest.mark.parametrize(

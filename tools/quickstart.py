@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -24,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 from engine.report.pages import INDEX
 from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
-from tools.refshapes import DEFAULT_IMAGES, blind_baselines, is_complete
+from tools.refer import load_refs
+from tools.refshapes import DEFAULT_IMAGES, is_complete
 from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
@@ -55,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Take the steps that are not done yet, then report."""
     parser = text_parser(__doc__)
     default = "config/refshapes/cris_tiny.yaml"
-    parser.add_argument("--config", default=default, help="one of config/refshapes (%(default)s)")
+    parser.add_argument("--config", default=default, help="cris_tiny or cris_small (%(default)s)")
     config = parser.parse_args(argv).config
     cfg = load_config(config)
     is_suitable = cfg.DATA.dataset == "refshapes" and cfg.TEST.protocol == "both"
     if not is_suitable or "val" not in cfg.TEST.splits:
-        raise UserError(f"{config} is no config of the quickstart: take one of config/refshapes")
+        raise UserError(f"{config} is none of the quickstart: take config/refshapes/cris_tiny.yaml")
     report(cfg, {step.name: take(step) for step in steps(config, cfg)})
 
 
@@ -208,6 +211,38 @@ def reading_test(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) ->
     blind = blind_baselines(refer, "val")
     model = {"the model": mean_iou(lines), "the model, sentences swapped": mean_iou(swapped)}
     return model | {f"no model, the true mask of one object: {k}": v for k, v in blind.items()}
+
+
+def blind_baselines(root: Path, split: str) -> dict[str, float]:
+    """Score three ways of choosing a ground-truth object without reading the sentence.
+
+    Returns:
+        mIoU over a split's sentences in [0, 1] of choosing the largest object, the one nearest the
+        centre of the image, and any object at random (the exact expectation, not a draw).
+    """
+    instances = json.loads((root / "refshapes" / "instances.json").read_text())
+    images = {image["id"]: image | {"objects": []} for image in instances["images"]}
+    for annotation in instances["annotations"]:
+        images[annotation["image_id"]]["objects"].append(annotation)
+    scores = defaultdict(list)
+    for ref in load_refs(root / "refshapes" / "refs(unc).p"):
+        if ref["split"] != split:
+            continue
+        image = images[ref["image_id"]]
+        objects, height, width = image["objects"], image["height"], image["width"]
+        masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
+        truth = [o["id"] for o in objects].index(ref["ann_id"])
+        ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
+        boxes = np.array([o["bbox"] for o in objects])
+        offsets = boxes[:, :2] + boxes[:, 2:] / 2 - (width / 2, height / 2)
+        chosen = {
+            "largest": ious[np.argmax(coco_mask.area(masks))],
+            "central": ious[np.argmin(np.hypot(*offsets.T))],
+            "random": ious.mean(),
+        }
+        for name, score in chosen.items():
+            scores[name] += [score] * len(ref["sentences"])
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def choose_examples(lines: Sequence[dict]) -> list[dict]:

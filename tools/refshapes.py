@@ -2,8 +2,9 @@
 
 Images of 3-7 coloured shapes with sentences of four forms (`WORDINGS`). A sentence is kept only if
 it is true of exactly one object, by a clear margin, and if a distractor shares the referent's
-shape or colour, so that a model has to see *and* read. Image n of a split depends on the seed,
-the split and n alone, never on how many images are asked for.
+shape or colour, so that a model has to see *and* read. With --any-number the same images have a
+ref more of several objects (`PLURALS`), and one of sentences that are clearly true of none. Image
+n of a split depends on the seed, the split and n alone, never on how many images are asked for.
 
 Coordinates are pixels as in COCO: x to the right, y down, pixel i covers [i, i + 1).
 """
@@ -13,18 +14,17 @@ import json
 import pickle
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,10 +35,15 @@ from utils.machine import available_cores
 EPILOG = """examples:
   python tools/refshapes.py -o datasets/refshapes
   python tools/refshapes.py -o /tmp/shapes --train 200 --val 50 --testA 0 --testB 0 --seed 7
+  python tools/refshapes.py -o datasets/refshapes_any --any-number
   python tools/refshapes.py -o /tmp/rehearsal --like refcoco
 then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
+
+Random = np.random.Generator
+Counts = Mapping[str, int]  # images by split
+Wanted = list[int | None] | None  # the sentences of each ref of an image, as far as it is asked
 
 VERSION = 5  # raise it whenever the same parameters give other files
 # How many corners, and the share of the radius at which every second one lies.
@@ -72,9 +77,25 @@ WORDINGS = {  # form -> word -> the sentences that mean it
         "below": "{shape} under the {anchor} | {shape} below the {anchor}",
     },
 }
+PLURALS = {  # the same of several objects
+    "attribute": {
+        "": "the {colour} {shape}s | {colour} {shape}s | {shape}s that are {colour}",
+        "all": "all {shape}s | the {shape}s",
+    },
+    "position": {
+        "left": "all {shape}s on the left | the {shape}s in the left half",
+        "right": "all {shape}s on the right | the {shape}s in the right half",
+        "above": "all {shape}s at the top | the {shape}s in the upper half",
+        "below": "all {shape}s at the bottom | the {shape}s in the lower half",
+    },
+    "relation": {
+        word: text.replace("{shape}", "{shape}s") for word, text in WORDINGS["relation"].items()
+    },
+}
 FORMS = tuple(WORDINGS)
 # How often a form is drawn where an object offers several: rarer ones more, to even them out.
 FORM_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
+ANY_WEIGHTS = {"attribute": 3, "position": 1, "relation": 1}  # of several objects, and of none
 SPLITS = {"train": FORMS, "val": FORMS, "testA": FORMS[:1], "testB": FORMS[1:]}
 LIKE = {  # images, refs, and sentences where they are known, by split
     "refcoco": {
@@ -101,7 +122,7 @@ WORTH_A_POOL = 500  # images: from so many on, starting processes pays
 
 # Margins within which a sentence would be arguable; such sentences are never used.
 POSITION_MARGIN = 0.08  # of the image's side, to the next object of the shape
-POSITION_ZONE = 0.42  # "on the left" also has to lie in this part of the image
+POSITION_ZONE = 0.42  # "on the left" also has to lie in this part of the image; off it: opposite
 SIZE_MARGIN = 1.35  # ratio of areas
 INSIDE_CONE, OUTSIDE_CONE = 0.6, 2.0  # |across| / along: clearly under; clearly not under
 
@@ -134,8 +155,8 @@ class Scene(NamedTuple):
 class Phrase(NamedTuple):
     """Holds the meaning of a sentence.
 
-    `word` is a direction, "big", "small" or, for attributes, empty. `anchor` is the look of what
-    a relation starts from.
+    `word` is a direction, "big", "small", "all" (of a shape) or empty. `anchor` is the look of
+    what a relation starts from.
     """
 
     form: str
@@ -143,78 +164,86 @@ class Phrase(NamedTuple):
     word: str = ""
     colour: str = ""
     anchor: str = ""
+    is_plural: bool = False
 
     def sentences(self) -> list[str]:
         """Return all wordings of this meaning."""
-        return WORDINGS[self.form][self.word].format(**self._asdict()).split(" | ")
+        wordings = PLURALS if self.is_plural else WORDINGS
+        return wordings[self.form][self.word].format(**self._asdict()).split(" | ")
 
 
-def clearly_outermost(scene: Scene, rivals: Sequence[Thing], word: str) -> Thing | None:
-    """Return the thing furthest in a direction, if in the outer zone and well ahead."""
+Phrases = dict[tuple[int, ...], list[Phrase]]  # by the places of their referents in the scene
+
+
+def _from_edge(scene: Scene, thing: Thing, word: str) -> float:
+    """Return how far a thing is from the edge in a direction, as a share of the image's side."""
     dx, dy = DIRECTIONS[word]
-
-    def reach(thing: Thing) -> float:
-        share = thing.x / scene.width if dx else thing.y / scene.height
-        return share if dx + dy > 0 else 1 - share
-
-    first, second, *_ = sorted(rivals, key=reach, reverse=True)
-    is_ahead = reach(first) - reach(second) >= POSITION_MARGIN
-    return first if is_ahead and reach(first) >= 1 - POSITION_ZONE else None
+    share = thing.x / scene.width if dx else thing.y / scene.height
+    return 1 - share if dx + dy > 0 else share
 
 
-def clearly_extreme_in_size(rivals: Sequence[Thing], word: str) -> Thing | None:
-    """Return the biggest or smallest thing, if the next differs by `SIZE_MARGIN`."""
-    sign = 1 if word == "big" else -1
-    first, second, *_ = sorted(rivals, key=lambda thing: -sign * thing.area)
-    return first if (first.area / second.area) ** sign >= SIZE_MARGIN else None
-
-
-def clearly_beside(anchor: Thing, rivals: Sequence[Thing], word: str) -> Thing | None:
-    """Return the only thing in a narrow cone from the anchor, if the wide one has no other."""
+def _slope(anchor: Thing, thing: Thing, word: str) -> float:
+    """Return how far a thing is off a direction as seen from the anchor: |across| / along."""
     dx, dy = DIRECTIONS[word]
-
-    def slope(thing: Thing) -> float:
-        along = dx * (thing.x - anchor.x) + dy * (thing.y - anchor.y)
-        across = abs(dy * (thing.x - anchor.x)) + abs(dx * (thing.y - anchor.y))
-        return across / along if along > 0 else float("inf")
-
-    first, second, *_ = sorted(rivals, key=slope)
-    return first if slope(first) <= INSIDE_CONE and slope(second) >= OUTSIDE_CONE else None
+    along = dx * (thing.x - anchor.x) + dy * (thing.y - anchor.y)
+    across = abs(dy * (thing.x - anchor.x)) + abs(dx * (thing.y - anchor.y))
+    return across / along if along > 0 else float("inf")
 
 
-def referent(scene: Scene, phrase: Phrase) -> Thing | None:
-    """Return the one thing that the phrase is clearly true of.
+def referents(scene: Scene, phrase: Phrase) -> list[Thing] | None:
+    """Return the things that the phrase is clearly true of: one, several of a plural, or none.
 
-    None where it is true of nothing or several things, where it is arguable, and where the
-    shape alone (for attributes: shape and colour alike) already gives the referent away.
+    None where that is arguable or of the wrong number, and where the shape alone (for attributes:
+    shape and colour alike) already gives the referents away.
     """
     rivals = [t for t in scene.things if t.shape == phrase.shape]
+    # Clearly true of a thing whose value is at most `low`, clearly not from `high` on.
     if phrase.form == "attribute":
-        named = [t for t in rivals if t.colour == phrase.colour]
-        akin = [t for t in scene.things if t.shape == phrase.shape or t.colour == phrase.colour]
-        return named[0] if len(named) == 1 and len(akin) > 1 else None
-    anchors = [t for t in scene.things if t.look == phrase.anchor]
-    rivals = [t for t in rivals if t not in anchors]
-    if len(rivals) < 2:
-        return None
-    if phrase.form == "position":
-        return clearly_outermost(scene, rivals, phrase.word)
-    if phrase.form == "size":
-        return clearly_extreme_in_size(rivals, phrase.word)
-    return clearly_beside(anchors[0], rivals, phrase.word) if len(anchors) == 1 else None
+        looks = {phrase.shape, phrase.colour}
+        rivals = [t for t in scene.things if phrase.word or looks & {t.shape, t.colour}]
+        values = [{t.shape, phrase.colour and t.colour} != looks for t in rivals]
+        low, high = 0, 1
+    elif phrase.form == "relation":
+        anchors = [t for t in scene.things if t.look == phrase.anchor]
+        if len(anchors) != 1:
+            return None
+        rivals = [t for t in rivals if t not in anchors]
+        values = [_slope(anchors[0], t, phrase.word) for t in rivals]
+        low, high = INSIDE_CONE, OUTSIDE_CONE
+    elif phrase.form == "size":
+        values = [t.area if phrase.word == "small" else 1 / t.area for t in rivals]
+        low, high = min(values), SIZE_MARGIN * min(values)
+    else:
+        values = [_from_edge(scene, t, phrase.word) for t in rivals]
+        low, high = POSITION_ZONE, 1 - POSITION_ZONE
+        if not phrase.is_plural:
+            low, high = min(low, *values), min(values) + POSITION_MARGIN
+    chosen = [t for t, value in zip(rivals, values, strict=True) if value <= low]
+    is_arguable = any(low < value < high for value in values)
+    is_given_away = len(chosen) == len(rivals)
+    is_of_number = not chosen or phrase.is_plural == (len(chosen) > 1)
+    return chosen if is_of_number and not is_arguable and not is_given_away else None
 
 
-def phrases_about(scene: Scene, forms: Sequence[str]) -> Iterator[Phrase]:
-    """Yield each phrase of these forms that names only shapes and colours of the scene."""
-    looks = sorted({(t.colour, t.shape) for t in scene.things})
-    shapes = sorted({t.shape for t in scene.things})
-    for form in forms:
-        for word in WORDINGS[form]:
-            if form == "attribute":
-                yield from (Phrase(form, shape, colour=colour) for colour, shape in looks)
-            else:
-                anchors = [" ".join(look) for look in looks] if form == "relation" else [""]
-                yield from (Phrase(form, s, word, anchor=a) for s in shapes for a in anchors)
+def phrases_about(scene: Scene, forms: Sequence[str], any_number: bool) -> Phrases:
+    """Return the phrases of these forms that have referents or, with `any_number`, clearly none.
+
+    They name only shapes and colours of the scene.
+    """
+    things = scene.things
+    colours, shapes, looks = (
+        sorted({getattr(t, name) for t in things}) for name in ("colour", "shape", "look")
+    )
+    phrases: Phrases = defaultdict(list)
+    for is_plural, wordings in enumerate([WORDINGS, PLURALS] if any_number else [WORDINGS]):
+        for form, word in ((f, w) for f in forms for w in wordings.get(f, ())):
+            named = colours if form == "attribute" and not word else [""]
+            anchors = looks if form == "relation" else [""]
+            for colour, shape, anchor in product(named, shapes, anchors):
+                phrase = Phrase(form, shape, word, colour, anchor, bool(is_plural))
+                if (meant := referents(scene, phrase)) is not None:
+                    phrases[tuple(map(things.index, meant))].append(phrase)
+    return phrases
 
 
 @cache
@@ -229,7 +258,7 @@ def _unit_outline(shape: str) -> np.ndarray:
 
 
 def _place(
-    rng: np.random.Generator, outline: np.ndarray, others: Sequence[np.ndarray], size: np.ndarray
+    rng: Random, outline: np.ndarray, others: Sequence[np.ndarray], size: np.ndarray
 ) -> np.ndarray | None:
     """Find a centre where the outline's box is inside the image and off all others', or None."""
     low, high = outline.min(0), outline.max(0)
@@ -245,7 +274,7 @@ def _place(
 
 
 def _lay_out(
-    rng: np.random.Generator, shapes: Sequence[str], size: np.ndarray, largest: float
+    rng: Random, shapes: Sequence[str], size: np.ndarray, largest: float
 ) -> list[np.ndarray] | None:
     """Draw areas, tilts and places for these shapes: their outlines, or None if they do not fit."""
     shares = np.exp(rng.uniform(np.log(AREA_SHARE[0]), np.log(largest), len(shapes)))
@@ -262,7 +291,7 @@ def _lay_out(
     return [outlines[index] for index in range(len(shapes))]
 
 
-def _draw_scene(rng: np.random.Generator) -> Scene:
+def _draw_scene(rng: Random) -> Scene:
     """Draw the content of one image."""
     width, height = size = rng.integers(*IMAGE_SIDE, 2, endpoint=True)
     count = int(rng.choice(list(THINGS), p=list(THINGS.values())))
@@ -286,7 +315,7 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(int(width), int(height), tuple(things))
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def _background(rng: Random, width: int, height: int) -> np.ndarray:
     """Draw (H, W, 3) float32 of about 60-190: a tint, gradient, clouds, stripes, checker."""
     tint = (rng.uniform(90, 160) + rng.uniform(-16, 16, 3)).astype(np.float32)
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -322,7 +351,7 @@ def _paint(image: np.ndarray, outline: np.ndarray, rgb: np.ndarray) -> None:
     image[y0:y1, x0:x1] += alpha * (rgb - image[y0:y1, x0:x1])
 
 
-def _render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
+def _render(rng: Random, scene: Scene) -> np.ndarray:
     """Paint a scene as (H, W, 3) uint8 RGB."""
     image = _background(rng, scene.width, scene.height)
     for thing in scene.things:
@@ -348,14 +377,14 @@ def quota(number: int, images: int, refs: int, sentences: int | None) -> list[in
 
 
 def _choose_sentences(
-    rng: np.random.Generator, phrases: Sequence[Phrase], number: int | None
+    rng: Random, phrases: Sequence[Phrase], number: int | None, form_weights: Mapping[str, float]
 ) -> list[str]:
-    """Draw `number`, or 1-4, of the sentences that the phrases about one thing can be put in."""
+    """Draw `number`, or 1-4, of the sentences that phrases of the same things can be put in."""
     in_form = Counter(phrase.form for phrase in phrases)
     weights: dict[str, float] = {}
     for phrase in phrases:
         sentences = phrase.sentences()
-        weight = FORM_WEIGHTS[phrase.form] / in_form[phrase.form] / len(sentences)
+        weight = form_weights[phrase.form] / in_form[phrase.form] / len(sentences)
         weights |= dict.fromkeys(sentences, weight)
     if number is None:
         number = min(len(weights), rng.integers(1, MAX_SENTENCES, endpoint=True))
@@ -364,10 +393,8 @@ def _choose_sentences(
     return [list(weights)[index] for index in chosen]
 
 
-def _refer(
-    rng: np.random.Generator, scene: Scene, forms: Sequence[str], wanted: list[int | None] | None
-) -> dict[int, list[str]]:
-    """Choose the things of a scene to refer to, by their place in it, and the sentences.
+def _refer(rng: Random, phrases: Phrases, wanted: Wanted) -> dict[tuple[int, ...], list[str]]:
+    """Choose single things to refer to, by their place in the scene, and the sentences.
 
     Args:
         wanted: the sentences of each ref (see `quota`); None: as many as there are, up to
@@ -375,45 +402,54 @@ def _refer(
     Returns:
         Nothing where the scene does not have what is wanted.
     """
-    phrases: dict[int, list[Phrase]] = defaultdict(list)
-    for phrase in phrases_about(scene, forms):
-        if thing := referent(scene, phrase):
-            phrases[scene.things.index(thing)].append(phrase)
-    order = rng.permutation(sorted(phrases)).tolist()
+    order = rng.permutation(sorted(key[0] for key in phrases if len(key) == 1)).tolist()
     if wanted is None:
         wanted = [None] * min(MAX_REFS, len(order))
     needed = max((number or 1 for number in wanted), default=0)
-    able = [i for i in order if sum(len(p.sentences()) for p in phrases[i]) >= needed]
+    able = [(i,) for i in order if sum(len(p.sentences()) for p in phrases[i,]) >= needed]
     if len(able) < len(wanted):
         return {}
     pairs = zip(sorted(able[: len(wanted)]), wanted, strict=True)
-    return {index: _choose_sentences(rng, phrases[index], number) for index, number in pairs}
+    return {
+        key: _choose_sentences(rng, phrases[key], number, FORM_WEIGHTS) for key, number in pairs
+    }
+
+
+def _refer_to_any_number(rng: Random, phrases: Phrases) -> dict[tuple[int, ...], list[str]]:
+    """Choose several things of a scene to refer to at once, and sentences true of none."""
+    several = sorted(key for key in phrases if len(key) > 1)
+    chosen = [several[rng.integers(len(several))]] if several else []
+    chosen += [()] if () in phrases else []
+    return {key: _choose_sentences(rng, phrases[key], None, ANY_WEIGHTS) for key in chosen}
 
 
 def _make_image(
-    seed: int, split: str, number: int, wanted: list[int | None] | None = None
+    seed: int, split: str, number: int, wanted: Wanted = None, any_number: bool = False
 ) -> tuple[np.ndarray, dict, list[dict], list[dict]]:
     """Make image `number` (from 1) of a split: RGB pixels, image entry, annotations, refs."""
     split_number = list(SPLITS).index(split)
-    rng = np.random.Generator(np.random.PCG64([seed, split_number, number]))
+    rng = Random(np.random.PCG64([seed, split_number, number]))
     fewest = MIN_REFS if wanted is None else len(wanted)
-    referred: dict[int, list[str]] = {}
+    referred: dict[tuple[int, ...], list[str]] = {}
     while len(referred) < fewest:
         scene = _draw_scene(rng)
-        referred = _refer(rng, scene, SPLITS[split], wanted)
+        phrases = phrases_about(scene, SPLITS[split], any_number)
+        referred = _refer(rng, phrases, wanted)
+    if any_number:  # from a source of their own: the image and its other refs stay as they are
+        more = Random(np.random.PCG64([seed, split_number, number, 1]))
+        referred |= _refer_to_any_number(more, phrases)
     image_id = split_number * IDS_PER_SPLIT + number
-    stem = f"REFSHAPES_train2014_{image_id:012d}"
     image = {
         "id": image_id,
-        "file_name": f"{stem}.jpg",
+        "file_name": f"REFSHAPES_train2014_{image_id:012d}.jpg",
         "width": scene.width,
         "height": scene.height,
         "license": 1,
     }
     annotations = [_annotation(image_id, index, t) for index, t in enumerate(scene.things)]
     refs = [
-        _ref(image_id * 10 + rank, split, stem, annotations[index], sentences)
-        for rank, (index, sentences) in enumerate(referred.items())
+        _ref(rank, split, image, [annotations[i] for i in places], sentences, any_number)
+        for rank, (places, sentences) in enumerate(referred.items())
     ]
     return _render(rng, scene), image, annotations, refs
 
@@ -439,41 +475,52 @@ def _annotation(image_id: int, index: int, thing: Thing) -> dict:
     }
 
 
-def _ref(ref_id: int, split: str, stem: str, annotation: dict, texts: Sequence[str]) -> dict:
+def _ref(
+    rank: int, split: str, image: dict, meant: list[dict], texts: list[str], any_number: bool
+) -> dict:
+    """Make the ref at a rank in its image; with `any_number` the annotations are a list."""
+    ref_id = image["id"] * 10 + rank
+    ann_ids = [annotation["id"] for annotation in meant] or [-1]
+    categories = [annotation["category_id"] for annotation in meant] or [-1]
     sentences = [
         {"sent_id": ref_id * 10 + i, "sent": text, "raw": text, "tokens": text.split()}
         for i, text in enumerate(texts)
     ]
     return {
         "ref_id": ref_id,
-        "ann_id": annotation["id"],
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
+        "ann_id": ann_ids if any_number else ann_ids[0],
+        "image_id": image["id"],
+        "category_id": categories if any_number else categories[0],
         "split": split,
         "sentences": sentences,
         "sent_ids": [sentence["sent_id"] for sentence in sentences],
-        "file_name": f"{stem}_{annotation['id']}.jpg",
+        "file_name": image["file_name"].replace(".jpg", f"_{ann_ids[0]}.jpg"),
     }
 
 
-def _marker(counts: Mapping[str, int], seed: int, like: str | None) -> str:
+def _marker(counts: Counts, seed: int, like: str | None, any_number: bool) -> str:
     """Return the text of generator.json, which says what a complete folder was made with."""
     images = {split: counts.get(split, 0) for split in SPLITS}
     made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
-    return json.dumps(made if like is None else made | {"like": like}, indent=2) + "\n"
+    options = {"like": like, "any_number": any_number}
+    made |= {name: value for name, value in options.items() if value}
+    return json.dumps(made, indent=2) + "\n"
 
 
-def is_complete(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> bool:
+def is_complete(
+    out: Path, counts: Counts, seed: int, like: str | None = None, any_number: bool = False
+) -> bool:
     """Return whether `out` holds everything that `generate` would write there."""
     marker, *others = (out / REFER / n for n in ("generator.json", "instances.json", "refs(unc).p"))
     if not all(path.is_file() for path in (marker, *others)):
         return False
     num_images = len(list((out / IMAGES).glob("REFSHAPES_*.jpg")))
-    return marker.read_text() == _marker(counts, seed, like) and num_images == sum(counts.values())
+    is_same = marker.read_text() == _marker(counts, seed, like, any_number)
+    return is_same and num_images == sum(counts.values())
 
 
 def _write_image(
-    out: Path, seed: int, job: tuple[str, int, list[int | None] | None]
+    out: Path, seed: int, job: tuple[str, int, list[int | None] | None, bool]
 ) -> tuple[dict, list[dict], list[dict]]:
     """Draw and write one image; `job` is what `_make_image` takes but for the seed."""
     pixels, image, annotations, refs = _make_image(seed, *job)
@@ -482,10 +529,10 @@ def _write_image(
     return image, annotations, refs
 
 
-def _write_files(out: Path, counts: Mapping[str, int], seed: int, like: str | None) -> None:
+def _write_files(out: Path, counts: Counts, seed: int, like: str | None, any_number: bool) -> None:
     """Write images, instances.json and refs(unc).p under `out`."""
     jobs = [
-        (split, number, quota(number, *LIKE[like][split]) if like else None)
+        (split, number, quota(number, *LIKE[like][split]) if like else None, any_number)
         for split in SPLITS
         for number in range(1, counts.get(split, 0) + 1)
     ]
@@ -515,7 +562,9 @@ def _write_files(out: Path, counts: Mapping[str, int], seed: int, like: str | No
     (out / REFER / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
 
 
-def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None = None) -> None:
+def generate(
+    out: Path, counts: Counts, seed: int, like: str | None = None, any_number: bool = False
+) -> None:
     """Write the data set in REFER format; files of an earlier run in the same place go.
 
     generator.json comes last, so that an interrupted run is not taken for a complete one.
@@ -524,6 +573,7 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
         out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
         counts: images by split.
         like: a key of `LIKE`, whose numbers of images these must be; refs and sentences follow.
+        any_number: add refs of several objects and of none; `ann_id` and `category_id` are lists.
     Raises:
         UserError: a count or seed out of range, no image at all; `out` is a file.
     """
@@ -542,40 +592,8 @@ def generate(out: Path, counts: Mapping[str, int], seed: int, like: str | None =
         old.unlink()
     for folder in (IMAGES, REFER):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    _write_files(out, counts, seed, like)
-    marker.write_text(_marker(counts, seed, like))
-
-
-def blind_baselines(root: Path, split: str) -> dict[str, float]:
-    """Score three ways of choosing a ground-truth object without reading the sentence.
-
-    Returns:
-        mIoU over a split's sentences in [0, 1] of choosing the largest object, the one nearest the
-        centre of the image, and any object at random (the exact expectation, not a draw).
-    """
-    instances = json.loads((root / REFER / "instances.json").read_text())
-    images = {image["id"]: image | {"objects": []} for image in instances["images"]}
-    for annotation in instances["annotations"]:
-        images[annotation["image_id"]]["objects"].append(annotation)
-    scores = defaultdict(list)
-    for ref in load_refs(root / REFER / "refs(unc).p"):
-        if ref["split"] != split:
-            continue
-        image = images[ref["image_id"]]
-        objects, height, width = image["objects"], image["height"], image["width"]
-        masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
-        truth = [o["id"] for o in objects].index(ref["ann_id"])
-        ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
-        boxes = np.array([o["bbox"] for o in objects])
-        offsets = boxes[:, :2] + boxes[:, 2:] / 2 - (width / 2, height / 2)
-        chosen = {
-            "largest": ious[np.argmax(coco_mask.area(masks))],
-            "central": ious[np.argmin(np.hypot(*offsets.T))],
-            "random": ious.mean(),
-        }
-        for name, score in chosen.items():
-            scores[name] += [score] * len(ref["sentences"])
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+    _write_files(out, counts, seed, like, any_number)
+    marker.write_text(_marker(counts, seed, like, any_number))
 
 
 def print_counts(root: Path) -> None:
@@ -598,23 +616,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, count in DEFAULT_IMAGES.items():
         parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default {count})")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--like",
         choices=LIKE,
         help="as many images and refs a split as this data set, and sentences but for train",
     )
+    kind.add_argument(
+        "--any-number",
+        action="store_true",
+        help="add refs of several objects, and of none, to those of one",
+    )
     args = parser.parse_args(argv)
-    given = {split: getattr(args, split) for split in SPLITS}
-    if args.like is None:
-        counts = {s: DEFAULT_IMAGES[s] if n is None else n for s, n in given.items()}
-    elif any(count is not None for count in given.values()):
+    given = {s: n for s in SPLITS if (n := getattr(args, s)) is not None}
+    if args.like and given:
         parser.error("--like gives the numbers of images: leave out --train and the others")
-    else:
-        counts = {split: images for split, (images, _, _) in LIKE[args.like].items()}
-    if is_complete(args.output, counts, args.seed, args.like):
+    like = {split: images for split, (images, _, _) in LIKE.get(args.like, {}).items()}
+    counts = like or DEFAULT_IMAGES | given
+    recipe = counts, args.seed, args.like, args.any_number
+    if is_complete(args.output, *recipe):
         print(f"{args.output} is complete and was made with these parameters: reused")
     else:
-        generate(args.output, counts, args.seed, args.like)
+        generate(args.output, *recipe)
         print(f"wrote {args.output}")
     print_counts(args.output)
 

@@ -44,7 +44,7 @@ def test_reading_test_sets_the_model_beside_swapped_sentences_and_blind_guesses(
     refshapes.generate(tmp_path, COUNTS, seed=0)
     own, swapped = [line("red star", 8, 10)], [line("blue star", 1, 10)]
     rows = quickstart.reading_test(own, swapped, tmp_path)
-    blind = refshapes.blind_baselines(tmp_path, "val")
+    blind = quickstart.blind_baselines(tmp_path, "val")
     assert list(rows.values()) == pytest.approx([0.8, 0.1, *blind.values()])
     assert [name.split()[-1] for name in rows][2:] == list(blind)
 
@@ -88,7 +88,7 @@ def test_a_result_is_fresh_only_if_it_is_there_and_newer_than_everything_it_is_m
 
 
 def test_other_data_than_refshapes_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"cris_r50.yaml .* take one of config/refshapes"):
+    with pytest.raises(UserError, match=r"cris_r50.yaml .* take config/refshapes/cris_tiny"):
         quickstart.main(["--config", str(CONFIG.parents[1] / "refcoco" / "cris_r50.yaml")])
 
 

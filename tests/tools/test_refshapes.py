@@ -13,6 +13,7 @@ import pytest
 
 from engine.report.statistics import sentence_kinds
 from tools import refshapes
+from tools.quickstart import blind_baselines
 from utils.errors import UserError
 
 COUNTS = {"train": 20, "val": 150, "testA": 15, "testB": 25}
@@ -36,7 +37,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def any_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "any"
+    refshapes.generate(out, COUNTS, seed=0, any_number=True)
+    return out
+
+
+@pytest.fixture(scope="module")
 def images(root: Path) -> dict[int, dict]:
+    return measured(root)
+
+
+def measured(root: Path) -> dict[int, dict]:
     """Image id -> {width, height, refs, objects}, objects re-measured from their masks."""
     instances, refs = read(root)
     names = {c["id"]: c["name"] for c in instances["categories"]}
@@ -126,6 +138,78 @@ def test_each_sentence_is_true_of_its_object_alone_and_faces_a_distractor(images
                 meant, rivals = READINGS[kind_of(text)](text, image)
                 assert [o["id"] for o in meant] == [ref["ann_id"]], text
                 assert len(rivals) >= 2, text
+
+
+SENTENCE = re.compile(
+    rf"(?:the |all )?(?:(?P<colour>{'|'.join(refshapes.COLOURS)}) )?"
+    rf"(?P<shape>{'|'.join(refshapes.SHAPES)})s?(?: that (?:is|are) (?P<which>\w+))?"
+    r"(?: (?:on|in|at) the (?P<side>left|right|top|upper|bottom|lower)(?: half)?)?"
+    r"(?: (?:to the )?(?P<way>left of|right of|above|below|under) the (?P<anchor>\w+ \w+))?"
+)
+ANGLES = {"left": 180, "right": 0, "above": -90, "top": -90, "upper": -90}  # else downwards
+
+
+def true_of(sentence: str, image: dict, slack: int) -> list[int]:
+    """Return the ids of all that a sentence of any number is true of, read loosely or strictly.
+
+    Args:
+        slack: 1 or -1: half an image is that and 6 % more or less, a side of an anchor is 50
+            degrees and 10 more or less.
+    """
+    said = SENTENCE.fullmatch(sentence).groupdict()
+    centre = ANGLES.get((said["side"] or said["way"] or "").split(" ")[0], 90)
+    colour = said["colour"] or said["which"]
+    objects = image["objects"]
+    anchors = [o for o in objects if f"{o['colour']} {o['shape']}" == said["anchor"]]
+    assert len(anchors) == bool(said["anchor"]), sentence
+
+    def is_meant(o: dict) -> bool:
+        if o["shape"] != said["shape"] or colour not in (None, o["colour"]) or o in anchors:
+            return False
+        if anchors:
+            angle = np.degrees(np.arctan2(o["y"] - anchors[0]["y"], o["x"] - anchors[0]["x"]))
+            return abs((angle - centre + 180) % 360 - 180) < 50 + 10 * slack
+        share = o["x"] / o["width"] if centre in (0, 180) else o["y"] / o["height"]
+        is_low = said["side"] in ("left", "top", "upper")
+        return not said["side"] or (share if is_low else 1 - share) < 0.5 + 0.06 * slack
+
+    return [o["id"] for o in objects if is_meant(o)]
+
+
+def test_plurals_name_exactly_their_objects_and_others_are_nearly_true_of_something(any_root):
+    """By a reading of its own of each sentence, loose and strict."""
+    sentences, of_kind = Counter(), defaultdict(set)
+    for image in measured(any_root).values():
+        shapes, colours = ({o[name] for o in image["objects"]} for name in ("shape", "colour"))
+        for ref in image["refs"]:
+            number = 0 if ref["ann_id"] == [-1] else len(ref["ann_id"])
+            sentences[number] += len(ref["sentences"])
+            assert len(ref["category_id"]) == len(ref["ann_id"]) < len(image["objects"])
+            if number == 1:
+                continue
+            for sentence in ref["sentences"]:
+                text = sentence["sent"]
+                meant = [] if number == 0 else ref["ann_id"]
+                assert true_of(text, image, 1) == true_of(text, image, -1) == meant, text
+                said = SENTENCE.fullmatch(text).groupdict()
+                assert said["shape"] in shapes
+                assert (said["colour"] or said["which"] or next(iter(colours))) in colours
+                of_kind[number > 1].add((said["side"] is not None, said["way"] is not None))
+    several = sum(count for number, count in sentences.items() if number > 1)
+    for count in (sentences[0], several):
+        assert 0.1 < count / sentences.total() < 0.3
+    assert [len(kinds) for kinds in of_kind.values()] == [3, 3]  # attributes, sides, relations
+
+
+def test_images_and_refs_of_one_object_are_the_same_with_any_number(root, any_root):
+    plain, richer = files(root), files(any_root)
+    changed = {name for name, data in plain.items() if richer[name] != data}
+    assert changed == {"refshapes/refs(unc).p", "refshapes/generator.json"}
+    single = [r for r in read(any_root)[1] if len(r["ann_id"]) == 1 and r["ann_id"] != [-1]]
+    lists = ("ann_id", "category_id")
+    assert [r | {k: r[k][0] for k in lists} for r in single] == read(root)[1]
+    ids = [i for ref in read(any_root)[1] for i in (*ref["sent_ids"], -ref["ref_id"])]
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_seed_gives_the_same_bytes_in_several_processes_and_another_seed_does_not(
@@ -234,7 +318,7 @@ def test_splits_hold_their_kinds_and_share_no_image(root):
 
 
 def test_choosing_an_object_without_reading_scores_below_035_on_val(root):
-    baselines = refshapes.blind_baselines(root, "val")
+    baselines = blind_baselines(root, "val")
     assert set(baselines) == {"largest", "central", "random"}
     assert all(0.05 < score < 0.35 for score in baselines.values()), baselines
 
@@ -243,7 +327,7 @@ def thing(shape: str, colour: str, x: float, y: float, area: float = 100) -> ref
     return refshapes.Thing(shape, colour, x, y, area, outline=np.empty((0, 2)))
 
 
-def test_arguable_phrases_have_no_referent():
+def test_a_phrase_has_the_referents_that_it_is_clearly_true_of():
     things = (
         thing("star", "red", 20, 20, 100),
         thing("star", "red", 25, 80, 130),
@@ -253,24 +337,41 @@ def test_arguable_phrases_have_no_referent():
     scene = refshapes.Scene(100, 100, things)
     expected = {
         ("attribute", "star", "", "red"): None,  # two of them
-        ("attribute", "star", "", "blue"): 2,
+        ("attribute", "star", "", "blue"): [2],
+        ("attribute", "circle", "", "red"): [],
         ("position", "star", "left"): None,  # 5 % ahead only
-        ("position", "star", "right"): 2,
+        ("position", "star", "right"): [2],
         ("position", "circle", "above"): None,  # no other circle
-        ("size", "star", "big"): 2,
+        ("size", "star", "big"): [2],
         ("size", "star", "small"): None,  # 1.3 times only
         ("relation", "star", "below", "", "blue circle"): None,  # two fairly below
         ("relation", "star", "left", "", "blue circle"): None,  # the second nearly so
         ("relation", "star", "left", "", "red star"): None,  # which red star?
+        ("relation", "star", "above", "", "blue circle"): [],
+        ("attribute", "star", "", "red", "", True): [0, 1],
+        ("attribute", "star", "", "blue", "", True): None,  # one of them
+        ("attribute", "circle", "", "red", "", True): [],
+        ("attribute", "star", "all", "", "", True): [0, 1, 2],
+        ("attribute", "circle", "all", "", "", True): None,  # one of them
+        ("position", "star", "left", "", "", True): [0, 1],
+        ("position", "star", "above", "", "", True): None,  # one is in the middle
+        ("position", "circle", "below", "", "", True): [],
+        ("relation", "star", "above", "", "blue circle", True): [],
     }
-    for phrase, place in expected.items():
-        found = refshapes.referent(scene, refshapes.Phrase(*phrase))
-        assert found is (None if place is None else things[place]), phrase
+    for phrase, places in expected.items():
+        found = refshapes.referents(scene, refshapes.Phrase(*phrase))
+        assert found == (None if places is None else [things[i] for i in places]), phrase
 
 
 def test_a_complete_folder_is_reused_and_other_parameters_replace_it(tmp_path, capsys):
     out = tmp_path / "shapes"
     arguments = ["-o", str(out), "--train", "2", "--val", "2", "--testA", "0", "--testB", "0"]
+    refshapes.main(arguments)
+    assert "reused" not in capsys.readouterr().out
+    refshapes.main([*arguments, "--any-number"])
+    assert "reused" not in capsys.readouterr().out
+    refshapes.main([*arguments, "--any-number"])
+    assert "reused" in capsys.readouterr().out
     refshapes.main(arguments)
     assert "reused" not in capsys.readouterr().out
     foreign = out / "images" / "train2014" / "COCO_train2014_000000000009.jpg"
@@ -370,10 +471,13 @@ def test_a_crowd_that_cannot_be_laid_out_is_given_up_for_another():
     assert len(refs) == len(wanted)
 
 
-@pytest.mark.parametrize("words", [["--like", "coco"], ["--like", "refcoco", "--val", "3"]])
-def test_like_takes_a_known_name_and_no_counts(tmp_path, words, capsys):
+WRONG_LIKE = [["coco"], ["refcoco", "--val", "3"], ["refcoco", "--any-number"]]
+
+
+@pytest.mark.parametrize("words", WRONG_LIKE)
+def test_like_takes_a_known_name_and_neither_counts_nor_more_refs(tmp_path, words, capsys):
     with pytest.raises(SystemExit) as ending:
-        refshapes.main(["-o", str(tmp_path / "s"), *words])
+        refshapes.main(["-o", str(tmp_path / "s"), "--like", *words])
     assert ending.value.code == 2
     assert "--like" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
