@@ -9,7 +9,6 @@ n of a split depends on the seed, the split and n alone, never on how many image
 Coordinates are pixels as in COCO: x to the right, y down, pixel i covers [i, i + 1).
 """
 
-import argparse
 import json
 import pickle
 import sys
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.refer import load_refs
+from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.machine import available_cores
 
@@ -226,14 +226,9 @@ def referents(scene: Scene, phrase: Phrase) -> list[Thing] | None:
 
 
 def phrases_about(scene: Scene, forms: Sequence[str], any_number: bool) -> Phrases:
-    """Return the phrases of these forms that have referents or, with `any_number`, clearly none.
-
-    They name only shapes and colours of the scene.
-    """
-    things = scene.things
-    colours, shapes, looks = (
-        sorted({getattr(t, name) for t in things}) for name in ("colour", "shape", "look")
-    )
+    """Return the phrases that name looks of the scene and have referents in it, or clearly none."""
+    things, names = scene.things, ("colour", "shape", "look")
+    colours, shapes, looks = (sorted({getattr(t, name) for t in things}) for name in names)
     phrases: Phrases = defaultdict(list)
     for is_plural, wordings in enumerate([WORDINGS, PLURALS] if any_number else [WORDINGS]):
         for form, word in ((f, w) for f in forms for w in wordings.get(f, ())):
@@ -371,9 +366,7 @@ def quota(number: int, images: int, refs: int, sentences: int | None) -> list[in
         The number of sentences of each ref of the image.
     """
     own = range((number - 1) * refs // images, number * refs // images)
-    if sentences is None:
-        return [None] * len(own)
-    return [(n + 1) * sentences // refs - n * sentences // refs for n in own]
+    return [sentences and (n + 1) * sentences // refs - n * sentences // refs for n in own]
 
 
 def _choose_sentences(
@@ -394,13 +387,9 @@ def _choose_sentences(
 
 
 def _refer(rng: Random, phrases: Phrases, wanted: Wanted) -> dict[tuple[int, ...], list[str]]:
-    """Choose single things to refer to, by their place in the scene, and the sentences.
+    """Choose single things by their place in the scene, and the sentences of each.
 
-    Args:
-        wanted: the sentences of each ref (see `quota`); None: as many as there are, up to
-            `MAX_REFS` refs.
-    Returns:
-        Nothing where the scene does not have what is wanted.
+    They are those `wanted` (see `quota`), none if the scene has not so many; else up to `MAX_REFS`.
     """
     order = rng.permutation(sorted(key[0] for key in phrases if len(key) == 1)).tolist()
     if wanted is None:
@@ -410,16 +399,14 @@ def _refer(rng: Random, phrases: Phrases, wanted: Wanted) -> dict[tuple[int, ...
     if len(able) < len(wanted):
         return {}
     pairs = zip(sorted(able[: len(wanted)]), wanted, strict=True)
-    return {
-        key: _choose_sentences(rng, phrases[key], number, FORM_WEIGHTS) for key, number in pairs
-    }
+    return {key: _choose_sentences(rng, phrases[key], count, FORM_WEIGHTS) for key, count in pairs}
 
 
 def _refer_to_any_number(rng: Random, phrases: Phrases) -> dict[tuple[int, ...], list[str]]:
     """Choose several things of a scene to refer to at once, and sentences true of none."""
     several = sorted(key for key in phrases if len(key) > 1)
     chosen = [several[rng.integers(len(several))]] if several else []
-    chosen += [()] if () in phrases else []
+    chosen += [key for key in phrases if not key]
     return {key: _choose_sentences(rng, phrases[key], None, ANY_WEIGHTS) for key in chosen}
 
 
@@ -502,8 +489,7 @@ def _marker(counts: Counts, seed: int, like: str | None, any_number: bool) -> st
     """Return the text of generator.json, which says what a complete folder was made with."""
     images = {split: counts.get(split, 0) for split in SPLITS}
     made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
-    options = {"like": like, "any_number": any_number}
-    made |= {name: value for name, value in options.items() if value}
+    made |= {"like": like} if like else {"any_number": True} if any_number else {}
     return json.dumps(made, indent=2) + "\n"
 
 
@@ -512,11 +498,9 @@ def is_complete(
 ) -> bool:
     """Return whether `out` holds everything that `generate` would write there."""
     marker, *others = (out / REFER / n for n in ("generator.json", "instances.json", "refs(unc).p"))
-    if not all(path.is_file() for path in (marker, *others)):
-        return False
     num_images = len(list((out / IMAGES).glob("REFSHAPES_*.jpg")))
-    is_same = marker.read_text() == _marker(counts, seed, like, any_number)
-    return is_same and num_images == sum(counts.values())
+    is_whole = all(p.is_file() for p in (marker, *others)) and num_images == sum(counts.values())
+    return is_whole and marker.read_text() == _marker(counts, seed, like, any_number)
 
 
 def _write_image(
@@ -607,11 +591,7 @@ def print_counts(root: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Generate RefShapes, a small data set in REFER format, from a seed.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = text_parser("Generate RefShapes, a data set in REFER format, from a seed.", EPILOG)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     for split, count in DEFAULT_IMAGES.items():
         parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default {count})")
@@ -622,11 +602,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=LIKE,
         help="as many images and refs a split as this data set, and sentences but for train",
     )
-    kind.add_argument(
-        "--any-number",
-        action="store_true",
-        help="add refs of several objects, and of none, to those of one",
-    )
+    text = "add refs of several objects, and of none, to those of one"
+    kind.add_argument("--any-number", action="store_true", help=text)
     args = parser.parse_args(argv)
     given = {s: n for s in SPLITS if (n := getattr(args, s)) is not None}
     if args.like and given:
