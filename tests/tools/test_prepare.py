@@ -373,21 +373,6 @@ def test_an_archive_of_grefcoco_that_lacks_a_file_says_where_to_put_it(grefcoco,
     assert not list((tmp_path / "data/refer").glob("*"))
 
 
-def test_odd_records_stop_the_preparation_unless_they_are_left_out(grefcoco, run, tmp_path, capsys):
-    given = tmp_path / "given"
-    shutil.copytree(grefcoco, given)
-    path = given / "grefcoco/grefs(unc).json"
-    refs = json.loads(path.read_text())
-    for ref in refs[:2]:
-        ref["ann_id"] = [10**6, 10**7]
-    path.write_text(json.dumps(refs))
-    told = error(run, "grefcoco", "--from", given)
-    assert told.startswith("2 odd records (2 of kind 'missing annotation'), listed above")
-    root = run("grefcoco", "--from", given, "--skip-odd")
-    assert RecordReader(root / "lmdb/grefcoco/train.lmdb").meta["left_out"] == 2
-    assert "left out 2 odd refs" in capsys.readouterr().out
-
-
 def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path):
     shutil.copytree(shapes / "images", tmp_path / "data/images")
     shutil.copytree(shapes / "refcoco", tmp_path / "data/refer/refcoco")
