@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from engine.build import restore_model
 from engine.evaluator import (
     SentenceScore,
+    describe_scores,
     evaluate,
     resolve_protocols,
     summarize_ceiling,
@@ -382,6 +383,13 @@ def test_protocols_are_chosen_by_name_and_may_have_another_threshold():
     changed = resolve_protocols("both", 0.7)
     assert {protocol.threshold for protocol in changed.values()} == {0.7}
     assert changed["published"].align_corners
+
+
+def test_a_line_names_another_threshold_than_the_protocols(cfg):
+    dataset = build_evaluation_loader(cfg, cfg.DATA.val_lmdb, ALONE).dataset
+    scores = {"mIoU": 0.5, "oIoU": 0.25, "sentences": 3}
+    line = describe_scores(scores, dataset, resolve_protocols("published", 0.15))
+    assert line == "shapes val, 3 sentences, published, threshold 0.15: mIoU 50.00, oIoU 25.00"
 
 
 def test_validation_scores_by_the_first_protocol_and_threshold_of_the_test(cfg):

@@ -142,6 +142,7 @@ def test_the_number_of_objects_of_a_mask_changes_no_bit_of_a_training(straight, 
     assert read_metrics(folders[0]) == read_metrics(folders[1])
 
 
+@pytest.mark.parity
 def test_a_sentence_about_nothing_has_a_target_of_zeros(config, tmp_path):
     run = build_run(config)
     batch = next(iter(run.train_loader))
