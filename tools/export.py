@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     folder = args.output or cfg.run_folder / "export"
-    model, weights, _ = restore_trained(cfg, torch.device("cpu"), args.weights, "weights")
+    model, weights, state = restore_trained(cfg, torch.device("cpu"), args.weights, "weights")
     model.eval()
     if args.format == "onnx":
         write_graphs(model, cfg, folder, real_case(cfg, args.image, args.text), args.tolerance)
     else:
-        save_weights(model.state_dict(), to_dict(cfg), folder / WEIGHTS)
+        save_weights(model.state_dict(), state | {"config": to_dict(cfg)}, folder / WEIGHTS)
     save_config(cfg, folder / CONFIG)
     print(f"{weights} is in {folder}, with its config")
 

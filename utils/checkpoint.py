@@ -40,6 +40,7 @@ def number(kind: NumberType, data: bytes) -> float:
     return np.frombuffer(data, kind.order + kind.code)[0].item()
 
 
+EXPORTED = ("config", "no_target")  # what goes with weights alone
 # What numpy's pickles name, in its versions 1 and 2.
 ADMITTED = [
     (NumberType, "numpy.dtype"),
@@ -177,20 +178,21 @@ def _read(path: Path) -> Any:
 
     with safe_open(path, framework="pt", device="cpu") as file:
         state = {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-        config = (file.metadata() or {}).get("config")
-        return state if config is None else state | {"config": json.loads(config)}
+        about = file.metadata() or {}
+        return state | {key: json.loads(about[key]) for key in EXPORTED if key in about}
 
 
-def save_weights(weights: Mapping[str, Tensor], config: Mapping, path: str | Path) -> None:
-    """Write weights, and the config that they belong to, as safetensors; whole or not at all.
+def save_weights(weights: Mapping[str, Tensor], about: Mapping, path: str | Path) -> None:
+    """Write weights, and of what belongs to them `EXPORTED`, as safetensors; whole or not at all.
 
-    `read_checkpoint` gives them back to the bit, under `state_dict` and `config`.
+    `read_checkpoint` gives them back to the bit, under `state_dict` and these keys.
     """
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with atomic_path(path) as partial:
-        partial.write_bytes(save(plain, metadata={"config": json.dumps(config)}))
+        metadata = {key: json.dumps(about[key]) for key in EXPORTED if key in about}
+        partial.write_bytes(save(plain, metadata=metadata))
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -45,7 +45,8 @@ def saved(tmp_path, trained) -> Path:
 def test_safetensors_hold_the_weights_to_the_bit_and_the_config(saved, cfg):
     assert {path.name for path in saved.parent.iterdir()} == {"model.safetensors", "config.yaml"}
     state = read_checkpoint(saved, "TEST.weights")
-    assert state.keys() == {"state_dict", "config"}
+    assert state.keys() == {"state_dict", "config", "no_target"}
+    assert state["no_target"] is False
     assert_same(state["state_dict"], dict(load(cfg.run_folder / "best_model.pth")["state_dict"]))
     assert state["config"]["TRAIN"]["word_len"] == to_dict(cfg)["TRAIN"]["word_len"]
     assert load_config(saved.with_name("config.yaml")) == cfg

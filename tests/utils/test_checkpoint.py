@@ -246,7 +246,7 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
         *("config", "position", "sums", "faults", "version", "threads"),
-        *("length", "progress", "best_on", "records"),
+        *("length", "progress", "best_on", "records", "no_target"),
     }
     assert not any(key.startswith("module.") for key in content["state_dict"])
     assert content["config"]["TRAIN"]["vis_dim"] == 64
