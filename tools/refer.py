@@ -82,6 +82,7 @@ class _Annotation(TypedDict):
     bbox: Annotated[list[FiniteFloat], must(lambda box: len(box) == 4, "x, y, width, height")]
     segmentation: NotRequired[Any]
     iscrowd: NotRequired[Any]
+    image_id: NotRequired[Any]
 
 
 class _Category(TypedDict):
@@ -153,20 +154,25 @@ class Refer:
         """Return the objects of a ref, none if it has no target; crowds in a list do not count.
 
         Raises:
-            OddError: instances.json lacks one, only crowds are left, or -1 stands beside others.
+            OddError: instances.json lacks one, or has it on another image, only crowds are left, or
+                -1 stands beside others.
         """
         ids, what = ref["ann_id"], f"{self.refs_path}: ref {ref['ref_id']}"
         if ids == NO_TARGET:
             return []
-        if isinstance(ids, int):
-            return [self._look_up(self._annotations, "annotation", ids, ref, _ANNOTATION)]
-        if not ids or -1 in ids:
+        if ids == [] or (isinstance(ids, list) and -1 in ids):
             reason = "[-1] alone means that it has no target"
             raise OddError("contradictory ann_id", f"{what} has ann_id {ids}: {reason}")
         found = [
             self._look_up(self._annotations, "annotation", number, ref, _ANNOTATION)
-            for number in dict.fromkeys(ids)
+            for number in dict.fromkeys([ids] if isinstance(ids, int) else ids)
         ]
+        for item in found:
+            if item.get("image_id", ref["image_id"]) != ref["image_id"]:
+                where = f"is on image {item['image_id']}, not on its image {ref['image_id']}"
+                raise OddError("another image", f"{what}: annotation {item['id']} {where}")
+        if isinstance(ids, int):
+            return found
         if all(item.get("iscrowd") for item in found):
             raise OddError("only crowds", f"{what}: its annotations {ids} are all crowds")
         return [item for item in found if not item.get("iscrowd")]

@@ -279,6 +279,7 @@ def write_gref(root: Path, refs: list[dict], name: str = "grefs(unc).json") -> P
     content = refer_instances([refer_ref(0, ann_id=i) for i in SQUARES])
     for item in content["annotations"]:
         item |= {"segmentation": SQUARES[item["id"]], "iscrowd": int(item["id"] == 4)}
+        item |= {"image_id": 7}
     (folder / "instances.json").write_text(json.dumps(content))
     data = json.dumps(refs).encode() if name.endswith("json") else pickle.dumps(refs, 2)
     (folder / name).write_bytes(data)
@@ -336,6 +337,7 @@ def test_boxes_of_several_objects_are_joined(tmp_path: Path) -> None:
             r"ref 7 is of split 'testAB', not of one of train, val, testA",
         ),
         (gref(7, 1, split=["val"]), r"grefs\(unc\)\.json\[1\].split: must be a valid string"),
+        (gref(7, 1) | {"image_id": 8}, r"ref 7: annotation 1 is on image 7, not on its image 8"),
         (gref(1, 2), r"grefs\(unc\)\.json: ref_id 1 is there twice"),
     ],
 )
