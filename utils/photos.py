@@ -2,8 +2,9 @@
 
 import io
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -34,10 +35,10 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     if not data:
         raise UserError(f"{name} is an empty file: {remedy}")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # it announces more pixels than OpenCV takes, for one
-        pixels = None
+    pixels = None
+    with suppress(cv2.error):  # it announces more pixels than OpenCV takes, for one
+        if data[:8] != PNG_MAGIC or _is_whole_png(data):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
         raise _no_image(data, name, remedy)
     if data[4:8] == b"ftyp":  # AVIF, the one format whose orientation OpenCV does not follow
@@ -49,10 +50,29 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     return pixels
 
 
+def _is_whole_png(data: bytes) -> bool:
+    """Check the lengths of a PNG's chunks, and the checksums of those that a picture needs.
+
+    OpenCV refuses the same files, but libpng prints a line about each that names no file.
+    """
+    start, kind = len(PNG_MAGIC), b""
+    while kind != b"IEND":
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        kind, checksum = data[start + 4 : start + 8], int.from_bytes(data[end - 4 : end])
+        if end > len(data) or not kind.isalpha():
+            return False
+        is_needed = kind in (b"IHDR", b"PLTE", b"IDAT")
+        if is_needed and zlib.crc32(data[start + 4 : end - 4]) != checksum:
+            return False
+        start = end
+    return True
+
+
 def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
     """Read which code a person gave each pixel of a mask: its grey, or a number of its colour.
 
-    Where some pixels are transparent, all others are the object. A palette's code is the index.
+    A transparent pixel is background and gets 0. Where all others have 0 as well, they are a black
+    shape, and get 255. A palette's code is the index.
 
     Args:
         data: a PNG; other formats blur a mask.
@@ -66,16 +86,20 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
     if not data.startswith(PNG_MAGIC):
         raise UserError(f"{name} is no PNG, and other formats blur a mask: save it as a PNG")
     with _opened(data, name, remedy) as image:
-        if image.has_transparency_data:
-            alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
-            if not alpha.all():
-                return np.uint8(255) * (alpha > 0)
+        upright = ImageOps.exif_transpose(image)
+        is_shown = np.True_
+        if image.has_transparency_data and image.mode in HIGH_BYTE_MODES:  # Pillow clips them
+            is_shown = pixels != image.info["transparency"]
+        elif image.has_transparency_data:
+            is_shown = np.asarray(upright.convert("RGBA"))[..., 3] > 0
         if image.mode == "P":
-            return np.asarray(ImageOps.exif_transpose(image))
-    if pixels.ndim == 2:
-        return pixels
-    is_grey = (pixels == pixels[..., :1]).all(axis=2)
-    return np.where(is_grey, pixels[..., 0], pixels @ np.array([1 << 8, 1 << 24, 1 << 40]))
+            pixels = np.asarray(upright)
+    if pixels.ndim == 3:
+        is_grey = (pixels == pixels[..., :1]).all(axis=2)
+        numbers = pixels @ np.array([1 << 8, 1 << 24, 1 << 40])
+        pixels = np.where(is_grey, pixels[..., 0], numbers)
+    codes = pixels * is_shown
+    return codes if codes.any() or is_shown.all() else np.uint8(255) * is_shown
 
 
 @contextmanager

@@ -118,8 +118,15 @@ def palette(codes: np.ndarray) -> Image.Image:
     return image
 
 
+def with_transparent(value: object, image: Image.Image) -> Image.Image:
+    """A picture whose file says that an index, grey or colour is transparent."""
+    image.info["transparency"] = value
+    return image
+
+
 OBJECT = np.zeros((HEIGHT, WIDTH), np.uint8)
 OBJECT[2:6, 3:9] = 1
+COLUMNS = np.tile([1, *[0] * 14, 1], (HEIGHT, 1)).astype(np.uint8)  # beside the object
 MASKS = {
     "ones": Image.fromarray(OBJECT),
     "class numbers": Image.fromarray(OBJECT * np.arange(1, 17, dtype=np.uint8)),
@@ -129,6 +136,18 @@ MASKS = {
     "palette": palette(OBJECT * np.tile([1, 2, 3, 3], 4).astype(np.uint8)),
     "cut-out of black": Image.fromarray(np.dstack([0 * OBJECT] * 3 + [99 * OBJECT])),
     "grey with alpha": Image.fromarray(np.dstack([OBJECT + 200, 255 * OBJECT])),
+    "black around, columns transparent": Image.fromarray(
+        np.dstack([255 * (OBJECT + COLUMNS)] * 3 + [255 * (1 - COLUMNS)])
+    ),
+    "palette with a transparent index": with_transparent(2, palette(OBJECT + 2 * COLUMNS)),
+    "black shape of a palette": with_transparent(1, palette(1 - OBJECT)),
+    "transparent grey": with_transparent(9, Image.fromarray(200 * OBJECT + 9 * COLUMNS)),
+    "transparent grey of 16 bits": with_transparent(
+        60_000, Image.fromarray(np.uint16(500) * OBJECT + np.uint16(60_000) * COLUMNS)
+    ),
+    "transparent colour": with_transparent(
+        (9, 0, 9), Image.fromarray(np.dstack([200 * OBJECT + 9 * COLUMNS, OBJECT, 9 * COLUMNS]))
+    ),
 }
 
 

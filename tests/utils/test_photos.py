@@ -202,6 +202,31 @@ def test_what_is_no_image_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def cut_anywhere(file: bytes) -> list[bytes]:
+    return [file[:length] for length in range(9, len(file))]
+
+
+def damaged_anywhere(file: bytes) -> list[bytes]:
+    """A file with a wrong byte at each place up to its last chunk in turn."""
+    place = range(8, len(file) - 12)
+    return [file[:i] + bytes([file[i] ^ 0x55]) + file[i + 1 :] for i in place]
+
+
+@pytest.mark.parametrize("damage", [cut_anywhere, damaged_anywhere])
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_a_damaged_png_is_one_line_and_the_decoder_prints_none(capfd, damage, mode):
+    file = io.BytesIO()
+    picture(mode).resize((9, 7)).save(file, "PNG")
+    for content in damage(file.getvalue()):
+        with pytest.raises(UserError, match="cut off or no image"):
+            decode(content, cv2.IMREAD_COLOR, "it", "replace it")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_follows_the_end_of_a_png_is_ignored():
+    assert np.array_equal(decode_image(encoded(PIXELS[..., ::-1]) + b"more", "it"), PIXELS)
+
+
 def test_a_missing_file_a_folder_and_a_device_are_no_image_files(tmp_path):
     for path in (tmp_path / "none.jpg", tmp_path, Path("/dev/zero")):
         with pytest.raises(UserError, match="there is no such image file"):
@@ -235,7 +260,7 @@ def test_a_picture_that_only_announces_to_be_huge_is_never_decoded(tmp_path, siz
 
 
 def test_a_size_that_the_decoder_cannot_take_is_one_line():
-    content = png_head(50_000, 50_000) + png_chunk(b"IDAT", b"")
+    content = png_head(50_000, 50_000) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
     with pytest.raises(UserError, match=r"^it cannot be decoded [^\n]*: replace it$"):
         decode(content, cv2.IMREAD_COLOR, "it", "replace it")
 
