@@ -239,11 +239,11 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
         yield f"its image {key} cannot be used, see above"
     if contents.sizes[key] is not None:
         try:
-            codes = load_mask(entry.mask, contents.sizes[key], contents.masks)
-            if np.count_nonzero(codes) >= 0.99 * codes.size:
+            parts = load_masks(entry.mask, contents.sizes[key], contents.masks)
+            joined = join(parts, contents.sizes[key])
+            if np.count_nonzero(joined) >= 0.99 * joined.size:
                 contents.odd_masks["cover 99 % of their photo or more"].append(number)
-            seen = {min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}
-            if len(seen) > 1:
+            if any(map(_has_several_values, parts)):
                 contents.odd_masks["have several values, all taken for the object"].append(number)
         except (UserError, OSError) as error:
             yield str(error)
@@ -254,6 +254,11 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
         first = contents.ref_ids.setdefault(entry.ref_id, number)
         if first != number:
             yield f"ref_id {entry.ref_id} is that of line {first} as well"
+
+
+def _has_several_values(codes: np.ndarray) -> bool:
+    """Tell whether the object has several; 253 to 255 are one, as the release writes it."""
+    return len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}) > 1
 
 
 def output_paths(contents: Contents, output: Path) -> dict[Path, str]:
@@ -280,8 +285,7 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
                 stored.add((entry.split, entry.image))
                 writer.add_image(entry.image, (contents.images / entry.image).read_bytes())
             size = contents.sizes[entry.image]
-            codes = load_mask(entry.mask, size, contents.masks)
-            mask = encode_mask(np.uint8(255) * (codes > 0))
+            mask = encode_mask(join(load_masks(entry.mask, size, contents.masks), size))
             packed = Entry(
                 segment_id=entry.ref_id,
                 img_name=entry.image,
@@ -297,8 +301,13 @@ def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
     return list(paths)
 
 
-def load_mask(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> np.ndarray:
-    """Read or draw the masks of a line, and join them: (height, width), 0 in the background.
+def join(parts: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Join masks of a size (height, width): uint8, 255 where any of them is not 0."""
+    return np.uint8(255) * np.any([np.zeros(size, bool), *parts], axis=0)
+
+
+def load_masks(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> list[np.ndarray]:
+    """Read or draw each mask of a line: (height, width), 0 in the background.
 
     Args:
         masks: each the path of a PNG, a COCO run-length mask, or polygons.
@@ -307,16 +316,17 @@ def load_mask(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> np.
     Raises:
         UserError: one cannot be read, is no PNG, is of another size, or is empty.
     """
-    if len(masks) != 1:
-        parts = [load_mask([mask], size, folder) > 0 for mask in masks]
-        return np.uint8(255) * np.any([np.zeros(size, bool), *parts], axis=0)
-    if isinstance(masks[0], str):
-        path, remedy = folder / masks[0], "check mask"
+    return [_load_mask(mask, size, folder) for mask in masks]
+
+
+def _load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
+    if isinstance(mask, str):
+        path, remedy = folder / mask, "check mask"
         codes = read_mask(read_file(path, remedy), str(path), remedy)
         check_mask(codes, size, str(path), remedy)
         return codes
     try:
-        drawn = draw_segmentation(masks[0], *size)
+        drawn = draw_segmentation(mask, *size)
     except UserError as error:
         raise UserError(f"its mask is {error}") from None
     check_mask(drawn, size, "its mask", "it covers no pixel")

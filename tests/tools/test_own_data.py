@@ -157,7 +157,8 @@ def test_masks_of_a_whole_photo_or_of_several_values_are_told_with_their_lines(d
     colours[DRAWN] = 37, 231, 253
     cv2.imwrite(str(data / "masks/2.png"), colours)
     cv2.imwrite(str(data / "masks/3.png"), DRAWN * np.uint8(9) + np.tri(HEIGHT, WIDTH, dtype="u1"))
-    pack(data, line(mask="masks/2.png"), line(), line(mask="masks/3.png"), line(mask="masks/1.png"))
+    parts = [f"masks/{number}.png" for number in (1, 3, 3)]
+    pack(data, *(line(mask=mask) for mask in ("masks/2.png", [POLYGON], parts, "masks/1.png")))
     assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("note")] == [
         "note: 1 masks cover 99 % of their photo or more: is that meant? Lines 1",
         "note: 2 masks have several values, all taken for the object: is that meant? Lines 1, 3",
