@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("{dataset} {split}: {sentences:,} sentences, in per cent".format(**reader.meta))
     print_scores(scores, args.no_target_pixels)
     with suppress(OSError, ValueError, AttributeError):  # only test.py writes it
-        if pixels := json.loads(beside.read_text()).get("no_target_pixels"):
-            print(f"saved with predictions of {metrics.describe_rule(pixels)} emptied")
+        if (pixels := json.loads(beside.read_text()).get("no_target_pixels", 1)) > 1:
+            print(f"predictions of {metrics.describe_rule(pixels)} were emptied before saving")
 
 
 def read_predictions(path: Path) -> dict[int, dict]:

@@ -53,12 +53,14 @@ def test_our_own_predictions_score_as_cris_what_the_test_said_to_the_last_digit(
 
 @pytest.mark.parametrize("pixels", [1, 50])
 def test_our_own_predictions_about_nothing_score_as_gres_what_the_test_said(
-    tmp_path, shapes_lmdb, pixels
+    tmp_path, shapes_lmdb, capsys, pixels
 ):
     lmdb = write_any_number(shapes_lmdb, tmp_path / "any.lmdb")
     path = write_result(tmp_path / "run", lmdb, no_target_pixels=pixels)
     (scores,) = score(path, lmdb, "--as", "gres", "--no-target-pixels", pixels).values()
     assert scores == {name: result_of(path)[name] for name in scores}
+    rescore.main([str(path), str(lmdb)])
+    assert ("were emptied before saving" in capsys.readouterr().out) is (pixels > 1)
     assert scores["N-acc"] == 1  # a mask moved aside is empty where the mask is
 
 
