@@ -33,6 +33,8 @@ PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits 
 SAVED = ("config", "position", "rng", "sums", "faults", "version", "threads", "length", "best_on")
 PUBLISHED = to_dict(Config())
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
+MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
 
 
@@ -98,23 +100,56 @@ def fetch(run: Run, batches: Iterator, count: int) -> list:
 
 def stoppable_steps(run: Run, batches: Iterable) -> Iterator[list]:
     """Yield each step's batches, all that it takes at once, and between steps save what is due."""
-    source, begun = iter(batches), run.step
+    source, passes = iter(batches), run.cfg.TRAIN.accumulation_steps
+    begun = asked = run.step
+    ask_at, since = run.step, time.monotonic()
     while True:
-        step = fetch(run, source, run.cfg.TRAIN.accumulation_steps)
-        save_if_due(run, has_stepped=run.step > begun)
+        step = fetch(run, source, passes)
+        if run.stop.loss and run.step < ask_at:  # the others take these steps, and wait for its
+            source = read_here(run)
+            step = list(islice(source, passes))
+        asks = run.step >= ask_at or not step
+        save_if_due(run, has_stepped=run.step > begun, asks=asks)
         if not step:
             return
+        if asks:
+            ask_at = run.step + steps_apart(time.monotonic() - since, run.step - asked)
+            asked, since = run.step, time.monotonic()
         yield step
 
 
-def save_if_due(run: Run, has_stepped: bool = True) -> None:
-    """Write a checkpoint if it is time for one after a step; stop if any rank has to."""
-    train = run.cfg.TRAIN
-    by_clock = run.ranks.is_main and train.save_minutes is not None
-    is_late = by_clock and time.monotonic() - run.saved_at >= 60 * train.save_minutes
-    is_asked, is_late = any_rank(run.stop.is_set, is_late)
-    if is_asked:
-        save_and_stop(run)
+def read_here(run: Run) -> Iterator:
+    """Read the epoch's next micro-batches without the loader's processes."""
+    loader = run.train_loader
+    loader.batch_sampler.set_epoch(run.epoch, run.position)
+    for visits in loader.batch_sampler:
+        yield loader.collate_fn(loader.dataset.__getitems__(visits))
+
+
+def steps_apart(seconds: float, count: int) -> int:
+    """Return after how many steps ranks ask each other again; all call it, and get the same.
+
+    Args:
+        seconds: what the last `count` steps took on this rank.
+    """
+    if len(slowest := gather_objects(seconds / max(count, 1))) == 1:
+        return 1  # a single process asks nobody
+    return min(max(int(ASK_EVERY / max(*slowest, 1e-9)), 1), MOST_APART if count else 1)
+
+
+def save_if_due(run: Run, has_stepped: bool = True, asks: bool = True) -> None:
+    """Write a checkpoint if it is time for one after a step; stop if any rank has to.
+
+    Args:
+        asks: whether ranks tell each other now of signals and of the clock.
+    """
+    train, is_late = run.cfg.TRAIN, False
+    if asks:
+        by_clock = run.ranks.is_main and train.save_minutes is not None
+        is_late = by_clock and time.monotonic() - run.saved_at >= 60 * train.save_minutes
+        is_asked, is_late = any_rank(run.stop.is_set, is_late)
+        if is_asked:
+            save_and_stop(run)
     if has_stepped and (is_late or (train.save_steps and run.step % train.save_steps == 0)):
         save(run, {}, is_best=False)
 
@@ -123,13 +158,18 @@ def stoppable(run: Run, batches: Iterable, count: int) -> Iterator:
     """Go through the validation's batches; when any rank was asked to stop, save and stop.
 
     Args:
-        count: of the rank with the fewest: so often all ranks can ask each other.
+        count: of the rank with the fewest: so many go by while all ranks ask each other.
     """
     source, done = iter(batches), 0
+    asked = ask_at = 0
+    since = time.monotonic()
     while batch := fetch(run, source, 1) or run.stop.loss:
-        if done < count and any_rank(run.stop.is_set)[0]:
-            save_and_stop(run)
-        if run.stop.loss:  # the other ranks have no batch left, and ask no more
+        if ask_at < count and (done == ask_at or run.stop.loss):
+            if any_rank(run.stop.is_set)[0]:
+                save_and_stop(run)
+            ask_at += steps_apart(time.monotonic() - since, done - asked)
+            asked, since = done, time.monotonic()
+        if run.stop.loss:  # the other ranks ask no more
             raise UserError(run.stop.loss)
         yield from batch
         done += 1

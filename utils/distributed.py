@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -282,59 +283,66 @@ class SyncBatchNorm(_BatchNorm):
         """(B, C, …) -> the same shape and type, normalised over the B of all ranks."""
         if not self.training:
             return super().forward(input)
-        output, mean, variance, count = _NormalizeOverRanks.apply(
-            input, self.weight, self.bias, self.eps
-        )
         with torch.no_grad():
+            mean, variance, count = _joined_moments(input, self.weight, self.eps)
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return output
+        return _Normalize.apply(input, self.weight, self.bias, mean, variance, count, self.eps)
 
 
-class _NormalizeOverRanks(torch.autograd.Function):
-    """Normalisation with one exchange a pass: what it keeps is the input and two vectors.
+def _joined_moments(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of each channel over all ranks, and the count of values.
 
-    Computed in float32 or better. Each rank's count, mean and sum of squares about its own mean
-    are merged, which unlike plain sums of squares loses nothing where a mean is large.
+    Ranks may see different numbers of images (TRAIN.batch_by images), so each tells its own. Their
+    moments are merged: sums of squares would cancel.
+
+    Args:
+        weight: whose type, float32 at least, the moments have.
     """
+    # The one reduction that CPU and GPU fuse for half inputs, summing in float32.
+    reduce = torch.ops.aten._native_batch_norm_legit.no_stats
+    _, mean, rate = reduce(x, weight, weight, True, 0.0, eps)
+    own = [mean, rate.square().reciprocal() - eps, mean.new_full((1,), x.numel() // len(mean))]
+    row = torch.cat(own)
+    rows = row.new_empty(dist.get_world_size() * len(row))  # gloo knows no rows
+    dist.all_gather_single(rows, row)
+    sizes = [len(mean), len(mean), 1]
+    means, variances, counts = rows.view(-1, len(row)).split(sizes, dim=1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    squares = (variances + (means - mean).square()) * counts
+    return mean, squares.sum(0) / count, count
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalisation by moments over all ranks, through which gradients flow to every rank."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dims, shape = _reduced(x)
-        variance, mean = torch.var_mean(wide, dims, correction=0)
-        size = x.numel() // x.shape[1]
-        own = torch.cat([mean.new_full((1,), size), mean, variance * size])
-        every = own.new_empty(dist.get_world_size() * len(own))  # gloo knows no rows
-        dist.all_gather_single(every, own)
-        counts, means, squares = every.view(-1, len(own)).split([1, len(mean), len(mean)], dim=1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        variance = (squares + counts * (means - mean).square()).sum(0) / count
-        inverse = (variance + eps).rsqrt()
-        normalized = (wide - mean.view(shape)) * (inverse * weight).view(shape) + bias.view(shape)
-        ctx.save_for_backward(x, weight, mean, inverse, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return normalized.to(x.dtype), mean, variance, count
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        dims, shape = _reduced(x)
-        wide = gradient.to(mean.dtype)
-        standard = (x.to(mean.dtype) - mean.view(shape)) * inverse.view(shape)
-        own = torch.stack([wide.sum(dims), (wide * standard).sum(dims)])
-        joined = own.clone()
-        dist.all_reduce(joined)
-        shift, slope = (joined / count).unbind()
-        scale = (inverse * weight).view(shape)
-        into_x = (wide - shift.view(shape) - standard * slope.view(shape)) * scale
-        return into_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
-
-
-def _reduced(x: Tensor) -> tuple[list[int], list[int]]:
-    """Return all dimensions but the channels', and a vector of channels' shape beside `x`."""
-    return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        # As if the moments were constants; then what flows through them, which has the form of
+        # a normalisation as well.
+        direct, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        )
+        sums = torch.stack([of_weight, of_bias])
+        dist.all_reduce(sums)
+        sums *= -weight * (variance + ctx.eps).rsqrt() / count
+        through = F.batch_norm(x, mean, variance, *sums, False, 0.0, ctx.eps)
+        return direct + through, of_weight, of_bias, None, None, None, None

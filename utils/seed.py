@@ -19,17 +19,21 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Let torch use only algorithms that give the same bits every time; False does nothing.
+    """Let torch use only algorithms that give the same bits every time.
+
+    False lets cuDNN try which is fastest for each shape, as training has few of them.
 
     cuBLAS reads its variable when it is first used, so nothing may have run on the GPU before.
     """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not enabled
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
 
 
 def draw(purpose: str, high: int, *names: int) -> int:

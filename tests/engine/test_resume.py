@@ -505,6 +505,42 @@ def test_a_run_whose_loader_process_is_killed_saves_first(
     assert_equal_runs(folder, straight)
 
 
+def test_ranks_ask_each_other_seldom_and_one_that_lost_its_loader_takes_the_steps_until_then(
+    config, monkeypatch
+):
+    run = build_run(config, "TRAIN.batch_size", 4, "TRAIN.accumulation_steps", 1)
+    run.train_loader.batch_sampler.set_epoch(0)
+    batches, asked = list(run.train_loader), []
+
+    def dying():
+        yield from batches[:2]
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def any_rank(*flags: bool) -> tuple[bool, ...]:
+        asked.append(run.step)
+        return flags
+
+    monkeypatch.setattr(resume, "any_rank", any_rank)
+    monkeypatch.setattr(resume, "gather_objects", lambda own: [own, 0.06])  # four steps apart
+    monkeypatch.setattr(resume, "save_and_stop", mock.Mock(side_effect=SystemExit))
+    taken, steps = [], resume.stoppable_steps(run, dying())
+    with suppress(SystemExit):
+        while True:
+            taken += next(steps)
+            run.step, run.position = run.step + 1, run.position + 1
+    assert asked == [0, 1, 5]
+    for got, expected in zip(taken, batches[:5], strict=True):
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "apart"), [([0.1], 1), ([0.01, 0.05], 5), ([0.01, 1.0], 1), ([1e-4, 1e-4], 16)]
+)
+def test_ranks_ask_each_other_some_times_a_second(monkeypatch, seconds, apart):
+    monkeypatch.setattr(resume, "gather_objects", lambda own: [own, *seconds[1:]])
+    assert resume.steps_apart(10 * seconds[0], 10) == apart
+
+
 def test_a_test_whose_loader_process_is_killed_ends_in_one_line(straight, config, monkeypatch):
     function = tester.evaluate
 

@@ -89,9 +89,12 @@ def test_deterministic_mode_is_on_within_and_off_afterwards(monkeypatch, given, 
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     with suppress(KeyError), deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
         assert torch.empty(3).isnan().all()  # fills even what is about to be overwritten
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
