@@ -6,10 +6,11 @@ and compared in threads while the model computes the next batch.
 """
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -46,9 +47,12 @@ from utils.transforms import (
 
 # More at a time leave the CPU's caches, and gain nothing.
 CPU_SENTENCES = 4
-MAX_THREADS = 8  # that score; a GPU outruns two
 # Sentences whose maps may wait: they pile up where threads are slower than the model.
 MAX_PENDING = 512
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# A ref's sentences come one after the other.
+_mask_of = lru_cache(maxsize=64)(load_mask)
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,13 @@ def evaluate(
     protocols: Mapping[str, Protocol],
     sentences_per_batch: int,
     *,
+    precision: str = "fp32",
     ceiling: bool = False,
     rle: Container[tuple[int, int]] = (),
     progress: Iterable | None = None,
     batches: int | None = None,
 ) -> dict[str, list[SentenceScore]]:
-    """Score every sentence of a split exactly once, in float32, on all ranks together.
+    """Score every sentence of a split exactly once, on all ranks together.
 
     Args:
         model: the unwrapped segmenter; left as it is, since a twin with folded BatchNorm predicts.
@@ -154,6 +159,7 @@ def evaluate(
         device: where the model is.
         protocols: by name; the model runs once for all of them.
         sentences_per_batch: at most so many at a time.
+        precision: that the model computes in: fp32, tf32, bf16 or fp16.
         ceiling: fill these fields of the scores.
         rle: keys of the sentences whose `pred_rle` to fill.
         progress: wraps the loader, to show how far it is.
@@ -167,7 +173,7 @@ def evaluate(
     model, plain = fold_batch_norm(model), model
     pending: deque[Future] = deque()
     rows: list[dict[str, SentenceScore]] = []
-    pool = ThreadPoolExecutor(min(max(available_cores() // 2, 2), MAX_THREADS))
+    pool = ThreadPoolExecutor(max(available_cores() // 2, 2))
     try:
         source = loader if progress is None else progress
         for number, batch in enumerate(islice(source, batches)):
@@ -178,14 +184,16 @@ def evaluate(
             images, side = normalize_images(images), images.shape[1]
             if number == 0:
                 first = partial(answer_first, images=images, tokens=tokens, index=image_index)
-                check_folding(plain, first)
-            features = model.encode_image(images)
-            for part, squares in probability_maps(
-                model, features, image_index, tokens, side, protocols, sentences_per_batch
-            ):
-                for row, task in enumerate(batch["tasks"][part]):
-                    maps = {name: square[row] for name, square in squares.items()}
-                    pending.append(pool.submit(_score, task, maps, protocols, ceiling, rle))
+                with computing_in("fp32", device):
+                    check_folding(plain, first)
+            with computing_in(precision, device):
+                features = model.encode_image(images)
+                for part, squares in probability_maps(
+                    model, features, image_index, tokens, side, protocols, sentences_per_batch
+                ):
+                    for row, task in enumerate(batch["tasks"][part]):
+                        job = _score, task, row, squares, protocols, ceiling, rle
+                        pending.append(pool.submit(*job))
             rows += _take(pending, MAX_PENDING)
         rows += _take(pending, 0)
     finally:
@@ -199,6 +207,25 @@ def evaluate(
         name: [score.emptied_below(protocols[name].no_target_pixels) for score in joined[name]]
         for name in protocols
     }
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Let products and convolutions compute in fp32, tf32, bf16 or fp16."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, is_tf32 = matmul.allow_tf32, precision == "tf32"
+    # Numbers of sentences vary too much to try algorithms (benchmark) for each.
+    flags = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "benchmark": False}
+    half = HALF.get(precision)
+    matmul.allow_tf32 = is_tf32
+    try:
+        with (
+            cudnn.flags(**flags, allow_tf32=is_tf32),
+            torch.autocast(device.type, half, enabled=half is not None),
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def answer_first(model: nn.Module, images: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
@@ -242,7 +269,7 @@ def probability_maps(
     side: int,
     protocols: Mapping[str, Protocol],
     sentences_per_batch: int,
-) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+) -> Iterator[tuple[slice, Callable[[], dict[str, np.ndarray]]]]:
     """Answer sentences on encoded images, some at a time.
 
     Args:
@@ -252,7 +279,8 @@ def probability_maps(
         side: S, of the maps.
         sentences_per_batch: at most so many at a time, and on a CPU `CPU_SENTENCES`.
     Yields:
-        Which sentences, and by protocol their probabilities: (sentences, S, S) float32.
+        Which sentences, and a function that waits for their probabilities by protocol:
+        (sentences, S, S) float32.
     """
     if tokens.device.type == "cpu":
         sentences_per_batch = min(sentences_per_batch, CPU_SENTENCES)
@@ -261,22 +289,43 @@ def probability_maps(
         logits = model.segment(features.repeat(image_index[part]), tokens[part])
         probability = logits.float().sigmoid()
         squares = {
-            name: upsample_probability(probability, side, protocol).cpu().numpy()
+            name: upsample_probability(probability, side, protocol)
             for name, protocol in protocols.items()
         }
-        yield part, squares
+        yield part, _bring_back(squares)
+
+
+def _bring_back(maps: Mapping[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
+    """Begin to copy maps to the host; the function that is returned waits for them."""
+    host, done = maps, None
+    if next(iter(maps.values())).device.type == "cuda":
+        # Pinned, so that neither the host nor the next batch waits for the copy.
+        host = {n: torch.empty(m.shape, dtype=m.dtype, pin_memory=True) for n, m in maps.items()}
+        for name, square in maps.items():
+            host[name].copy_(square, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+    def wait() -> dict[str, np.ndarray]:
+        if done is not None:
+            done.synchronize()
+        return {name: square.cpu().numpy() for name, square in host.items()}
+
+    return wait
 
 
 def _score(
     task: SentenceTask,
-    maps: Mapping[str, np.ndarray],
+    row: int,
+    squares: Callable[[], Mapping[str, np.ndarray]],
     protocols: Mapping[str, Protocol],
     ceiling: bool,
     rle: Container[tuple[int, int]],
 ) -> dict[str, SentenceScore]:
     """Restore one sentence's maps to the photo's size and count pixels."""
     ref = task.ref
-    soft = load_mask(ref)
+    maps = {name: square[row] for name, square in squares().items()}
+    soft = _mask_of(ref)
     mask = soft > 0
     scores = {}
     for name, protocol in protocols.items():

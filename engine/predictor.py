@@ -170,7 +170,7 @@ class Predictor:
             self.protocols,
             train.batch_size_val,
         )
-        squares = (square for _, maps in parts for square in maps[self.protocol])
+        squares = (square for _, maps in parts for square in maps()[self.protocol])
         lengths = token_lengths(flat)
         for row, sentence, square, length in zip(rows, flat, squares, lengths, strict=True):
             probability = restore_size(square, encoded[row].size)

@@ -77,7 +77,8 @@ def _check_earlier_scores(cfg: Config, reader: RecordReader) -> None:
     """Refuse to replace the scores of other records of the same name."""
     meta, swapped = reader.meta, cfg.TEST.swap_sentences
     for name, protocol in scoring_protocols(cfg).items():
-        stem = result_stem(meta["dataset"], meta["split"], name, protocol.threshold, swapped)
+        of_test = swapped, cfg.TEST.precision
+        stem = result_stem(meta["dataset"], meta["split"], name, protocol.threshold, *of_test)
         path, earlier = cfg.run_folder / f"{stem}.json", None
         with suppress(OSError, ValueError, AttributeError):  # there is none, or none to be read
             earlier = json.loads(path.read_text()).get("records")
@@ -104,6 +105,7 @@ def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights:
         ranks.device,
         protocols,
         cfg.TRAIN.batch_size_val,
+        precision=cfg.TEST.precision,
         ceiling=True,
         rle=loader.dataset.keys(),
         progress=progress(loader, len(loader), meta["split"]),
@@ -123,6 +125,7 @@ def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights:
             "seconds": seconds,
             "ceiling": summarize_ceiling(lines),
             "swapped_sentences": cfg.TEST.swap_sentences,
+            "precision": cfg.TEST.precision,
             "lmdb": lmdb,
             "records": loader.dataset.reader.digest(),
             **no_target_rule(cfg, lines),
@@ -153,20 +156,28 @@ def write_split(cfg: Config, scored: Scored) -> None:
         draw(scored.dataset, lines, cfg.run_folder / "vis" / name)
 
 
-def result_stem(dataset: str, split: str, protocol: str, threshold: float, swapped: bool) -> str:
+def result_stem(
+    dataset: str,
+    split: str,
+    protocol: str,
+    threshold: float,
+    swapped: bool,
+    precision: str = "fp32",
+) -> str:
     """Name of a result's files: what is not the published way of scoring is in the name."""
     stem = f"test_{dataset}_{split}"
     if protocol != "published":
         stem += f".{protocol}"
     if threshold != PROTOCOLS[protocol].threshold:
         stem += f".threshold{threshold:g}"
-    return stem + (".swapped" if swapped else "")
+    stem += ".swapped" if swapped else ""
+    return stem if precision == "fp32" else f"{stem}.{precision}"
 
 
 def stem_of(result: Mapping) -> str:
     """Return the name of a result's files from the content of its `.json`."""
     names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
-    return result_stem(*(result[name] for name in names))
+    return result_stem(*(result[name] for name in names), result.get("precision", "fp32"))
 
 
 def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None:

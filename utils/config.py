@@ -344,6 +344,9 @@ class TestConfig(_Group):
     # Where some sentences are true of nothing (gRefCOCO): a prediction of fewer foreground pixels,
     # at the photo's size, says "nothing" and is emptied; 1: only one without any pixel.
     no_target_pixels: Size = 50
+    # What the model computes in: fp32; or faster on a GPU, with slightly other masks: tf32, bf16,
+    # fp16.
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     # Write overlays of photo, ground truth, prediction, sentence and IoU.
     visualize: StrictBool = False
     visualize_limit: Count | None = None  # at most so many a split; null: all

@@ -300,11 +300,13 @@ def _joined_moments(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     Args:
         weight: whose type, float32 at least, the moments have.
     """
-    # The one reduction that CPU and GPU fuse for half inputs, summing in float32.
-    reduce = torch.ops.aten._native_batch_norm_legit.no_stats
-    _, mean, rate = reduce(x, weight, weight, True, 0.0, eps)
-    own = [mean, rate.square().reciprocal() - eps, mean.new_full((1,), x.numel() // len(mean))]
-    row = torch.cat(own)
+    if x.dtype == weight.dtype:
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    else:  # the one reduction of half inputs that sums in float32 without a copy of them
+        reduce = torch.ops.aten._native_batch_norm_legit.no_stats
+        _, mean, rate = reduce(x, weight, weight, True, 0.0, eps)
+        variance = rate.square().reciprocal() - eps
+    row = torch.cat([mean, variance, mean.new_full((1,), x.numel() // len(mean))])
     rows = row.new_empty(dist.get_world_size() * len(row))  # gloo knows no rows
     dist.all_gather_single(rows, row)
     sizes = [len(mean), len(mean), 1]

@@ -98,6 +98,16 @@ def test_a_compiled_training_resumes_to_the_bit_and_its_checkpoint_is_an_ordinar
     run_program("test.py", plain, "TEST.weights", last)
 
 
+def test_half_precision_compiles_without_a_graph_break_and_to_the_same_bits():
+    photos, tokens, _ = random_batch(2, 64)
+    plain, model = small_segmenter().train(), small_segmenter().train()
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = (m(normalize_images(photos), tokens) for m in (plain, model))
+    got.float().sum().backward()
+    assert torch.equal(got, expected)
+
+
 def small_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

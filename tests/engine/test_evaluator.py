@@ -54,7 +54,7 @@ THRESHOLD = 0.15
 LOWERED = f"threshold{THRESHOLD}"  # in the names of files
 RESULT_FIELDS = {
     *("dataset", "split", "checkpoint", "protocol", "refs", "sentences", *METRIC_NAMES, "seconds"),
-    *("threshold", "ceiling", "lmdb", "records", "swapped_sentences"),
+    *("threshold", "ceiling", "lmdb", "records", "precision", "swapped_sentences"),
 }
 LINE_FIELDS = {
     *("ref_id", "sent_id", "sentence", "image", "image_id", "category", "height", "width"),
@@ -525,6 +525,19 @@ def test_swapped_scores_go_to_files_of_their_own(tested, run_folder):
     result = json.loads((tested / f"test_shapes_val.{LOWERED}.swapped.json").read_text())
     assert result["swapped_sentences"] is True
     assert result["sentences"] == json.loads(before)["sentences"]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_another_precision_is_in_the_files_names_and_moves_few_pixels(
+    tested, run_folder, tmp_path, precision
+):
+    folder = run_test(run_folder, tmp_path, "TEST.precision", precision)
+    lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.{precision}.jsonl")
+    exact = read_jsonl(tested / f"test_shapes_val.{LOWERED}.jsonl")
+    pixels = sum((decode(a) != decode(b)).mean() for a, b in zip(lines, exact, strict=True))
+    # A CPU has no tf32.
+    assert (pixels == 0) == (precision == "tf32")
+    assert pixels / len(lines) < 0.02
 
 
 def test_a_lower_threshold_makes_larger_predictions(run_folder, tmp_path):

@@ -7,6 +7,7 @@ Kernels and the backward pass need a device, and are not run.
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,8 +255,24 @@ def as_zeros(value: Tensor) -> np.ndarray:
     return np.zeros(value.shape, np.float32)
 
 
+class AtOnce:
+    """A pool without threads, in which such tensors would not know their device."""
+
+    def __init__(self, _: int) -> None:
+        pass
+
+    def submit(self, function: Callable, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
-    tmp_path, data, monkeypatch
+    tmp_path, data, monkeypatch, precision
 ):
     run = build_run(write_config(tmp_path, data, batch_size_val=6))
     batch = next(iter(run.val_loader))
@@ -263,11 +280,15 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     monkeypatch.setattr(
         evaluator,
         "_score",
-        lambda task, maps, *_: {n: SimpleNamespace(map=m, num_targets=1) for n, m in maps.items()},
+        lambda task, row, squares, *_: {
+            n: SimpleNamespace(map=m[row], num_targets=1) for n, m in squares().items()
+        },
     )
     monkeypatch.setattr(evaluator, "_gather", lambda scores, _: scores)
     # It reads whether numbers differ, once an evaluation; these have none.
     monkeypatch.setattr(evaluator, "check_folding", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
+    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(predictor, "find_device", lambda *_: GPU)
     monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none", {}))
     photo = np.zeros((50, 70, 3), np.uint8)
@@ -275,7 +296,9 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
         move(run.model)
         protocols = resolve_protocols("both")
         batch |= {k: v.clone() for k, v in batch.items() if isinstance(v, Tensor)}  # fakes too
-        scores = evaluate(run.model.train(), [batch], GPU, protocols, 4, batches=1)
+        scores = evaluate(
+            run.model.train(), [batch], GPU, protocols, 4, precision=precision, batches=1
+        )
         predict = Predictor(run.cfg)
         found = predict.predict([photo, predict.encode(photo)], [["red star", "blue"], "a"])
     assert {name: len(lines) for name, lines in scores.items()} == dict.fromkeys(
