@@ -29,7 +29,7 @@ from helpers import (
 PAGE = (ROOT / "docs/change_it.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 PACKAGES = ("engine", "model", "tools", "utils")
-CODE = ("train.py", *PACKAGES, "config")
+CODE = ("train.py", "test.py", *PACKAGES, "config")
 
 
 def copy_of(tree: Path, *names: str) -> Path:
