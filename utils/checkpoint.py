@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -23,7 +24,7 @@ LAST, BEST, STEPS = "last_model.pth", "best_model.pth", "step_*.pth"
 WEIGHTS = ("state_dict", "model_state_dict", "model")  # the names of weights here and elsewhere
 
 
-class NumberType:
+class ScalarType:
     """Stand in for the type of a numpy scalar while it is read."""
 
     def __init__(self, code: str, *_: bool) -> None:
@@ -33,18 +34,19 @@ class NumberType:
         self.order = state[1]
 
 
-def number(kind: NumberType, data: bytes) -> float:
-    """Return a numpy scalar as a plain number: its bytes are read, and nothing else is made."""
-    if not re.fullmatch("[=<>|][biuf][1248]", kind.order + kind.code):
-        raise ValueError(f"a numpy scalar of {kind.code} is no number")
-    return np.frombuffer(data, kind.order + kind.code)[0].item()
+def scalar(kind: ScalarType, data: bytes) -> complex | str | bytes:
+    """Return a numpy scalar as a plain value: its bytes are read, and nothing else is made."""
+    if not re.fullmatch("[=<>|]([biuf][1248]|c8|c16|[US][0-9]+)", kind.order + kind.code):
+        raise ValueError(f"GLOBAL numpy.dtype.{kind.code}")  # as torch calls what it refuses
+    return np.ndarray((), kind.order + kind.code, data).item()
 
 
 EXPORTED = ("config", "no_target")  # what goes with weights alone
 # What numpy's pickles name, in its versions 1 and 2.
 ADMITTED = [
-    (NumberType, "numpy.dtype"),
-    *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (ScalarType, "numpy.dtype"),
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (lambda: b"", "builtins.bytes"),  # without arguments alone: any number of bytes could be asked
 ]
 
 
@@ -134,7 +136,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, purpose: str) -> dict:
-    """Read a checkpoint onto the CPU; only tensors, numbers and plain containers are admitted.
+    """Read a checkpoint onto the CPU; only tensors, plain values and containers are admitted.
 
     The `module.` prefix that DataParallel and DistributedDataParallel leave on the names of
     weights is removed.
@@ -219,9 +221,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
 
 def _fault(error: Exception, path: Path) -> str:
     """Why the file was not read, and what to do."""
-    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if asked or (isinstance(error, pickle.UnpicklingError) and _is_whole(path)):
+        what = asked[1] if asked else "another pickle protocol or kind of object"
         return (
-            f"asks for {asked[1]}, which weights do not need: refused, and none of it was run; "
+            f"asks for {what}, which weights do not need: refused, and none of it was run; "
             "save it again as tensors and plain containers"
         )
     if "TorchScript" in str(error):

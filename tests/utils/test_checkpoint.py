@@ -157,19 +157,38 @@ def test_a_torchscript_archive_is_pointed_to_its_key(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_numpy_scalars_are_read_as_plain_numbers(tmp_path, zipped):
+def test_numpy_scalars_are_read_as_plain_values(tmp_path, zipped):
     numbers = {"f8": 0.1, "f4": 0.5, "f2": 2.0, "i8": -3, "i4": 7, "u1": 255, ">f8": 0.1, "?": True}
+    numbers |= {"c8": 1 + 2j, "U": "résumé 😀", "S": b"x\xff", ">U6": "", "S4": b""}
     content = state() | {"best_iou": {k: np.dtype(k).type(v) for k, v in numbers.items()}}
     path = tmp_path / "x.pth"
     path.write_bytes(saved(content, _use_new_zipfile_serialization=zipped))
     assert_same(read_checkpoint(path, "x"), state() | {"best_iou": numbers})
 
 
-@pytest.mark.parametrize("value", [np.arange(3), np.str_("x"), np.datetime64("2020-01-01")])
-def test_other_things_of_numpy_are_refused(tmp_path, value):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("value", "asked"),
+    [
+        (np.arange(3), "numpy._core.multiarray._reconstruct"),
+        (np.datetime64("2020-01-01"), "numpy.dtype.M8"),
+        (np.void(b"x"), "numpy.dtype.V1"),
+    ],
+    ids=["array", "date", "void"],
+)
+def test_other_things_of_numpy_are_refused(tmp_path, value, asked, zipped):
     path = tmp_path / "x.pth"
-    path.write_bytes(saved(state() | {"extra": value}))
-    refusal(path)
+    content = state() | {"extra": value}
+    path.write_bytes(saved(content, _use_new_zipfile_serialization=zipped))
+    assert f"asks for {asked}, which weights do not need: refused" in refusal(path)
+
+
+def test_a_whole_file_of_another_pickle_protocol_is_not_called_cut_off(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(state(), pickle_protocol=4))
+    line = refusal(path)
+    assert "asks for another pickle protocol" in line
+    assert line.endswith("save it again as tensors and plain containers")
 
 
 # ------------------------------------------------------------------------------- the weights
