@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.odd_records import EMPTY, OddError, OddRecords
-from tools.refer import Ref, Refer
+from tools.refer import Ref, Refer, refuse_seen
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path, staging_folder
@@ -115,6 +115,7 @@ def convert(
         UserError: records are odd, and not left out.
     """
     entries: dict[str, list[dict]] = {split: [] for split in by_split}
+    seen: dict[str, set[str]] = {split: set() for split in by_split}
     refs = [(split, ref) for split, found in by_split.items() for ref in found]
     folder = args.output_dir / "masks" / (args.name or args.dataset)
     with ExitStack() as stack:
@@ -127,6 +128,9 @@ def convert(
                 if args.generate_mask or args.empty:
                     mask, is_empty = _draw(refer, ref, args.empty)
                     entry |= {"num_targets": 0} if is_empty else {}
+                numbers = [f"sent_id {sentence['sent_id']}" for sentence in ref["sentences"]]
+                where = f"{refer.refs_path}: ref {ref['ref_id']}"
+                refuse_seen(seen[split], numbers, where, "give each sentence a number of its own")
                 if args.generate_mask:
                     _write_mask(staging, folder, ref["ref_id"], mask)
                 entries[split].append(entry)

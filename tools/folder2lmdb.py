@@ -18,13 +18,11 @@ from typing_extensions import TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask, token_length_summary
 from tools.odd_records import EMPTY, MISSING_MASK, MISSING_PHOTO, OddError, OddRecords
-from tools.refer import load_plain, must, read_as, read_file, refuse_seen
+from tools.refer import ImageKey, Number, load_plain, must, read_as, read_file, refuse_seen
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode, read_mask
 from utils.records import (
-    LARGEST,
-    LONGEST_KEY,
     META_KEY,
     RELEASE_KEY,
     RecordReader,
@@ -47,17 +45,8 @@ _REDO = "make it again with python tools/data_process.py"
 _MASK_REMEDY = f"check -m and --images, or {_REDO} --generate_mask"
 _IMAGE_REMEDY = "check --images, or get the image again (tools/prepare_datasets.md)"
 
-Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
 Text = Annotated[str, Field(min_length=1), must(has_words, "a text with words")]
-ImageKey = Annotated[
-    str,
-    Field(min_length=1),
-    must(
-        lambda key: "\0" not in key and len(key.encode()) <= LONGEST_KEY,
-        f"a path of at most {LONGEST_KEY} bytes",
-    ),
-]
 
 
 class Sentence(TypedDict):
@@ -166,14 +155,13 @@ def read_entries(paths: Sequence[Path], odd: OddRecords) -> list[tuple[int, Entr
     ]
     split = "+".join(path.stem for path in paths)
     entries: list[tuple[int, Entry]] = []
-    ref_ids: set[int] = set()
-    sent_ids: set[int] = set()
+    seen: set[str] = set()
+    again = _REDO if len(paths) == 1 else "pack each JSON file alone"
     for place, (where, item) in enumerate(items):
         with odd.catch("malformed entry", split, place):
             entry = read_as(_ENTRY, item, where, _REDO)
-            refuse_seen(ref_ids, entry["segment_id"], f"{where}: segment_id", _REDO)
-            for sentence in entry["sentences"]:
-                refuse_seen(sent_ids, sentence["sent_id"], f"{where}: sent_id", _REDO)
+            numbers = (f"sent_id {sentence['sent_id']}" for sentence in entry["sentences"])
+            refuse_seen(seen, [f"segment_id {entry['segment_id']}", *numbers], where, again)
             entries.append((place, entry))
     return entries
 
@@ -297,7 +285,7 @@ def convert(args: argparse.Namespace) -> Path:
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     remedy = f"{source} is damaged, {repack_command(source)}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
-    ref_ids: set[int] = set()
+    seen: set[str] = set()
     count = whitened = 0  # sentences, masks
     odd = OddRecords(args.skip_odd)
     with RecordWriter(path, dataset, source.stem) as writer:
@@ -316,7 +304,7 @@ def convert(args: argparse.Namespace) -> Path:
                 else:
                     size = images[key][0]
                 mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
-                refuse_seen(ref_ids, item["seg_id"], f"{where}: seg_id", remedy)
+                refuse_seen(seen, [f"seg_id {item['seg_id']}"], where, remedy)
                 whitened += mask != item["mask"]
                 sentences = [
                     Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
@@ -330,7 +318,7 @@ def convert(args: argparse.Namespace) -> Path:
                 count += len(sentences)
         odd.settle()
         writer.left_out = len(odd.of_split(source.stem))
-    _note_whitened(whitened, len(ref_ids))
+    _note_whitened(whitened, len(seen))
     print(f"sentence ids: 0 to {count - 1} in the order of {source}, which has none")
     return path
 

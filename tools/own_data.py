@@ -29,14 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
 from tools.folder2lmdb import (
     Entry,
-    ImageKey,
     Sentence,
     add_ref,
     check_mask,
     image_size,
     packed_summary,
 )
-from tools.refer import draw_segmentation, must, read_file
+from tools.refer import ImageKey, draw_segmentation, must, read_file
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name

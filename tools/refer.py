@@ -11,19 +11,20 @@ import io
 import json
 import pickle
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn, NotRequired, TypeVar
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from tools.odd_records import EMPTY, OddError, OddRecords
 from utils.errors import UserError
 from utils.files import is_plain_name
+from utils.records import LARGEST, LONGEST_KEY
 
 T = TypeVar("T")
 
@@ -52,17 +53,29 @@ def _are_ids(value: Any) -> bool:
 _Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
 
 
+Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+ImageKey = Annotated[
+    str,
+    Field(min_length=1),
+    must(
+        lambda key: "\0" not in key and len(key.encode()) <= LONGEST_KEY,
+        f"a path of at most {LONGEST_KEY} bytes",
+    ),
+]
+
+
 class Sentence(TypedDict):
     """Describe one sentence of a ref."""
 
-    sent: str
-    sent_id: int
+    # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
+    sent: Annotated[str, Field(min_length=0)]
+    sent_id: Number
 
 
 class Ref(TypedDict):
     """Describe one object that sentences denote, or a list of them."""
 
-    ref_id: int
+    ref_id: Number
     ann_id: _Ids
     image_id: int
     category_id: _Ids
@@ -72,7 +85,7 @@ class Ref(TypedDict):
 
 class _Image(TypedDict):
     id: int
-    file_name: str
+    file_name: ImageKey
     height: int
     width: int
 
@@ -275,12 +288,12 @@ def load_refs(
     content = path.read_bytes()
     content = content if path.suffix == ".json" else load_plain(io.BytesIO(content), str(path))
     refs: list[Ref] = []
-    seen: set[int] = set()
+    seen: set[str] = set()
     for place, item in enumerate(read_as(_REFS, content, str(path), remedy)):
         split = item.get("split") if isinstance(item, dict) else None
         with odd.catch("malformed ref", str(split), ~place) if odd else nullcontext():
             ref = read_as(_REF, item, f"{path}[{place}]", remedy)
-            refuse_seen(seen, ref["ref_id"], f"{path}: ref_id", remedy)
+            refuse_seen(seen, [f"ref_id {ref['ref_id']}"], str(path), remedy)
             refs.append(ref)
     return refs
 
@@ -309,11 +322,12 @@ def read_file(path: Path, remedy: str, kind: str = "missing file") -> bytes:
     return path.read_bytes()
 
 
-def refuse_seen(seen: set[int], number: int, what: str, remedy: str) -> None:
-    """Add a number to those seen; an `OddError` if it is there already."""
-    if number in seen:
-        raise OddError("number twice", f"{what} {number} is there twice: {remedy}")
-    seen.add(number)
+def refuse_seen(seen: set[str], numbers: Sequence[str], where: str, remedy: str) -> None:
+    """Add a record's numbers to those seen, all or, with an `OddError`, none: each is new."""
+    for place, number in enumerate(numbers):
+        if number in seen or number in numbers[:place]:
+            raise OddError("number twice", f"{where}: {number} is there twice: {remedy}")
+    seen.update(numbers)
 
 
 def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:

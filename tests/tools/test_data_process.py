@@ -11,6 +11,7 @@ import pytest
 from helpers import encoded, refer_instances, refer_ref, write_refer
 
 from tools import data_process, folder2lmdb, inspect_lmdb
+from tools.odd_records import OddRecords
 from utils.errors import UserError
 from utils.records import RecordReader
 
@@ -230,6 +231,60 @@ def test_odd_records_are_left_out_and_counted_as_far_as_the_lmdb(tmp_path: Path,
     assert "left out 9 odd refs" in capsys.readouterr().out
     prepare(write(tmp_path / "in", ["train"]), tmp_path, "--generate_mask")
     assert "left_out" not in RecordReader(pack(tmp_path)).meta
+
+
+def sentences(*sent_ids: int, sent: str = "mug") -> list[dict]:
+    return [{"sent": sent, "sent_id": i} for i in sent_ids]
+
+
+def test_of_refs_that_share_a_sentence_id_only_the_later_is_left_out(tmp_path: Path) -> None:
+    numbers = {0: [1], 1: [5], 2: [5, 6], 3: [7, 6], 4: [7], 5: [8, 8]}
+    refs = [refer_ref(i, sentences=sentences(*ids)) for i, ids in numbers.items()]
+    refs += [refer_ref(6, "val", sentences=sentences(6))]
+    refs[1] |= {"ann_id": 500}  # not there: its sentence id stays free
+    content = refer_instances(refs)
+    content["annotations"] = [item for item in content["annotations"] if item["id"] != 500]
+    root = write_refer(tmp_path / "in", refs, content)
+    with pytest.raises(UserError, match=r"3 odd records .*2 of kind 'number twice'"):
+        prepare(root, tmp_path)
+    prepare(root, tmp_path, "--skip-odd")
+    assert_matches(
+        (tmp_path / "anns/toys/train.odd").read_text().splitlines(),
+        [
+            "no annotation 500",
+            r"refs\(me\)\.p: ref 3: sent_id 6 is there twice: give each sentence a number",
+            r"refs\(me\)\.p: ref 5: sent_id 8 is there twice",
+        ],
+    )
+    paths = [tmp_path / f"anns/toys/{split}.json" for split in ("train", "val")]
+    for chosen, kept in ((paths[:1], [0, 2, 4]), (paths[1:], [6]), (paths, [0, 2, 4])):
+        odd = OddRecords()
+        entries = folder2lmdb.read_entries(chosen, odd)
+        assert [entry["segment_id"] for _, entry in entries] == kept
+    (line,) = odd.of_split("train+val")
+    assert line.endswith("val.json[0]: sent_id 6 is there twice: pack each JSON file alone")
+
+
+@pytest.mark.parametrize(
+    ("sent", "sent_id", "file_name", "message"),
+    [
+        ("mug \ud800", 9, "a.jpg", r"sentences\[0\].sent: must be .* unicode string"),
+        ("mug", 2**63, "a.jpg", r"sentences\[0\].sent_id: must be less than"),
+        ("mug", 9, "x" * 501, r"file_name: must be a path of at most 500 bytes"),
+        ("mug", 9, "a\0.jpg", r"file_name: must be a path of at most 500 bytes"),
+        ("mug", 9, "\ud800", r"file_name: must be .* unicode string"),
+    ],
+)
+def test_what_cannot_be_packed_later_is_odd_here(
+    tmp_path: Path, sent, sent_id, file_name, message
+) -> None:
+    refs = [refer_ref(0), refer_ref(1, image_id=3, sentences=sentences(sent_id, sent=sent))]
+    content = refer_instances(refs)
+    (image,) = (item for item in content["images"] if item["id"] == 3)
+    image["file_name"] = file_name
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(write_refer(tmp_path / "in", refs, content), tmp_path)
+    assert str(caught.value).endswith("; --skip-odd leaves such records out")
 
 
 def pack(root: Path, *more: str) -> Path:
