@@ -2,8 +2,9 @@
 
 `eval` (sentences a second, all included), `train` (refs a second) and `memory` (peak of training
 steps) give both formulations the same weights, photos and sentences; `--precision` is that of their
-training steps. `data` compares ways of reading training samples. The ways take turns, since a
-machine is faster in one minute than in another: medians and the ratios within a round hold.
+training steps, and of this evaluation. `data` compares ways of reading training samples. The ways
+take turns, since a machine is faster in one minute than in another: medians and the ratios within a
+round hold.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from utils.logger import progress
 from utils.machine import peak_memory
 from utils.metrics import summarize
 from utils.records import JoinedReader, RecordReader
-from utils.seed import draw
+from utils.seed import deterministic, draw
 from utils.tokenizer import tokenize
 
 EPILOG = """examples:
@@ -180,7 +181,8 @@ def compare_evaluation(setting: Setting, args: argparse.Namespace) -> dict:
 
     def evaluate_ours() -> None:
         protocols, batch_size = resolve_protocols("published"), setting.cfg.TRAIN.batch_size_val
-        (scores,) = evaluate(ours, loader, setting.device, protocols, batch_size).values()
+        common = ours, loader, setting.device, protocols, batch_size
+        (scores,) = evaluate(*common, precision=args.precision).values()
         found[OURS] = {score.key: (score.intersection, score.union) for score in scores}
 
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}
@@ -189,7 +191,8 @@ def compare_evaluation(setting: Setting, args: argparse.Namespace) -> dict:
     theirs_counted, counted = (np.array([found[name][key] for key in keys]) for name in ways)
     mean, theirs_mean = (summarize(*counts.T)["mIoU"] for counts in (counted, theirs_counted))
     return result | {
-        "what": f"evaluation of {sentences} sentences on {len(groups)} photos at {setting.side} px",
+        "what": f"evaluation of {sentences} sentences on {len(groups)} photos at "
+        f"{setting.side} px, {args.precision} against fp32",
         "differences": {
             "pixels of a sentence": int(np.abs(counted - theirs_counted).max()),
             "mIoU": abs(mean - theirs_mean),
@@ -205,7 +208,8 @@ def compare_training(setting: Setting, args: argparse.Namespace) -> dict:
     losses = {name: next(step) for name, step in steps.items()}
     change = abs(losses[OURS] / losses[PUBLISHED] - 1)
     ways = {name: partial(next, step) for name, step in steps.items()}
-    result = time_ways(ways, args.rounds, args.batch, "refs/s", setting.device)
+    with deterministic(False):  # cuDNN tries algorithms, as in train.py
+        result = time_ways(ways, args.rounds, args.batch, "refs/s", setting.device)
     return result | {
         "what": f"training steps of {args.batch} refs at {setting.side} px, "
         f"{args.precision}, dropout {setting.cfg.TRAIN.dropout:g}",
@@ -374,7 +378,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--rounds", type=int, help="default 3, 5, 1, 7 by command")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of train, memory")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default fp32")
     parser.add_argument("--compile", action="store_true", help="train: torch.compile as well")
     parser.add_argument("--batch", type=int, default=4, help="refs a step (default 4)")
     parser.add_argument("--photos", type=int, default=4, help="to evaluate on (default 4)")

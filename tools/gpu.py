@@ -40,6 +40,8 @@ BENCHMARKS = {
     "step of 16, fp16": "train --batch 16 --precision fp16 --compile",
     "memory of 64, fp16": "memory --batch 64 --precision fp16",
     "evaluation": "eval --photos 24",
+    "evaluation, bf16": "eval --photos 24 --precision bf16",
+    "evaluation, fp16": "eval --photos 24 --precision fp16",
 }
 LOADER = "loader, one core"
 ON_CPU = {LOADER}  # what needs no GPU

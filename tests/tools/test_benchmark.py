@@ -113,11 +113,14 @@ def benchmark_of(data: Path, tmp_path: Path):
     return run
 
 
-def test_evaluation_scores_the_same_sentences_and_counts_the_same_pixels(benchmark_of):
-    result = benchmark_of("eval", "--photos", 3)
+@pytest.mark.parametrize(("precision", "pixels", "miou"), [("fp32", 5, 1e-4), ("fp16", 5000, 0.05)])
+def test_evaluation_scores_the_same_sentences_and_counts_the_same_pixels(
+    benchmark_of, precision, pixels, miou
+):
+    result = benchmark_of("eval", "--photos", 3, "--precision", precision)
     assert list(result["ways"]) == [PUBLISHED, OURS]
-    assert result["differences"]["pixels of a sentence"] <= 5
-    assert result["differences"]["mIoU"] <= 1e-4
+    assert result["differences"]["pixels of a sentence"] <= pixels
+    assert result["differences"]["mIoU"] <= miou
     theirs, ours = result["ways"].values()
     assert ours["GFLOP"] < theirs["GFLOP"] / 2
     assert 0 < ours["sentences/s"]["low"] <= ours["sentences/s"]["median"]
