@@ -51,6 +51,8 @@ def fit(run: Run) -> None:
     """
     epochs, val_freq = run.cfg.TRAIN.epochs, run.cfg.TRAIN.val_freq
     first, start, is_saved = run.epoch, time.monotonic(), True
+    if first >= epochs:
+        logger.info(f"all {epochs} epochs are done: raise TRAIN.epochs to train on")
     with listen(run.stop):
         while run.epoch < epochs:
             losses = train_one_epoch(run)
@@ -127,9 +129,10 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
     with finite_statistics(run.model), nullcontext() if synchronize else no_sync(run.model):
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
             logits = run.model(images, tokens, image_index)
+        truth = resize_target(masks, logits.shape[-2:], train.target)
         loss = text_to_pixel_loss(logits, masks, train.target)
         run.scaler.scale(loss / train.accumulation_steps).backward()
-    scores = training_scores(logits, resize_target(masks, logits.shape[-2:], train.target))
+    scores = training_scores(logits, truth)
     return torch.cat([loss.detach()[None], scores, scores.new_ones(1)])
 
 

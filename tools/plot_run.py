@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LINE_STYLES = ("-", "--", ":", "-.")
 FEW = 60  # points that are drawn as they are; more get a running mean as well
 PANELS = (  # title and unit
-    ("Training loss", "binary cross-entropy (log scale)"),
+    ("Training loss", "loss (log scale)"),
     ("mIoU", "mIoU (%)"),
     ("Pr@X of the validation", "sentences with an IoU above X (%)"),
     ("Learning rates", "learning rate (log scale)"),

@@ -214,7 +214,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise UserError(
             f"{source} does not fit the config's model: {'; '.join(faults[:8])}{more}; "
-            "use the config that it was trained with"
+            "use the config and the code that it was trained with"
         )
     model.load_state_dict(weights)
 

@@ -111,7 +111,12 @@ def test_every_parameter_but_clips_temperature_gets_a_gradient(batch, layout):
 
 @by_layout
 @pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 5e-2)], ids=["float64", "float32"]
+    ("dtype", "limit"),
+    [
+        pytest.param(torch.float64, 1e-9, id="float64"),
+        # Another network may lie nearer to a ReLU's kink, where rounding decides.
+        pytest.param(torch.float32, 5e-2, id="float32", marks=pytest.mark.parity),
+    ],
 )
 def test_gradients_at_batch_1_equal_those_through_batchnorm_by_its_definition(layout, dtype, limit):
     # torch 2.13 on the CPU gives BatchNorm2d wrong gradients at batch 1, without a word, where
