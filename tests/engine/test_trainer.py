@@ -450,8 +450,8 @@ def test_lower_precision_runs_on_the_cpu_and_keeps_float32_weights(config, tmp_p
 def test_resume_may_change_the_precision(config, tmp_path):
     last = tmp_path / "exp/tiny/last_model.pth"
     for epochs, precision in ((1, "fp32"), (2, "fp16"), (3, "fp32")):
-        resume = last if epochs > 1 else None
-        run_program("train.py", config, "epochs", epochs, "resume", resume, "precision", precision)
+        opts = ("epochs", epochs, "resume", last if epochs > 1 else None)
+        run_program("train.py", config, *opts, "TRAIN.precision", precision)
     assert load(last)["epoch"] == 3
 
 
