@@ -100,7 +100,7 @@ def test_special_tokens_in_a_sentence_are_single_ids():
 @pytest.mark.parametrize("text", ["a" * 10_000, "qwzxjk" * 1_667, "日本語" * 3_334, "dog " * 2_500])
 def test_ten_thousand_characters_take_no_noticeable_time(text):
     token_lengths("dog")
-    start = time.perf_counter()
+    start = time.process_time()
     tokens = tokenize(text, 17)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert tokens[0, -1] == END_ID
