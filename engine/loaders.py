@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,13 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from engine.checks import check_records
 from utils.cache import open_cache
 from utils.config import Config
-from utils.dataset import (
-    EvaluationDataset,
-    TrainingDataset,
-    collate_images,
-    collate_refs,
-    collate_refs_by_image,
-)
+from utils.dataset import EvaluationDataset, TrainingDataset, collate_images, collate_refs
 from utils.distributed import Ranks
 from utils.errors import SHM_REMEDY, UserError
 from utils.logger import progress
@@ -33,45 +29,34 @@ SHARED_MEMORY = Path("/dev/shm")  # through which loader processes hand over the
 PREFETCH = 2  # batches that each of them makes ahead
 
 
+@dataclass(eq=False)
 class VisitSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (position, epoch) for one rank.
 
     A permutation of all refs is cut into global batches, the incomplete last one dropped, and
     each global batch into equal micro-batches, `accumulation` a rank. So which refs make up step
     n is the same on any number of ranks.
-
-    Args:
-        groups: positions that stay side by side; only the order of groups is random. As
-            published, each ref is a group of its own.
-        micro_batch: samples of one forward pass on one rank.
-        accumulation: forward passes of one optimiser step.
-        rank, world_size: this rank, and how many there are.
-        seed: with the epoch, decides the permutation.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Sequence[int]],
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        self.groups = groups
-        self.micro_batch = micro_batch
-        self.accumulation = accumulation
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = self.skip = 0
-        global_batch = micro_batch * accumulation * world_size
-        num_refs = sum(map(len, groups))
-        self.steps = num_refs // global_batch
+    # Positions that stay side by side; the order of groups is random. As published, each ref is
+    # a group of its own.
+    groups: Sequence[Sequence[int]]
+    micro_batch: int  # samples of one forward pass on one rank
+    accumulation: int  # forward passes of one optimiser step
+    rank: int
+    world_size: int
+    seed: int  # with the epoch, decides the permutation
+    epoch: int = 0
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        self.global_batch = self.micro_batch * self.accumulation * self.world_size
+        num_refs = sum(map(len, self.groups))
+        self.steps = num_refs // self.global_batch
         if self.steps == 0:
             raise UserError(
-                f"the training split has {num_refs} refs, fewer than one batch of {global_batch}; "
-                "lower TRAIN.batch_size"
+                f"the training split has {num_refs} refs, fewer than one batch of "
+                f"{self.global_batch}; lower TRAIN.batch_size"
             )
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -90,8 +75,7 @@ class VisitSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         shuffled = torch.randperm(len(self.groups), generator=generator).tolist()
         order = torch.tensor([position for i in shuffled for position in self.groups[i]])
-        global_batch = self.micro_batch * self.accumulation * self.world_size
-        steps = order[: self.steps * global_batch].view(
+        steps = order[: self.steps * self.global_batch].view(
             self.steps, self.accumulation, self.world_size, self.micro_batch
         )
         for micro in steps[self.skip :, :, self.rank].flatten(0, 1):
@@ -103,39 +87,26 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
 
     Call `loader.batch_sampler.set_epoch` before each pass.
     """
-    train = cfg.TRAIN
-    readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
-    records = training_records(cfg, readers)
+    train, folder = cfg.TRAIN, cfg.DATA.cache
+    records = training_records(cfg)
     by_image = train.batch_by == "images"
-    names = records.image_names() if by_image else range(len(records))
-    sampler = VisitSampler(
-        group_positions(names),
-        micro_batch,
-        train.accumulation_steps,
-        ranks.rank,
-        ranks.world_size,
-        train.manual_seed,
-    )
-    caches = {}
-    if cfg.DATA.cache is not None:
-        caches = {
-            reader.path: open_cache(cfg.DATA.cache, reader, train.input_size, progress)
-            for reader in readers
-        }
+    groups = group_positions(records.image_names() if by_image else range(len(records)))
+    parts = train.accumulation_steps, ranks.rank, ranks.world_size, train.manual_seed
+    sampler = VisitSampler(groups, micro_batch, *parts)
+    caches = {
+        reader.path: open_cache(folder, reader, train.input_size, progress)
+        for reader, _ in (records.parts if folder is not None else ())
+    }
     dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)
     workers = usable_workers(train.workers, ranks, "TRAIN.workers")
-    pixels = train.input_size**2  # four bytes each; if refs share a photo, its mask's at least
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_refs_by_image if by_image else collate_refs,
-        **_worker_options(
-            workers, ranks, len(sampler), micro_batch * pixels * (1 if by_image else 4)
-        ),
-    )
+    pixels = micro_batch * train.input_size**2
+    # Four bytes each; if refs share a photo, its mask's at least.
+    options = _worker_options(workers, ranks, len(sampler), pixels * (1 if by_image else 4))
+    collate = partial(collate_refs, by_image=by_image)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
 
 
-def training_records(cfg: Config, readers: Sequence[RecordReader]) -> JoinedReader:
+def training_records(cfg: Config) -> JoinedReader:
     """Choose the refs to train on: of several files those that lie on no excluded image.
 
     A single file is trained on whole, as published.
@@ -143,8 +114,8 @@ def training_records(cfg: Config, readers: Sequence[RecordReader]) -> JoinedRead
     Raises:
         UserError: nothing is left.
     """
-    names = cfg.DATA.exclude_lmdb if len(readers) > 1 else ()
-    excluded = ImageSet(RecordReader(path) for path in names)
+    readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
+    excluded = ImageSet(map(RecordReader, cfg.DATA.exclude_lmdb if len(readers) > 1 else ()))
     records = JoinedReader([(r, np.flatnonzero(~excluded.holds(r))) for r in readers])
     if len(records) == 0:
         raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
@@ -161,11 +132,8 @@ def build_loaders(cfg: Config, micro_batch: int, ranks: Ranks) -> tuple[DataLoad
     for lmdb in data.train_lmdb:
         check_records(cfg, lmdb, data.train_split)
     check_records(cfg, data.val_lmdb, data.val_split)
-    sentences = cfg.TRAIN.val_sentences
-    return (
-        build_train_loader(cfg, micro_batch, ranks),
-        build_evaluation_loader(cfg, data.val_lmdb, ranks, sentences=sentences),
-    )
+    training = build_train_loader(cfg, micro_batch, ranks)
+    return training, build_evaluation_loader(cfg, data.val_lmdb, ranks, cfg.TRAIN.val_sentences)
 
 
 def report_records(cfg: Config, records: JoinedReader) -> None:
@@ -175,12 +143,13 @@ def report_records(cfg: Config, records: JoinedReader) -> None:
         records: from `training_records`.
     """
     are_several = len(records.parts) > 1
-    for reader, kept in records.parts if are_several else ():
-        logger.info(
-            f"{reader.path}: {len(kept):,} of {len(reader):,} refs, "
-            f"{len(reader) - len(kept):,} left out on images of DATA.exclude_lmdb"
-        )
-    if cfg.DATA.exclude_lmdb and not are_several:
+    if are_several:
+        for reader, kept in records.parts:
+            logger.info(
+                f"{reader.path}: {len(kept):,} of {len(reader):,} refs, "
+                f"{len(reader) - len(kept):,} left out on images of DATA.exclude_lmdb"
+            )
+    elif cfg.DATA.exclude_lmdb:
         logger.warning("DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
     validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
     shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in records.parts)
@@ -210,14 +179,9 @@ def build_evaluation_loader(
     images = images_at_a_time(train.batch_size_val // ranks.world_size, ranks.device)
     # Without padding: all ranks together see each image exactly once.
     order = range(ranks.rank, len(dataset), ranks.world_size)
-    pixels = train.input_size**2
-    return DataLoader(
-        dataset,
-        batch_size=images,
-        sampler=order,
-        collate_fn=collate_images,
-        **_worker_options(workers, ranks, -(-len(order) // images), images * pixels * 3),
-    )
+    bytes_each = images * train.input_size**2 * 3
+    options = _worker_options(workers, ranks, -(-len(order) // images), bytes_each)
+    return DataLoader(dataset, images, sampler=order, collate_fn=collate_images, **options)
 
 
 def images_at_a_time(sentences: int, device: torch.device) -> int:

@@ -32,14 +32,14 @@ a line of the predictions, of each sentence in the LMDB once:
   {FORM}
 pred_rle is COCO's RLE at the photo's size; it may be called segmentation or rle too."""
 
-CONVENTIONS = {"cris": metrics.CRIS, "lavt": metrics.LAVT, "gres": metrics.GRES}
-NOTES = {  # who uses it, and what it does
-    "cris": ("CRIS, ETRIS, DETRIS", "at the photo's size, Pr@X above X"),
-    "lavt": (
-        "LAVT",
-        "squashed to 480 x 480, Pr@X from X; approximation: LAVT predicts at that size",
+CONVENTIONS = {  # how it scores, who uses it, and what it does
+    "cris": (metrics.CRIS, "CRIS, ETRIS, DETRIS", "at the photo's size, Pr@X above X"),
+    "lavt": (metrics.LAVT, "LAVT", "squashed to 480 x 480 (an approximation), Pr@X from X"),
+    "gres": (
+        metrics.GRES,
+        "ReLA, on gRefCOCO",
+        "at the photo's size (ReLA: 480 x 480), Pr@X from X",
     ),
-    "gres": ("ReLA, on gRefCOCO", "at the photo's size, Pr@X from X; ReLA squashes to 480 x 480"),
 }
 
 
@@ -103,8 +103,10 @@ def rescore(args: argparse.Namespace, reader: RecordReader) -> dict[str, dict[st
             for name, own in lines.items():
                 pixels = count_pixels(name, pred, truth, args.no_target_pixels)
                 own.append(pixels | {"num_targets": ref.num_targets})
-    counts = {name: metrics.count_lines(own) for name, own in lines.items()}
-    return {n: replace(c, convention=CONVENTIONS[n]).scores() for n, c in counts.items()}
+    return {
+        name: replace(metrics.count_lines(own), convention=CONVENTIONS[name][0]).scores()
+        for name, own in lines.items()
+    }
 
 
 def count_pixels(
@@ -116,20 +118,22 @@ def count_pixels(
         pred, truth = (cv2.resize(m.astype(np.uint8), **how) > 0 for m in (pred, truth))
     if convention == "gres" and np.count_nonzero(pred) < no_target_pixels:
         pred = np.zeros_like(pred)
-    pixels = (*metrics.intersection_and_union(pred, truth), np.count_nonzero(truth))
-    return dict(zip(("intersection", "union", "target_area"), pixels, strict=True))
+    intersection, union = metrics.intersection_and_union(pred, truth)
+    area = np.count_nonzero(truth)
+    return {"intersection": intersection, "union": union, "target_area": area}
 
 
 def print_scores(scores: Mapping[str, Mapping[str, float | None]], no_target_pixels: int) -> None:
     """Print a row a convention with who uses it, and below what it does."""
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
-    rule = {"N-acc": f"N-acc (none: {metrics.describe_rule(no_target_pixels)})"}
-    rows = [["as", "used by", *(rule.get(name, name) for name in names)]]
+    rule = f"N-acc (none: {metrics.describe_rule(no_target_pixels)})"
+    rows = [["as", "used by", *(rule if name == "N-acc" else name for name in names)]]
     for convention, values in scores.items():
         cells = (metrics.percent(values[name]) if name in values else "" for name in names)
-        rows.append([convention, NOTES[convention][0], *cells])
+        rows.append([convention, CONVENTIONS[convention][1], *cells])
     print_aligned(rows, left=2)
-    print("\n".join(f"{convention}: {NOTES[convention][1]}" for convention in scores))
+    for convention in scores:
+        print(f"{convention}: {CONVENTIONS[convention][2]}")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,10 +1,9 @@
 """Photos and masks in the network's square, made once and kept in a memory-mapped file.
 
-Sound because no augmentation changes them. S is the side of the network's input. The file:
-
-    header  4096 bytes: JSON padded with blanks; what the rest was made from (`_identity`)
-    images  (images, S, S, 3) uint8 RGB, each once, in the order of their first refs
-    masks   (refs, S, S) uint8, in the order of the LMDB
+Sound because no augmentation changes them. S is the side of the network's input. The file holds a
+header of 4096 bytes (JSON padded with blanks: what the rest was made from) and then, image by image
+in the order of their first refs, the photo, (S, S, 3) uint8 RGB, and its refs' masks, (S, S) uint8
+each.
 """
 
 import hashlib
@@ -26,51 +25,108 @@ from utils.machine import available_cores
 from utils.records import RecordReader, group_positions
 from utils.transforms import load_image, load_square_mask
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+IMAGES_AT_A_TIME = 64  # are in memory while the file is made
 _HEADER = 4096
 
 
 class SquareCache:
     """Reads a cache; maps it at the first use, in whichever process that is.
 
-    Only names and what the file must say of itself travel to another process.
-
     Args:
-        path: from `open_cache`.
-        identity: what its header has to say.
-        reader: the records that it was made from.
+        path: of its file.
+        reader: the records that it is made from.
+        side: S.
     """
 
-    def __init__(self, path: Path, identity: dict, reader: RecordReader) -> None:
+    def __init__(self, path: Path, reader: RecordReader, side: int) -> None:
         self.path = path
-        self.identity = identity
         self.reader = reader
+        self.side = side
+        # All that the content depends on, and the sizes.
+        self.identity = {
+            "cache version": CACHE_VERSION,
+            "side": side,
+            "OpenCV": cv2.__version__,
+            "LMDB": str(reader.path.resolve()),
+            "LMDB's date": reader.path.stat().st_mtime_ns,
+            "LMDB's index": reader.digest(),
+            "refs": len(reader),
+            "images": reader.meta["images"],
+        }
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "identity": self.identity, "reader": self.reader}
+        return {name: vars(self)[name] for name in ("path", "reader", "side", "identity")}
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the whole file."""
+        return _HEADER + (3 * self.identity["images"] + self.identity["refs"]) * self.side**2
 
     def image(self, position: int) -> np.ndarray:
         """Copy the photo of the ref at `position`: (S, S, 3) uint8 RGB."""
-        images, _ = self._squares
-        return np.array(images[self._rows[position]])
+        start, _ = self._places[position]
+        return self._squares[start : start + 3].reshape(self.side, self.side, 3).copy()
 
     def mask(self, position: int) -> np.ndarray:
         """Copy its mask: (S, S) uint8."""
-        _, masks = self._squares
-        return np.array(masks[position])
+        _, place = self._places[position]
+        return self._squares[place].copy()
 
     @cached_property
-    def _squares(self) -> tuple[np.ndarray, np.ndarray]:
-        fault = _fault(self.path, self.identity)
-        if fault is not None:
+    def _squares(self) -> np.ndarray:
+        """Map the file behind its header: (squares, S, S) uint8, of which a photo takes three."""
+        if fault := self.fault():
             raise UserError(f"{self.path} was replaced while it was in use ({fault}); start again")
-        return _map(self.path, self.identity, "r")
+        squares = np.memmap(self.path, np.uint8, "r", _HEADER)
+        return np.asarray(squares).reshape(-1, self.side, self.side)
 
     @cached_property
-    def _rows(self) -> dict[int, int]:
-        """Tell by a ref's position which image is its own."""
-        groups = enumerate(group_positions(self.reader.index.image_keys))
-        return {position: row for row, positions in groups for position in positions}
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Tell by a ref's position where its photo begins, and where its mask lies."""
+        places, start = {}, 0
+        for positions in group_positions(self.reader.index.image_keys):
+            places |= {p: (start, start + 3 + i) for i, p in enumerate(positions)}
+            start += 3 + len(positions)
+        return places
+
+    def fault(self) -> str | None:
+        """Tell by its header and length why the file cannot serve; None if it can."""
+        if not self.path.is_file():
+            return "there is none yet"
+        with self.path.open("rb") as file:
+            head = file.read(_HEADER)
+        try:
+            made_from = dict(json.loads(head))
+        except (ValueError, TypeError):
+            return "the old one is damaged"
+        changed = [key for key, value in self.identity.items() if made_from.get(key) != value]
+        if changed:
+            return f"the old one is of another {', '.join(changed)}"
+        size = self.path.stat().st_size
+        return None if size == self.size else f"the old one has {size} bytes of {self.size}"
+
+    def make(self, progress: Callable[[Iterable, int, str], Iterable]) -> None:
+        """Write the file; images are read in threads (OpenCV leaves Python's lock)."""
+        groups = group_positions(self.reader.index.image_keys)
+
+        def read(positions: list[int]) -> list[np.ndarray]:
+            refs = [self.reader.ref(position) for position in positions]
+            masks = [load_square_mask(ref, self.side) for ref in refs]
+            return [load_image(self.reader, refs[0], self.side), *masks]
+
+        with (
+            atomic_path(self.path) as partial,
+            partial.open("wb") as file,
+            ThreadPoolExecutor(available_cores()) as pool,
+        ):
+            file.write(json.dumps(self.identity).encode().ljust(_HEADER))
+            starts = range(0, len(groups), IMAGES_AT_A_TIME)
+            for start in progress(starts, len(starts), f"cache {self.path.name}"):
+                for squares in pool.map(read, groups[start : start + IMAGES_AT_A_TIME]):
+                    file.writelines(squares)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def open_cache(
@@ -96,106 +152,17 @@ def open_cache(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"DATA.cache {folder} is a file: give a folder, or null for no cache")
     folder.mkdir(parents=True, exist_ok=True)
-    identity = _identity(reader, side)
-    source = Path(identity["LMDB"])
+    source = reader.path.resolve()
     place = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
     path = folder / f"{source.parent.name}-{reader.path.stem}-{side}-{place}.squares"
-    cache = SquareCache(path, identity, reader)
-
-    def say_waiting() -> None:
-        logger.info(f"waiting for another process with {path}")
-
-    with hold(path.with_suffix(".lock"), say_waiting):
-        fault = _fault(path, identity) or _spot_check(cache)
-        if fault is not None:
+    cache = SquareCache(path, reader, side)
+    waiting = f"waiting for another process with {path}"
+    with hold(path.with_suffix(".lock"), lambda: logger.info(waiting)):
+        if fault := cache.fault():
             logger.info(
-                f"DATA.cache: making {path} ({fault}), {_size(identity) / 1e9:.2f} GB for "
-                f"{identity['images']:,} images and {identity['refs']:,} masks"
+                f"DATA.cache: making {path} ({fault}), {cache.size / 1e9:.2f} GB for "
+                f"{cache.identity['images']:,} images and {len(reader):,} masks"
             )
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
-            _make(cache, progress)
-    return SquareCache(path, identity, reader)  # the spot check mapped a file that may be gone
-
-
-def _identity(reader: RecordReader, side: int) -> dict:
-    """Return all that the content of a cache depends on, and its sizes."""
-    return {
-        "cache version": CACHE_VERSION,
-        "side": side,
-        "OpenCV": cv2.__version__,
-        "LMDB": str(reader.path.resolve()),
-        "LMDB's date": reader.path.stat().st_mtime_ns,
-        "LMDB's index": reader.digest(),
-        "refs": len(reader),
-        "images": reader.meta["images"],
-    }
-
-
-def _size(identity: dict) -> int:
-    """Return the bytes of the whole file."""
-    return _HEADER + (3 * identity["images"] + identity["refs"]) * identity["side"] ** 2
-
-
-def _map(path: Path, identity: dict, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Map the images and the masks."""
-    refs, side = identity["refs"], identity["side"]
-    images = np.memmap(path, np.uint8, mode, _HEADER, (identity["images"], side, side, 3))
-    return images, np.memmap(path, np.uint8, mode, _HEADER + images.size, (refs, side, side))
-
-
-def _fault(path: Path, identity: dict) -> str | None:
-    """Tell why the file cannot serve, by what it says of itself and its length; None if it can."""
-    if not path.is_file():
-        return "there is none yet"
-    with path.open("rb") as file:
-        head = file.read(_HEADER)
-    try:
-        made_from = dict(json.loads(head))
-    except (ValueError, TypeError):
-        return "the old one is unfinished or damaged"
-    changed = [key for key, value in identity.items() if made_from.get(key) != value]
-    if changed:
-        return f"the old one is of another {', '.join(changed)}"
-    size, expected = path.stat().st_size, _size(identity)
-    return None if size == expected else f"the old one has {size} bytes of {expected}"
-
-
-def _spot_check(cache: SquareCache) -> str | None:
-    """Make the first, middle and last ref's photo and mask anew: do they equal the file's?"""
-    reader, side = cache.reader, cache.identity["side"]
-    for position in sorted({0, len(reader) // 2, len(reader) - 1}):
-        ref = reader.ref(position)
-        same_image = np.array_equal(cache.image(position), load_image(reader, ref, side))
-        if not (same_image and np.array_equal(cache.mask(position), load_square_mask(ref, side))):
-            return f"the old one has other pixels for ref {ref.ref_id}"
-    return None
-
-
-def _make(cache: SquareCache, progress: Callable[[Iterable, int, str], Iterable]) -> None:
-    """Fill a new file in threads (OpenCV leaves Python's lock), its header last."""
-    path, identity, reader = cache.path, cache.identity, cache.reader
-    groups = group_positions(reader.index.image_keys)
-    with atomic_path(path) as partial:
-        with partial.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk would kill who writes to a map
-                os.posix_fallocate(file.fileno(), 0, _size(identity))
-            else:
-                file.truncate(_size(identity))
-        images, masks = _map(partial, identity, "r+")
-
-        def fill(row: int) -> None:
-            refs = [reader.ref(position) for position in groups[row]]
-            images[row] = load_image(reader, refs[0], identity["side"])
-            for position, ref in zip(groups[row], refs, strict=True):
-                masks[position] = load_square_mask(ref, identity["side"])
-
-        with ThreadPoolExecutor(available_cores()) as pool:
-            rows = pool.map(fill, range(len(groups)))
-            for _ in progress(rows, len(groups), f"cache {path.name}"):
-                pass
-        images.flush()
-        masks.flush()
-        with partial.open("r+b") as file:
-            file.write(json.dumps(identity).encode().ljust(_HEADER))
-            file.flush()
-            os.fsync(file.fileno())
+            cache.make(progress)
+    return cache

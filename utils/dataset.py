@@ -3,12 +3,11 @@
 S is the side of the network's input, L the number of tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -72,16 +71,17 @@ class TrainingDataset(Dataset):
         samples = []
         for position, epoch in visits:
             reader, place = self.records.locate(position)
-            ref = reader.ref(place)
+            ref, cache = reader.ref(place), self.caches.get(reader.path)
             name = reader.path, ref.image_key
             if name not in images:
-                images[name] = torch.from_numpy(self._image(reader, place, ref))
-            sentence = self._sentence(ref, position, epoch)
+                image = cache.image(place) if cache else load_image(reader, ref, self.input_size)
+                images[name] = torch.from_numpy(image)
+            mask = cache.mask(place) if cache else load_square_mask(ref, self.input_size)
             sample = TrainingSample(
                 image_name=name,
                 image=images[name],
-                mask=torch.from_numpy(self._mask(reader, place, ref)),
-                tokens=tokenize(sentence, self.word_len)[0],
+                mask=torch.from_numpy(mask),
+                tokens=tokenize(self._sentence(ref, position, epoch), self.word_len)[0],
                 position=position,
             )
             samples.append(sample)
@@ -89,22 +89,11 @@ class TrainingDataset(Dataset):
 
     def describe(self, visit: tuple[int, int]) -> tuple[int, str]:
         """Return the ref_id and the drawn sentence of a visit (position, epoch)."""
-        reader, place = self.records.locate(visit[0])
-        ref = reader.ref(place)
+        ref = self.records.ref(visit[0])
         return ref.ref_id, self._sentence(ref, *visit)
 
     def _sentence(self, ref: RefRecord, position: int, epoch: int) -> str:
         return ref.sentences[draw("sentence", len(ref.sentences), self.seed, epoch, position)]
-
-    def _image(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
-        if cache := self.caches.get(reader.path):
-            return cache.image(place)
-        return load_image(reader, ref, self.input_size)
-
-    def _mask(self, reader: RecordReader, place: int, ref: RefRecord) -> np.ndarray:
-        if cache := self.caches.get(reader.path):
-            return cache.mask(place)
-        return load_square_mask(ref, self.input_size)
 
 
 class TrainingBatch(TypedDict):
@@ -117,28 +106,22 @@ class TrainingBatch(TypedDict):
     positions: Tensor  # (B,) int64
 
 
-def collate_refs(samples: Sequence[TrainingSample]) -> TrainingBatch:
-    """Join samples into a batch with one image a ref, as published."""
-    return _join(samples, samples, None)
+def collate_refs(samples: Sequence[TrainingSample], by_image: bool = False) -> TrainingBatch:
+    """Join samples into a batch with one image a ref, as published.
 
-
-def collate_refs_by_image(samples: Sequence[TrainingSample]) -> TrainingBatch:
-    """Join samples into a batch in which each image stands once, however many refs share it."""
-    firsts: dict[tuple[Path, str], TrainingSample] = {}
-    for sample in samples:
-        firsts.setdefault(sample["image_name"], sample)
-    rows = {name: row for row, name in enumerate(firsts)}
-    index = torch.tensor([rows[sample["image_name"]] for sample in samples])
-    return _join(samples, firsts.values(), index)
-
-
-def _join(
-    samples: Sequence[TrainingSample], with_images: Iterable[TrainingSample], index: Tensor | None
-) -> TrainingBatch:
+    Args:
+        by_image: each image stands in the batch once, however many refs share it.
+    """
+    images, index = [sample["image"] for sample in samples], None
+    if by_image:
+        shown = {sample["image_name"]: sample["image"] for sample in samples}
+        rows = {name: row for row, name in enumerate(shown)}
+        images = list(shown.values())
+        index = torch.tensor([rows[sample["image_name"]] for sample in samples])
     # In a worker default_collate stacks straight into memory that the main process shares.
     # torch.stack would leave the worker's heap in a gigabyte of pieces.
     return TrainingBatch(
-        images=default_collate([sample["image"] for sample in with_images]),
+        images=default_collate(images),
         image_index=index,
         masks=default_collate([sample["mask"] for sample in samples]),
         tokens=torch.stack([sample["tokens"] for sample in samples]),
@@ -193,11 +176,8 @@ class EvaluationDataset(Dataset):
         self.word_len = word_len
         self.sentences = sentences
         self.swap = swap
-        self.groups = [
-            group
-            for group in group_positions(reader.index.image_keys)
-            if len(group) > 1 or not swap
-        ]
+        groups = group_positions(reader.index.image_keys)
+        self.groups = [group for group in groups if len(group) > 1 or not swap]
         if not self.groups:
             raise UserError(
                 f"{reader.path}: no image has two refs whose sentences could be swapped"

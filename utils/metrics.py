@@ -11,7 +11,7 @@ Pr@X that of sentences with a target whose IoU is X or more.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -118,9 +118,8 @@ class Counts:
 
     def of(self, chosen: np.ndarray) -> "Counts":
         """Return the counts of some of the sentences."""
-        names = ("intersections", "unions", "areas", "has_target")
-        arrays = {n: None if (a := getattr(self, n)) is None else a[chosen] for n in names}
-        return replace(self, **arrays)
+        arrays = self.intersections, self.unions, self.areas, self.has_target
+        return Counts(*(None if a is None else a[chosen] for a in arrays), self.convention)
 
     def scores(self) -> dict[str, float | None]:
         """Return all metrics of the convention, None for one without a value."""

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,14 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import ChunkStream
 
 from utils.errors import UserError
 
 MAX_PIXELS = 100_000_000  # of a photo; decoded 0.3 GB, and a probability map of it 0.4 GB more
 # What both decoders here know. Pillow is asked for no other: some of its readers start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-HIGH_BYTE_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+REMEDY = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} that other programs can open"
+PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 Photo = str | Path | np.ndarray | Image.Image
 
@@ -32,12 +32,10 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
     Raises:
         UserError: it is empty, cut off or no image.
     """
-    if not data:
-        raise UserError(f"{name} is an empty file: {remedy}")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     pixels = None
     with suppress(cv2.error):  # it announces more pixels than OpenCV takes, for one
-        if data[:8] != PNG_MAGIC or _is_whole_png(data):
+        if not data.startswith(PNG_MAGIC) or _is_whole_png(data):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
         raise _no_image(data, name, remedy)
@@ -51,21 +49,12 @@ def decode(data: bytes, flags: int, name: str, remedy: str) -> np.ndarray:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Check the lengths of a PNG's chunks, and the checksums of those that a picture needs.
-
-    OpenCV refuses the same files, but libpng prints a line about each that names no file.
-    """
-    start, kind = len(PNG_MAGIC), b""
-    while kind != b"IEND":
-        end = start + 12 + int.from_bytes(data[start : start + 4])
-        kind, checksum = data[start + 4 : start + 8], int.from_bytes(data[end - 4 : end])
-        if end > len(data) or not kind.isalpha():
-            return False
-        is_needed = kind in (b"IHDR", b"PLTE", b"IDAT")
-        if is_needed and zlib.crc32(data[start + 4 : end - 4]) != checksum:
-            return False
-        start = end
-    return True
+    """Check the chunks of a PNG: libpng prints a line about a damaged one that names no file."""
+    try:
+        ChunkStream(io.BytesIO(data.removeprefix(PNG_MAGIC))).verify()
+    except (OSError, SyntaxError):
+        return False
+    return PNG_END in data
 
 
 def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
@@ -88,7 +77,7 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
     with _opened(data, name, remedy) as image:
         upright = ImageOps.exif_transpose(image)
         is_shown = np.True_
-        if image.has_transparency_data and image.mode in HIGH_BYTE_MODES:  # Pillow clips them
+        if image.has_transparency_data and image.mode.startswith("I;16"):  # Pillow clips them
             is_shown = pixels != image.info["transparency"]
         elif image.has_transparency_data:
             is_shown = np.asarray(upright.convert("RGBA"))[..., 3] > 0
@@ -106,16 +95,24 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
 def _opened(data: bytes, name: str, remedy: str) -> Iterator[Image.Image]:
     """Open a file with Pillow for what OpenCV does not tell; what fails within is a `UserError`."""
     try:
+        # Large pictures are refused below, in one line, and not warned of in several. Given the
+        # path, Pillow would map the file, and with it a turned TIFF the wrong way round.
         with (
             warnings.catch_warnings(action="ignore"),
             Image.open(io.BytesIO(data), formats=FORMATS) as image,
         ):
             yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:  # far above our limit
+        raise UserError(f"{name} is too large to be read: {error}") from None
     except Exception:  # a parser can stumble over foreign bytes in any way
         raise _no_image(data, name, remedy) from None
 
 
 def _no_image(data: bytes, name: str, remedy: str) -> UserError:
+    if not data:
+        return UserError(f"{name} is an empty file: {remedy}")
     return UserError(f"{name} cannot be decoded ({len(data)} bytes; cut off or no image): {remedy}")
 
 
@@ -135,15 +132,14 @@ def read_photo(photo: Photo) -> np.ndarray:
     """
     if isinstance(photo, str | Path):
         return _read_file(Path(photo))
-    if isinstance(photo, np.ndarray):
-        return _from_array(photo)
-    if not isinstance(photo, Image.Image):
+    image = _as_image(photo) if isinstance(photo, np.ndarray) else photo
+    if not isinstance(image, Image.Image):
         raise UserError(f"a photo is a path, a numpy array or a Pillow image, not {type(photo)}")
-    _check_size(photo.size, "the picture")
+    _check_size(image.size, "the picture")
+    if image.mode in ("F", "I"):
+        raise UserError(f"the picture has mode {image.mode}: give 8 or 16 bits a pixel and colour")
     try:
-        return _from_pillow(photo, "the picture")
-    except UserError:
-        raise
+        return _to_rgb(image)
     except (OSError, SyntaxError, ValueError) as error:  # opened, but not read to its end yet
         raise UserError(f"the picture cannot be decoded as RGB ({error})") from None
 
@@ -152,63 +148,34 @@ def _read_file(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: there is no such image file")
     data = path.read_bytes()
-    remedy = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} that other programs can open"
-    if not data:
-        raise UserError(f"{path} is an empty file: {remedy}")
-    try:
-        # Large pictures are refused below, in one line, and not warned of in several. Given the
-        # path, Pillow would map the file, and with it a turned TIFF the wrong way round.
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(io.BytesIO(data), formats=FORMATS) as image,
-        ):
-            _check_size(image.size, str(path))
-            if image.has_transparency_data:
-                return _from_pillow(image, str(path))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:  # far above our limit
-        raise UserError(f"{path} is too large to be read: {error}") from None
-    except Exception as error:  # a parser can stumble over foreign bytes in any way
-        raise UserError(
-            f"{path} cannot be read as an image ({len(data)} bytes; {type(error).__name__}): "
-            f"{remedy}"
-        ) from None
-    return decode(data, cv2.IMREAD_COLOR_RGB, str(path), remedy)
+    with _opened(data, str(path), REMEDY) as image:
+        _check_size(image.size, str(path))
+        if image.has_transparency_data:
+            return _to_rgb(image)
+    return decode(data, cv2.IMREAD_COLOR_RGB, str(path), REMEDY)
 
 
-def _from_array(pixels: np.ndarray) -> np.ndarray:
-    shape = pixels.shape[:2] if pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4) else pixels.shape
-    if len(shape) != 2 or 0 in shape or pixels.dtype not in (np.uint8, np.uint16):
+def _as_image(pixels: np.ndarray) -> Image.Image:
+    is_photo = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if not is_photo or not pixels.size or pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(
             f"an array of {pixels.dtype} and shape {pixels.shape} is no photo: give uint8 or "
             "uint16, (H, W), (H, W, 3) or (H, W, 4), in the order RGB"
         )
-    _check_size(shape[::-1], "the array")
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
-    if pixels.size == shape[0] * shape[1]:
-        return np.repeat(pixels.reshape(*shape, 1), 3, axis=2)
-    if pixels.shape[2] == 4:
-        return _on_white(Image.fromarray(np.ascontiguousarray(pixels)))
-    return np.ascontiguousarray(pixels)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
-    if image.mode in ("F", "I"):
-        raise UserError(f"{name} has pixels of mode {image.mode}: save it with 8 or 16 bits each")
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Turn a picture upright, and into (H, W, 3) uint8 as it looks on a white page."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
-        return _on_white(image.convert("RGBA"))
-    if image.mode in HIGH_BYTE_MODES:
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(page, image.convert("RGBA"))
+    elif image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
-
-
-def _on_white(image: Image.Image) -> np.ndarray:
-    """Turn RGBA into (H, W, 3) uint8, as it looks on a white page."""
-    page = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(page, image).convert("RGB"))
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

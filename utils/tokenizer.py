@@ -19,8 +19,6 @@ import ftfy
 import regex
 import torch
 
-from utils.errors import UserError
-
 VOCABULARY_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 NUM_MERGES = 48_894
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -39,40 +37,29 @@ SPARE = itertools.count(256)
 BYTE_SYMBOLS = [chr(byte if byte in PRINTABLE else next(SPARE)) for byte in range(256)]
 
 
-def tokenize(
-    texts: str | Sequence[str], context_length: int, truncate: bool = True
-) -> torch.LongTensor:
+def tokenize(texts: str | Sequence[str], context_length: int) -> torch.LongTensor:
     """Turn sentences into the ids that the text encoder takes.
 
     Args:
         texts: one sentence, or B of them.
-        context_length: L, at least 2; how many ids a row has, start and end included.
-        truncate: cut a sentence that is too long to L ids, the last of them the end token.
+        context_length: L, at least 2; how many ids a row has, start and end included. A sentence
+            that is longer is cut, and its last id is the end token.
     Returns:
         (B, L) int64 in [0, 49407], padded with 0; B = 1 for a single string.
-    Raises:
-        ValueError: `context_length` is too small, or a sentence does not fit and `truncate` is off.
     """
-    if context_length < 2:
-        raise ValueError(f"context_length {context_length} leaves no room for start and end tokens")
     sentences = [texts] if isinstance(texts, str) else texts
     tokens = torch.full((len(sentences), context_length), PAD_ID, dtype=torch.long)
     for row, sentence in zip(tokens, sentences, strict=True):
         ids = _encode(sentence)
         if len(ids) > context_length:
-            if not truncate:
-                raise UserError(
-                    f"sentence of {len(ids)} tokens is longer than {context_length} "
-                    f"(shorten it, or raise the length): {sentence[:200]!r}"
-                )
-            ids = [*ids[: context_length - 1], END_ID]
+            ids = (*ids[: context_length - 1], END_ID)
         row[: len(ids)] = torch.tensor(ids)
     return tokens
 
 
-def token_lengths(texts: str | Sequence[str]) -> list[int]:
+def token_lengths(sentences: Sequence[str]) -> list[int]:
     """Count each sentence's tokens, start and end included, before any cut."""
-    return [len(_encode(sentence)) for sentence in ([texts] if isinstance(texts, str) else texts)]
+    return [len(_encode(sentence)) for sentence in sentences]
 
 
 def has_words(sentence: str) -> bool:

@@ -76,7 +76,7 @@ def joined(files: dict[str, Path], **more: object):
 
 def report(cfg: Config, log_lines: list[str]) -> list[str]:
     """What is said about the records that the config trains on."""
-    report_records(cfg, training_records(cfg, [RecordReader(p) for p in cfg.DATA.train_lmdb]))
+    report_records(cfg, training_records(cfg))
     return log_lines
 
 

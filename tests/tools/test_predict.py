@@ -161,7 +161,7 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, trained, photo):
     )
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<html>")
-    assert "cannot be read as an image" in fault(trained, out, "--image", broken, *texts("a"))
+    assert "cannot be decoded" in fault(trained, out, "--image", broken, *texts("a"))
     (tmp_path / "empty").mkdir()
     assert "holds no photos" in fault(trained, out, "--image", tmp_path / "empty", *texts("a"))
     fit = fault(trained, out, "--weights", broken, *image, *texts("a"))
@@ -205,7 +205,7 @@ def test_one_photo_of_many_that_cannot_be_read_does_not_stop_the_others(
     photo.with_name("broken.jpg").write_bytes(b"<html>")
     with pytest.raises(UserError, match="1 of 2 photos could not be read, see above"):
         ask(trained, "--image", photo.parent, *texts("a"), "-o", tmp_path / "out")
-    assert "broken.jpg cannot be read as an image" in capsys.readouterr().err
+    assert "broken.jpg cannot be decoded" in capsys.readouterr().err
     assert len(names(tmp_path / "out")) == 3
 
 

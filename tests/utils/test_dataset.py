@@ -15,13 +15,7 @@ import torch
 from helpers import ROOT, all_refs, encoded, sample_ref, smooth_photo, training_dataset
 from torch.utils.data import DataLoader
 
-from utils.dataset import (
-    EvaluationDataset,
-    TrainingDataset,
-    collate_images,
-    collate_refs,
-    collate_refs_by_image,
-)
+from utils.dataset import EvaluationDataset, TrainingDataset, collate_images, collate_refs
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter, RefRecord, group_positions
 from utils.tokenizer import token_lengths, tokenize
@@ -52,8 +46,7 @@ def drawn_epoch(dataset: TrainingDataset, epoch: int) -> list[int]:
 
 
 def test_sample_is_the_letterboxed_photo_mask_and_tokens_of_the_ref(shapes_lmdb):
-    dataset = training_dataset(shapes_lmdb)
-    refs = all_refs(shapes_lmdb)
+    dataset, refs = training_dataset(shapes_lmdb), all_refs(shapes_lmdb)
     assert len(dataset) == len(refs) == 29
     sample = dataset[7, 0]
     assert sample["image"].shape == (SIDE, SIDE, 3)
@@ -61,8 +54,7 @@ def test_sample_is_the_letterboxed_photo_mask_and_tokens_of_the_ref(shapes_lmdb)
     assert sample["position"] == 7
     mask = letterbox_mask(decode_mask(refs[7].mask, ""), SIDE)
     assert np.array_equal(sample["mask"].numpy(), mask)
-    assert sample["tokens"].dtype == torch.int64
-    assert sample["tokens"].shape == (WORD_LEN,)
+    assert (sample["tokens"].dtype, sample["tokens"].shape) == (torch.int64, (WORD_LEN,))
 
 
 def test_sentences_differ_between_epochs_and_depend_on_the_seed(shapes_lmdb):
@@ -82,21 +74,6 @@ def test_sentence_does_not_depend_on_what_was_drawn_before(shapes_lmdb):
     assert backwards[::-1] == forwards
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_sentences_are_the_same_with_and_without_workers(shapes_lmdb, num_workers):
-    dataset = training_dataset(shapes_lmdb)
-    for epoch in range(2):
-        visits = [(position, epoch) for position in range(len(dataset))]
-        loader = DataLoader(
-            dataset, 5, sampler=visits, num_workers=num_workers, collate_fn=collate_refs
-        )
-        for batch in loader:
-            for row, position in enumerate(batch["positions"].tolist()):
-                expected = dataset[position, epoch]
-                assert torch.equal(batch["tokens"][row], expected["tokens"])
-                assert torch.equal(batch["masks"][row], expected["mask"])
-
-
 def test_every_sentence_of_a_ref_is_drawn_about_equally_often(shapes_lmdb):
     dataset = training_dataset(shapes_lmdb)
     position, count = 3, 4
@@ -111,7 +88,7 @@ def test_refs_batched_by_image_are_the_same_refs_with_each_image_once(shapes_lmd
     dataset = training_dataset(shapes_lmdb)
     visits = [(position, 3) for position in (4, 0, 1, 3, 5, 28)]
     samples = dataset.__getitems__(visits)
-    plain, joined = collate_refs(samples), collate_refs_by_image(samples)
+    plain, joined = collate_refs(samples), collate_refs(samples, by_image=True)
     assert plain["image_index"] is None
     assert len(plain["images"]) == 6
     assert joined["image_index"].tolist() == [0, 1, 1, 0, 2, 3]
@@ -184,22 +161,15 @@ def test_swap_gives_each_ref_the_sentences_of_another_ref_of_its_image(shapes_lm
     assert len(several) == 27  # two images have a single ref
 
 
-def test_swap_without_any_image_of_two_refs_is_refused(tmp_path):
-    path = write_one(tmp_path / "val.lmdb")
-    with pytest.raises(UserError, match=r"val\.lmdb: no image has two refs"):
-        evaluation_dataset(path, swap=True)
-
-
 def test_collated_sentences_point_to_their_images(shapes_lmdb):
     dataset = evaluation_dataset(shapes_lmdb)
     batch = collate_images([dataset[0], dataset[3]])
     assert batch["images"].shape == (2, SIDE, SIDE, 3)
     counts = [len(dataset[i]["tasks"]) for i in (0, 3)]
     assert batch["image_index"].tolist() == [0] * counts[0] + [1] * counts[1]
-    assert len(batch["tasks"]) == len(batch["tokens"]) == sum(counts)
-    assert [t.ref.image_key for t in batch["tasks"]] == ["image_0.jpg"] * counts[0] + [
-        "image_3.jpg"
-    ] * counts[1]
+    assert len(batch["tokens"]) == sum(counts)
+    shown = ["image_0.jpg"] * counts[0] + ["image_3.jpg"] * counts[1]
+    assert [task.ref.image_key for task in batch["tasks"]] == shown
 
 
 # ----------------------------------------------------------------------------- one file, long lives
@@ -251,12 +221,11 @@ def test_memory_does_not_grow_over_epochs(shapes_lmdb):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("collate", [collate_refs, collate_refs_by_image])
-def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb, collate):
+def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb):
     """Batches of full size: stacked on a worker's heap they left it in pieces, a gigabyte."""
     dataset = training_dataset(shapes_lmdb, side=416)
     batches = [[(i % 29, epoch) for i in range(64)] for epoch in range(16)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate_refs)
     sizes = []
     for _ in loader:
         (worker,) = multiprocessing.active_children()
@@ -281,25 +250,32 @@ def write_one(
     return path
 
 
-def read_both_ways(path: Path) -> list[Callable]:
-    return [lambda: training_dataset(path)[0, 0], lambda: evaluation_dataset(path)[0]]
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"change": lambda ref: replace(ref, height=41)},
+            r"image_0\.jpg is 60×40 pixels, ref 100 says 60×41",
+        ),
+        (
+            {"photo": b"\xff\xd8\xff\xe0 no jpeg"},
+            r"train\.lmdb, image image_0\.jpg cannot be decoded",
+        ),
+    ],
+)
+def test_a_photo_of_another_size_or_that_cannot_be_decoded_is_named(tmp_path, record, message):
+    path = write_one(tmp_path / "train.lmdb", **record)
+    for dataset, index in ((training_dataset(path), (0, 0)), (evaluation_dataset(path), 0)):
+        with pytest.raises(UserError, match=message):
+            dataset[index]
 
 
-def test_photo_of_another_size_than_its_ref_is_named(tmp_path):
-    path = write_one(tmp_path / "train.lmdb", lambda ref: replace(ref, height=41))
-    for read in read_both_ways(path):
-        with pytest.raises(UserError, match=r"image_0\.jpg is 60×40 pixels, ref 100 says 60×41"):
-            read()
-
-
-def test_photo_that_cannot_be_decoded_is_named(tmp_path):
-    path = write_one(tmp_path / "train.lmdb", photo=b"\xff\xd8\xff\xe0 no jpeg")
-    for read in read_both_ways(path):
-        with pytest.raises(UserError, match=r"train\.lmdb, image image_0\.jpg cannot be decoded"):
-            read()
-
-
-def test_mask_that_cannot_be_decoded_is_named(tmp_path):
+def test_a_mask_that_cannot_be_decoded_is_named(tmp_path):
     path = write_one(tmp_path / "train.lmdb", lambda ref: replace(ref, mask=ref.mask[:30]))
     with pytest.raises(UserError, match="mask of ref 100 cannot be decoded"):
         training_dataset(path)[0, 0]
+
+
+def test_swap_without_any_image_of_two_refs_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"val\.lmdb: no image has two refs"):
+        evaluation_dataset(write_one(tmp_path / "val.lmdb"), swap=True)

@@ -30,28 +30,20 @@ def square(top: int, left: int, side: int = 4) -> np.ndarray:
 EMPTY = np.zeros((10, 12), bool)
 
 
+CASES = {
+    "identical": (square(2, 2), square(2, 2), (16, 16), 1.0),
+    "disjoint": (square(0, 0), square(5, 5), (0, 32), 0.0),
+    "half shifted": (square(0, 0), square(0, 2), (8, 24), 1 / 3),
+    "inside": (square(0, 0, 2), square(0, 0, 4), (4, 16), 0.25),
+    "empty prediction": (EMPTY, square(2, 2), (0, 16), 0.0),
+    "empty truth": (square(2, 2), EMPTY, (0, 16), 0.0),
+    "both empty": (EMPTY, EMPTY, (0, 0), 0.0),
+    "both full": (~EMPTY, ~EMPTY, (120, 120), 1.0),
+}
+
+
 @pytest.mark.parametrize(
-    ("pred_mask", "mask", "counts", "expected"),
-    [
-        (square(2, 2), square(2, 2), (16, 16), 1.0),
-        (square(0, 0), square(5, 5), (0, 32), 0.0),
-        (square(0, 0), square(0, 2), (8, 24), 1 / 3),
-        (square(0, 0, 2), square(0, 0, 4), (4, 16), 0.25),
-        (EMPTY, square(2, 2), (0, 16), 0.0),
-        (square(2, 2), EMPTY, (0, 16), 0.0),
-        (EMPTY, EMPTY, (0, 0), 0.0),
-        (~EMPTY, ~EMPTY, (120, 120), 1.0),
-    ],
-    ids=[
-        "identical",
-        "disjoint",
-        "half shifted",
-        "inside",
-        "empty prediction",
-        "empty truth",
-        "both empty",
-        "both full",
-    ],
+    ("pred_mask", "mask", "counts", "expected"), CASES.values(), ids=CASES.keys()
 )
 def test_counts_and_iou_of_cases_counted_by_hand(pred_mask, mask, counts, expected):
     assert intersection_and_union(pred_mask, mask) == counts

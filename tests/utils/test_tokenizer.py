@@ -20,7 +20,7 @@ CASES = [
 
 
 def ids(sentence: str) -> list[int]:
-    return tokenize(sentence, max(token_lengths(sentence)))[0].tolist()
+    return tokenize(sentence, token_lengths([sentence])[0])[0].tolist()
 
 
 @pytest.mark.parametrize(("length", "sentence", "expected"), CASES)
@@ -44,7 +44,7 @@ def test_batch_is_one_row_a_sentence():
 
 @pytest.mark.parametrize("sentence", [case["sentence"] for case in GOLDEN["77"]])
 def test_shorter_context_is_a_prefix_that_still_ends_with_the_end_token(sentence):
-    (length,) = token_lengths(sentence)
+    (length,) = token_lengths([sentence])
     whole = tokenize(sentence, length + 5)[0]
     assert whole[0] == START_ID
     assert whole[length - 1] == END_ID
@@ -57,16 +57,7 @@ def test_shorter_context_is_a_prefix_that_still_ends_with_the_end_token(sentence
 
 
 def test_lengths_count_start_and_end_and_ignore_the_cut():
-    assert token_lengths("") == [2]
-    assert token_lengths(["red shirt", "very " * 50]) == [4, 52]
-
-
-def test_too_long_sentence_is_named_when_cutting_is_off():
-    assert tokenize("red shirt", 4, truncate=False).shape == (1, 4)
-    with pytest.raises(ValueError, match=r"4 tokens is longer than 3.*'red shirt'"):
-        tokenize(["dog", "red shirt"], 3, truncate=False)
-    with pytest.raises(ValueError, match="context_length 1"):
-        tokenize("dog", 1)
+    assert token_lengths(["", "red shirt", "very " * 50]) == [2, 4, 52]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +90,7 @@ def test_special_tokens_in_a_sentence_are_single_ids():
 
 @pytest.mark.parametrize("text", ["a" * 10_000, "qwzxjk" * 1_667, "日本語" * 3_334, "dog " * 2_500])
 def test_ten_thousand_characters_take_no_noticeable_time(text):
-    token_lengths("dog")
+    tokenize("dog", 17)
     start = time.process_time()
     tokens = tokenize(text, 17)
     assert time.process_time() - start < 1
