@@ -349,7 +349,7 @@ def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None
     """All refs of a file for training, with sentences of 9 tokens."""
     reader = RecordReader(path)
     records = JoinedReader([(reader, range(len(reader)))])
-    return TrainingDataset(records, side, 9, seed, {path: cache} if cache else None)
+    return TrainingDataset(records, side, 9, seed, {path: cache} if cache else {})
 
 
 def make_run(folder: Path, data: Path, threshold: float) -> Path:

@@ -43,43 +43,43 @@ class SquareCache:
         self.path = path
         self.reader = reader
         self.side = side
-        # All that the content depends on, and the sizes.
-        self.identity = {
+        self.images = reader.meta["images"]
+        self.size = _HEADER + (3 * self.images + len(reader)) * side**2  # bytes of the file
+        made_from = {
             "cache version": CACHE_VERSION,
             "side": side,
             "OpenCV": cv2.__version__,
-            "LMDB": str(reader.path.resolve()),
             "LMDB's date": reader.path.stat().st_mtime_ns,
-            "LMDB's index": reader.digest(),
-            "refs": len(reader),
-            "images": reader.meta["images"],
+            "LMDB's digest": reader.digest(),
         }
+        self.header = json.dumps(made_from).encode()
 
     def __getstate__(self) -> dict:
-        return {name: vars(self)[name] for name in ("path", "reader", "side", "identity")}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
-    @property
-    def size(self) -> int:
-        """Return the bytes of the whole file."""
-        return _HEADER + (3 * self.identity["images"] + self.identity["refs"]) * self.side**2
+    def is_whole(self) -> bool:
+        """Tell by its header and length whether the file is there and of these records."""
+        if not self.path.is_file() or self.path.stat().st_size != self.size:
+            return False
+        with self.path.open("rb") as file:
+            return file.read(_HEADER).rstrip() == self.header
 
     def image(self, position: int) -> np.ndarray:
         """Copy the photo of the ref at `position`: (S, S, 3) uint8 RGB."""
         start, _ = self._places[position]
-        return self._squares[start : start + 3].reshape(self.side, self.side, 3).copy()
+        return np.array(self._squares[start : start + 3]).reshape(self.side, self.side, 3)
 
     def mask(self, position: int) -> np.ndarray:
         """Copy its mask: (S, S) uint8."""
         _, place = self._places[position]
-        return self._squares[place].copy()
+        return np.array(self._squares[place])
 
     @cached_property
     def _squares(self) -> np.ndarray:
         """Map the file behind its header: (squares, S, S) uint8, of which a photo takes three."""
-        if fault := self.fault():
-            raise UserError(f"{self.path} was replaced while it was in use ({fault}); start again")
-        squares = np.memmap(self.path, np.uint8, "r", _HEADER)
-        return np.asarray(squares).reshape(-1, self.side, self.side)
+        if not self.is_whole():
+            raise UserError(f"{self.path} was replaced while it was in use: start again")
+        return np.memmap(self.path, np.uint8, "r", _HEADER).reshape(-1, self.side, self.side)
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
@@ -89,22 +89,6 @@ class SquareCache:
             places |= {p: (start, start + 3 + i) for i, p in enumerate(positions)}
             start += 3 + len(positions)
         return places
-
-    def fault(self) -> str | None:
-        """Tell by its header and length why the file cannot serve; None if it can."""
-        if not self.path.is_file():
-            return "there is none yet"
-        with self.path.open("rb") as file:
-            head = file.read(_HEADER)
-        try:
-            made_from = dict(json.loads(head))
-        except (ValueError, TypeError):
-            return "the old one is damaged"
-        changed = [key for key, value in self.identity.items() if made_from.get(key) != value]
-        if changed:
-            return f"the old one is of another {', '.join(changed)}"
-        size = self.path.stat().st_size
-        return None if size == self.size else f"the old one has {size} bytes of {self.size}"
 
     def make(self, progress: Callable[[Iterable, int, str], Iterable]) -> None:
         """Write the file; images are read in threads (OpenCV leaves Python's lock)."""
@@ -120,7 +104,7 @@ class SquareCache:
             partial.open("wb") as file,
             ThreadPoolExecutor(available_cores()) as pool,
         ):
-            file.write(json.dumps(self.identity).encode().ljust(_HEADER))
+            file.write(self.header.ljust(_HEADER))
             starts = range(0, len(groups), IMAGES_AT_A_TIME)
             for start in progress(starts, len(starts), f"cache {self.path.name}"):
                 for squares in pool.map(read, groups[start : start + IMAGES_AT_A_TIME]):
@@ -158,10 +142,15 @@ def open_cache(
     cache = SquareCache(path, reader, side)
     waiting = f"waiting for another process with {path}"
     with hold(path.with_suffix(".lock"), lambda: logger.info(waiting)):
-        if fault := cache.fault():
+        if not cache.is_whole():
+            why = (
+                "the old one is of other records, or damaged"
+                if path.exists()
+                else "there is none yet"
+            )
             logger.info(
-                f"DATA.cache: making {path} ({fault}), {cache.size / 1e9:.2f} GB for "
-                f"{cache.identity['images']:,} images and {len(reader):,} masks"
+                f"DATA.cache: making {path} ({why}), {cache.size / 1e9:.2f} GB for "
+                f"{cache.images:,} images and {len(reader):,} masks"
             )
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
             cache.make(progress)

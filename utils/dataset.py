@@ -4,7 +4,7 @@ S is the side of the network's input, L the number of tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -30,30 +30,16 @@ class TrainingSample(TypedDict):
     position: int
 
 
+@dataclass(eq=False)
 class TrainingDataset(Dataset):
-    """Refs of one LMDB or several; each visit draws one of the ref's sentences.
+    """Refs of one LMDB or several; each visit draws one of the ref's sentences."""
 
-    Args:
-        records: which refs.
-        input_size: S in pixels.
-        word_len: L.
-        seed: with epoch and position, decides the sentence.
-        caches: by the path of the LMDB, its photos and masks at S×S, to spare making them.
-    """
-
-    def __init__(
-        self,
-        records: JoinedReader,
-        input_size: int,
-        word_len: int,
-        seed: int,
-        caches: Mapping[Path, SquareCache] | None = None,
-    ) -> None:
-        self.records = records
-        self.input_size = input_size
-        self.word_len = word_len
-        self.seed = seed
-        self.caches = caches or {}
+    records: JoinedReader
+    input_size: int  # S
+    word_len: int  # L
+    seed: int  # with epoch and position, decides the sentence
+    # By the path of the LMDB, its photos and masks at S×S, to spare making them.
+    caches: Mapping[Path, SquareCache] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -151,36 +137,27 @@ class ImageSample(TypedDict):
     tasks: list[SentenceTask]
 
 
+@dataclass(eq=False)
 class EvaluationDataset(Dataset):
     """Images of one LMDB, each with all the sentences of all its refs, so it is read once.
 
-    Args:
-        reader: the records.
-        input_size: S in pixels.
-        word_len: L.
-        sentences: "all" of every ref, or "first" (what the release's validation scores).
-        swap: give each ref the sentences of the next ref of the same image, the control that
-            shows whether a model reads; images with one ref are left out.
+    sentences: "all" of every ref, or "first" (what the release's validation scores).
+    swap: give each ref the sentences of the next ref of the same image, the control that shows
+        whether a model reads; images with one ref are left out.
     """
 
-    def __init__(
-        self,
-        reader: RecordReader,
-        input_size: int,
-        word_len: int,
-        sentences: str = "all",
-        swap: bool = False,
-    ) -> None:
-        self.reader = reader
-        self.input_size = input_size
-        self.word_len = word_len
-        self.sentences = sentences
-        self.swap = swap
-        groups = group_positions(reader.index.image_keys)
-        self.groups = [group for group in groups if len(group) > 1 or not swap]
+    reader: RecordReader
+    input_size: int  # S
+    word_len: int  # L
+    sentences: str = "all"
+    swap: bool = False
+
+    def __post_init__(self) -> None:
+        groups = group_positions(self.reader.index.image_keys)
+        self.groups = [group for group in groups if len(group) > 1 or not self.swap]
         if not self.groups:
             raise UserError(
-                f"{reader.path}: no image has two refs whose sentences could be swapped"
+                f"{self.reader.path}: no image has two refs whose sentences could be swapped"
             )
 
     def __len__(self) -> int:

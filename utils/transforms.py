@@ -65,11 +65,9 @@ def letterbox_matrices(size: tuple[int, int], side: int) -> tuple[np.ndarray, np
     """
     height, width = size
     scale = min(side / height, side / width)
-    left, top = (side - width * scale) / 2, (side - height * scale) / 2
-    photo = np.array([[0, 0], [width, 0], [0, height]], np.float32)
-    square = np.array(
-        [[left, top], [width * scale + left, top], [left, height * scale + top]], np.float32
-    )
+    corners = np.array([[0, 0], [width, 0], [0, height]])
+    offset = (side - width * scale) / 2, (side - height * scale) / 2
+    photo, square = corners.astype(np.float32), (corners * scale + offset).astype(np.float32)
     return cv2.getAffineTransform(photo, square), cv2.getAffineTransform(square, photo)
 
 

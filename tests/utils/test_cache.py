@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import time
 from pathlib import Path
@@ -158,50 +157,41 @@ def repacked(lmdb: Path, path: Path) -> None:
     write_records(lmdb, [2, 3, 1, 1, 1])
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (repacked, "of another .*LMDB's date, LMDB's index"),
-        (lambda lmdb, path: os.utime(lmdb, ns=(1, 1)), "of another LMDB's date"),
-        (lambda lmdb, path: os.truncate(path, 24_575), r"has 24575 bytes of 24576"),
-        (lambda lmdb, path: os.truncate(path, 100), "damaged"),
-        (lambda lmdb, path: path.write_bytes(b""), "damaged"),
-        (lambda lmdb, path: path.write_bytes(b"[1]".ljust(4096)), "damaged"),
-    ],
-    ids=["LMDB packed anew", "LMDB touched", "cut off", "cut to its head", "empty", "foreign"],
-)
-def test_a_cache_that_does_not_fit_is_made_again_and_the_reason_said(
-    lmdb, folder, log_lines, damage, reason
-):
+DAMAGES = {
+    "LMDB packed anew": repacked,
+    "LMDB touched": lambda lmdb, path: os.utime(lmdb, ns=(1, 1)),
+    "cut off": lambda lmdb, path: os.truncate(path, 24_575),
+    "cut to its head": lambda lmdb, path: os.truncate(path, 100),
+    "empty": lambda lmdb, path: path.write_bytes(b""),
+    "foreign": lambda lmdb, path: path.write_bytes(b"[1]".ljust(24_576)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_cache_that_does_not_fit_is_made_again(lmdb, folder, log_lines, damage):
     path = open_cache(lmdb, folder).path
     damage(lmdb, path)
     cache = open_cache(lmdb, folder)
     assert len(log_lines) == 2
-    assert re.search(reason, log_lines[1])
+    assert "(the old one is of other records, or damaged)" in log_lines[1]
     assert cache.path == path
     assert equals_fresh(cache, lmdb)
     assert list(contents(folder)) == [path.name]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("CACHE_VERSION", 99, "another cache version"),
-        ("cv2.__version__", "4.0", "another OpenCV"),
-    ],
-)
-def test_another_version_makes_it_again(lmdb, folder, monkeypatch, log_lines, name, value, reason):
+@pytest.mark.parametrize(("name", "value"), [("CACHE_VERSION", 99), ("cv2.__version__", "4.0")])
+def test_another_version_makes_it_again(lmdb, folder, monkeypatch, log_lines, name, value):
     open_cache(lmdb, folder)
     monkeypatch.setattr(f"utils.cache.{name}", value)
     open_cache(lmdb, folder)
-    assert reason in log_lines[1]
+    assert len(log_lines) == 2
 
 
 def test_a_cache_that_was_replaced_under_a_reader_is_noticed(lmdb, folder):
     cache = pickle.loads(pickle.dumps(open_cache(lmdb, folder)))
     repacked(lmdb, cache.path)
     open_cache(lmdb, folder)
-    with pytest.raises(UserError, match=r"was replaced while it was in use .*LMDB's date"):
+    with pytest.raises(UserError, match="was replaced while it was in use"):
         cache.image(0)
 
 
