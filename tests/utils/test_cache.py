@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     ALONE,
+    CPU,
     all_refs,
     assert_same,
     error_of,
@@ -20,7 +21,6 @@ from helpers import (
     loader_config,
     pack,
     run_program,
-    spawn,
     training_dataset,
     with_bad_image,
     write_config,
@@ -95,12 +95,10 @@ def test_batches_are_the_same_to_the_bit_with_and_without_cache(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("read_before", [False, True])
-def test_workers_read_the_cache_however_they_are_started(lmdb, folder, method, read_before):
+def test_workers_read_the_cache_however_they_are_started(lmdb, folder, method):
     dataset = training_dataset(lmdb, cache=open_cache(lmdb, folder))
     visits = [(position, 0) for position in range(len(dataset))]
-    if read_before:
-        dataset[0, 0]
+    dataset[0, 0]  # the file is open here already
     options = {"collate_fn": collate_refs, "multiprocessing_context": method}
     loader = DataLoader(dataset, 4, sampler=visits, num_workers=1, **options)
     fresh = training_dataset(lmdb)
@@ -198,39 +196,27 @@ def test_a_cache_that_was_replaced_under_a_reader_is_noticed(lmdb, folder):
 # --------------------------------------------------------------------------------- several at once
 
 
-def test_of_several_processes_one_makes_it_and_the_others_wait(
-    lmdb, folder, monkeypatch, log_lines
-):
+def test_of_several_ranks_one_makes_it_and_the_others_wait(lmdb, folder, monkeypatch, log_lines):
     make, context = SquareCache.make, multiprocessing.get_context("fork")
     queue = context.Queue()
 
-    def open_and_report() -> None:
-        cache = open_cache(lmdb, folder)
-        queue.put((log_lines, equals_fresh(cache, lmdb)))
+    def read_share(rank: int) -> None:
+        ranks = Ranks(rank, 4, rank, 4, CPU)
+        plain, cached = (
+            build_train_loader(loader_config(lmdb, cache=c), 1, ranks) for c in ("null", folder)
+        )
+        assert_same(list(cached), list(plain))
+        queue.put(log_lines)
 
     monkeypatch.setattr(SquareCache, "make", lambda *args: (time.sleep(0.5), make(*args)))
-    children = [context.Process(target=open_and_report) for _ in range(4)]
+    children = [context.Process(target=read_share, args=(rank,)) for rank in range(4)]
     for child in children:
         child.start()
-    reports = [queue.get(timeout=60) for _ in children]
+    lines = [line for _ in children for line in queue.get(timeout=60)]
     for child in children:
         child.join()
-    assert all(is_equal for _, is_equal in reports)
-    lines = [line for said, _ in reports for line in said]
     assert sum("making" in line for line in lines) == 1
     assert sum("waiting for another process" in line for line in lines) == 3
-
-
-def build_on(ranks: Ranks, lmdb: Path, folder: Path) -> None:
-    """A rank reads its share with and without cache."""
-    plain, cached = (
-        build_train_loader(loader_config(lmdb, cache=cache), 2, ranks) for cache in ("null", folder)
-    )
-    assert_same(list(cached), list(plain))
-
-
-def test_ranks_that_start_together_share_one(lmdb, folder):
-    spawn(2, build_on, lmdb, folder)
     assert len(contents(folder)) == 1
 
 
