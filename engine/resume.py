@@ -143,14 +143,14 @@ def save_if_due(run: Run, has_stepped: bool = True, asks: bool = True) -> None:
     Args:
         asks: whether ranks tell each other now of signals and of the clock.
     """
-    train, is_late = run.cfg.TRAIN, False
+    (interval, unit), is_late = run.cfg.TRAIN.save_interval, False
     if asks:
-        by_clock = run.ranks.is_main and train.save_minutes is not None
-        is_late = by_clock and time.monotonic() - run.saved_at >= 60 * train.save_minutes
+        by_clock = run.ranks.is_main and unit == "minutes"
+        is_late = by_clock and time.monotonic() - run.saved_at >= 60 * interval
         is_asked, is_late = any_rank(run.stop.is_set, is_late)
         if is_asked:
             save_and_stop(run)
-    if has_stepped and (is_late or (train.save_steps and run.step % train.save_steps == 0)):
+    if has_stepped and (is_late or (unit == "steps" and run.step % interval == 0)):
         save(run, {}, is_best=False)
 
 

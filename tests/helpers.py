@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import cv2
+import lmdb
 import numpy as np
 import torch
 import torch.multiprocessing
@@ -195,6 +196,14 @@ def all_refs(path: Path) -> list[RefRecord]:
     """Every ref of a file."""
     reader = RecordReader(path)
     return [reader.ref(position) for position in range(len(reader))]
+
+
+def put(path: Path, entries: dict[bytes, bytes | None]) -> Path:
+    """Write raw entries to an LMDB as another program would, or delete them (None)."""
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        for key, value in entries.items():
+            txn.delete(key) if value is None else txn.put(key, value)
+    return path
 
 
 def with_bad_image(source: Path, target: Path, content: bytes) -> Path:

@@ -43,8 +43,6 @@ BASE_HEAD = """\
 # here; `--opts KEY VALUE ...` on the command line goes over both. In paths, ~ is your home folder.
 """
 
-_GPUS = "training takes all GPUs that CUDA_VISIBLE_DEVICES lets it see, or else the CPU"
-_RECORDS = "DATA.train_lmdb, DATA.val_lmdb and TEST.test_lmdb name the records"
 # What other projects call a key, or a sentence where there is none.
 GUESSES = {
     "lr": "TRAIN.base_lr",
@@ -58,13 +56,14 @@ GUESSES = {
     "amp": "TRAIN.precision",
     "backbone": "TRAIN.clip_pretrain, the CLIP archive, decides it",
     "optimizer": "it is Adam, built by build_optimizer in engine/optim.py",
-    "gpus": _GPUS,
-    "gpu": _GPUS,
-    "num_gpus": _GPUS,
-    "device": _GPUS,
-    "root": _RECORDS,
-    "data_root": _RECORDS,
-    "data_dir": _RECORDS,
+    **dict.fromkeys(
+        ("gpus", "gpu", "num_gpus", "device"),
+        "training takes all GPUs that CUDA_VISIBLE_DEVICES lets it see, or else the CPU",
+    ),
+    **dict.fromkeys(
+        ("root", "data_root", "data_dir"),
+        "DATA.train_lmdb, DATA.val_lmdb and TEST.test_lmdb name the records",
+    ),
 }
 
 # Keys of the release that are accepted everywhere and do nothing: why.
@@ -135,36 +134,24 @@ class ClipArch(_Group):
     transformer_heads: Size
     transformer_layers: Size
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.transformer_width != 64 * self.transformer_heads:
-            raise UserError(
-                f"TRAIN.clip_arch.transformer_width {self.transformer_width} must be 64 times "
-                f"transformer_heads {self.transformer_heads}"
-            )
-        return self
-
 
 class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
-    # Name of the data set, for file names and tables.
-    dataset: Text = "refcoco"
+    dataset: Text = "refcoco"  # name of the data set, for file names and tables
     # Records to train on (made by tools/folder2lmdb.py), or a list of several data sets' records.
     train_lmdb: FilePaths = ("datasets/lmdb/refcoco/train.lmdb",)
     train_split: Text = "train"  # name of their split
-    # With two or more train_lmdb: leave out every ref whose image (by its id, or else its name) is
-    # in one of these, so that no image of a val or test split is trained on. With one train_lmdb
-    # nothing is left out, as published.
+    # With several train_lmdb: leave out the refs on images (by id, or else by name) of these, so
+    # that no val or test image is trained on. A single train_lmdb is read whole, as published.
     exclude_lmdb: tuple[FilePath, ...] = ()
-    # Records to validate on every val_freq epochs.
-    val_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"
+    val_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"  # records to validate on
     val_split: Text = "val"  # name of their split
     # Folder for the training photos and masks at input_size, made once and read from then on:
     # 0.69 MB a photo and its mask at 416. null: decode JPEGs each time.
     cache: FilePath | None = None
-    # Train where config, records and checkpoint say that they are of different data sets, splits or
-    # input sizes, which is refused otherwise. Scoring says so and goes on.
+    # Train though config, records and checkpoint are of different data sets, splits or input sizes.
+    # Scoring says so and goes on by itself.
     allow_mismatch: StrictBool = False
 
 
@@ -178,64 +165,48 @@ class TrainConfig(_Group):
     # vision_width, context_length, vocab_size, transformer_width, transformer_heads and
     # transformer_layers. Needs clip_pretrain null.
     clip_arch: ClipArch | None = None
-    # Side in pixels of the square that images are letterboxed into; a multiple of 32.
-    input_size: Pixels = 416
+    input_size: Pixels = 416  # side in pixels of the square that images are letterboxed into
     # Tokens a sentence, start and end included; longer ones are cut, shorter ones padded.
     word_len: Annotated[Integer, Field(ge=2)] = 17
-    # Width of CLIP's sentence vector. null: as CLIP says; a number must agree with it.
-    word_dim: Size | None = None
-    # Width of neck output and decoder: that of CLIP's text transformer (512 for RN50 and RN101, 640
-    # for RN50x4, 768 for RN50x16); divides by num_head and by 4. null: as CLIP says.
+    # The next four follow from CLIP where they are null; numbers must agree with it.
+    word_dim: Size | None = None  # width of CLIP's sentence vector
+    # Width of neck output and decoder, that of CLIP's text transformer; num_head divides it.
     vis_dim: Annotated[Size, Field(multiple_of=4)] | None = None
-    # Channels of the three backbone maps. null: as CLIP says; a list must agree with it.
-    fpn_in: tuple[Size, Size, Size] | None = None
-    # Widths inside the neck at stride 8, 16 and 32; the second is vis_dim. null: half of it, once
+    fpn_in: tuple[Size, Size, Size] | None = None  # channels of the three backbone maps
+    # Widths inside the neck at stride 8, 16 and 32: the second is vis_dim. null: half of it, once
     # and twice, which for RN50 and RN101 are the published 256, 512 and 1024.
     fpn_out: tuple[Size, Size, Size] | None = None
-    # Batch norm over the samples of all ranks; no effect with one rank.
-    sync_bn: StrictBool = True
+    sync_bn: StrictBool = True  # batch norm over the samples of all ranks
     num_layers: Size = 3  # of the decoder
     num_head: Size = 8  # attention heads in each of its layers
     dim_ffn: Size = 2048  # hidden width of its feed-forward part
-    # Inside it, attention weights included; in [0, 1).
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1  # in it, attention weights included
 
     # --- loading ---
-    # Loader processes of a machine, shared by its ranks; never more than there are cores.
-    workers: Count = 32
+    workers: Count = 32  # loader processes of a machine, for all its ranks; at most one a core
     workers_val: Count = 16  # the same for validation
 
     # --- recipe ---
-    # Passes over the refs; each visit of a ref draws one of its sentences.
-    epochs: Size = 50
+    epochs: Size = 50  # passes over the refs; each visit of a ref draws one of its sentences
     # How the rates fall: at milestones (published), or along half a cosine to 0 over all epochs.
     schedule: Literal["milestones", "cosine"] = "milestones"
-    # After how many epochs the rates are multiplied by lr_decay.
-    milestones: tuple[Size, ...] = (35,)
-    # Epoch to count from, 0 = the first. A checkpoint to resume from brings its own.
-    start_epoch: Count = 0
-    # Refs an optimiser step, over all ranks and accumulation steps; must divide by both.
-    batch_size: Size = 64
-    # Sentences a validation step, over all ranks.
-    batch_size_val: Size = 64
-    # Forward and backward passes whose gradients add up to one optimiser step.
-    accumulation_steps: Size = 1
+    milestones: tuple[Size, ...] = (35,)  # epochs after which rates are multiplied by lr_decay
+    start_epoch: Count = 0  # to count from; a resumed checkpoint brings its own
+    batch_size: Size = 64  # refs an optimiser step, over all ranks and accumulation steps
+    batch_size_val: Size = 64  # sentences a validation step, over all ranks
+    accumulation_steps: Size = 1  # passes whose gradients add up to an optimiser step
     # What stands side by side in a batch: refs at random (published), or all refs of an image,
     # which is then encoded once for them: cheaper, and every sentence meets its distractors.
     batch_by: Literal["refs", "images"] = "refs"
     base_lr: Rate = 1e-4  # Adam's rate for the head
     lr_decay: Rate = 0.1  # what the rates are multiplied by at each milestone
     lr_multi: Amount = 0.1  # the backbone's rate over the head's, from epoch 2
-    # The backbone's rate in epoch 1: published (base_lr, as the release really does), or lr_multi
-    # times it from the start.
+    # The backbone's rate in epoch 1: published (base_lr, as in the release), or lr_multi times it.
     backbone_start: Literal["published", "lr_multi"] = "published"
-    # Keep CLIP's token embedding as it is; published: trained.
-    freeze_token_embedding: StrictBool = False
-    # Optimiser steps over which both rates rise linearly from 0; 0: none, as published.
-    warmup_steps: Count = 0
+    freeze_token_embedding: StrictBool = False  # keep CLIP's as it is; published: trained
+    warmup_steps: Count = 0  # over which both rates rise linearly from 0; 0: none, as published
     weight_decay: Amount = 0.0  # Adam's L2 penalty
-    # Largest norm of the gradient, after loss scaling is undone; 0: no clipping.
-    max_norm: Amount = 0.0
+    max_norm: Amount = 0.0  # largest norm of the gradient, loss scaling undone; 0: no clipping
     # auto (fp16 on CUDA, fp32 on the CPU), fp16 (with loss scaling), bf16 or fp32.
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     # Gradient checkpointing: keep only what enters each block of CLIP's two encoders, and compute
@@ -245,34 +216,25 @@ class TrainConfig(_Group):
     # Compile the training pass with torch.compile: minutes at the first step, faster steps then;
     # other last bits, other dropout. Needs a C++ compiler on the CPU; not with recompute_*.
     compile: StrictBool = False
-    # On a GPU too, two runs give the same bits: only algorithms that do, which are slower
-    # (docs/memory.md). The CPU does without it, with the same number of threads.
+    # Two runs give the same bits on a GPU too, by slower algorithms (docs/memory.md).
     deterministic: StrictBool = False
-    # How masks shrink to the size of the logits: nearest (published) or area (soft, unshifted; goes
-    # with TEST.protocol aligned).
+    # How masks shrink to the logits' size: nearest (published), or area for TEST.protocol aligned.
     target: Literal["nearest", "area"] = "nearest"
-    # Epochs from one validation and checkpoint to the next; the last epoch always has both.
-    val_freq: Size = 1
+    val_freq: Size = 1  # epochs from one validation and checkpoint to the next; the last has both
     # Sentences of a ref that validation scores: all, as the test does, or the first (CRIS's own).
     val_sentences: Literal["all", "first"] = "all"
-    # Sentences that are drawn after each validation (photo, ground truth, prediction), always the
-    # same ones, each on another photo: in the run's folder, and at Weights & Biases if it is on.
-    val_pictures: Count = 4
-    # Checkpoints within an epoch: every so many steps (500) or minutes (10 minutes). null: only
-    # after each validation. Beside last_model.pth each is kept as step_<step>.pth, the newest
-    # keep_checkpoints of them.
+    val_pictures: Count = 4  # sentences drawn after each validation, each on another photo
+    # Checkpoints within an epoch: every so many steps (500) or minutes (10 minutes); null: none.
+    # Beside last_model.pth the newest keep_checkpoints are kept as step_<step>.pth.
     save_every: Interval | None = None
     keep_checkpoints: Size = 2  # no effect without save_every
-    # Seed of weights, order of refs, choice of sentences and dropout.
-    manual_seed: Count = 0
+    manual_seed: Count = 0  # of weights, order of refs, choice of sentences and dropout
 
     # --- run ---
-    # Steps between two lines in the log.
-    print_freq: Size = 100
+    print_freq: Size = 100  # steps between two lines in the log
     exp_name: Text = "CRIS_R50"  # the run is written to <output_folder>/<exp_name>
     output_folder: FilePath = "exp/refcoco"  # folder of runs
-    # Checkpoint whose weights to start from, with a new optimiser and epoch 0.
-    weight: FilePath | None = None
+    weight: FilePath | None = None  # checkpoint whose weights to start a new training from
     # Checkpoint (last_model.pth of a run) to continue exactly where it stopped; auto: the newest
     # whole one in the run's folder, or a new training where there is none. One of another run's
     # folder is refused where there are checkpoints already.
@@ -280,46 +242,34 @@ class TrainConfig(_Group):
     # Write to the run's folder even if another process is training there, an earlier training has
     # left its checkpoints (one that begins there removes them), or it has scores of other records.
     force: StrictBool = False
-    # Weights & Biases: disabled, offline or online.
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases
 
     @property
-    def save_steps(self) -> int | None:
-        """Steps from one checkpoint to the next, if `save_every` is in steps."""
-        text = self.save_every or "minutes"
-        return None if "minutes" in text else int(text.split()[0])
-
-    @property
-    def save_minutes(self) -> int | None:
-        """Minutes from one checkpoint to the next, if `save_every` is in minutes."""
-        text = self.save_every or ""
-        return int(text.split()[0]) if "minutes" in text else None
+    def save_interval(self) -> tuple[int, str]:
+        """Return `save_every` as a number and its unit: "steps", "minutes" or "never"."""
+        number, _, unit = (self.save_every or "0 never").partition(" ")
+        return int(number), unit or "steps"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.vis_dim is not None:
-            _check_heads(self.vis_dim, self.num_head)
         if self.weight is not None and self.resume not in (None, AUTO):
             raise UserError(
-                f"TRAIN.weight {self.weight} and TRAIN.resume {self.resume} are both set: weight "
-                "starts a new training, resume continues one; make one of them null"
+                "TRAIN.weight (to start from) and TRAIN.resume (to continue) are both set: make "
+                "one of them null"
             )
         if self.start_epoch >= self.epochs:
-            raise UserError(
-                f"TRAIN.start_epoch {self.start_epoch} must be below TRAIN.epochs {self.epochs}"
-            )
+            raise UserError(f"TRAIN.start_epoch must be below TRAIN.epochs, {self.epochs}")
         if self.compile and (self.recompute_backbone or self.recompute_decoder):
             raise UserError("TRAIN.compile and TRAIN.recompute_* are both true: choose one")
         if self.compile and self.batch_by == "images":
-            raise UserError(
-                "TRAIN.compile needs batches of one shape, which TRAIN.batch_by images has not; "
-                "set batch_by to refs"
-            )
+            raise UserError("TRAIN.compile needs batches of one shape: set TRAIN.batch_by to refs")
+        width = self.vis_dim or (self.clip_arch and self.clip_arch.transformer_width)
+        if width and width % self.num_head:
+            raise UserError(f"TRAIN.num_head {self.num_head} does not divide the width {width}")
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
                 raise UserError(
-                    f"TRAIN.clip_pretrain {self.clip_pretrain} and TRAIN.clip_arch are both set; "
-                    "make clip_pretrain null to train from scratch, or clip_arch null"
+                    "TRAIN.clip_pretrain and TRAIN.clip_arch are both set: make one of them null"
                 )
             check_clip_dims(self, self.clip_arch)
         return self
@@ -328,14 +278,12 @@ class TrainConfig(_Group):
 class TestConfig(_Group):
     """Say what test.py scores, and how."""
 
-    # Split to score; val-test, CRIS's name for val, is read as val.
-    test_split: Split = "val"
+    test_split: Split = "val"  # to score; val-test, CRIS's name for val, is read as val
     test_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"  # its records
     # Several splits in one run, such as [val, testA, testB], each from <split>.lmdb in the folder
     # of test_lmdb; []: only test_split. TEST.test_split in --opts takes the place of the list.
     splits: Annotated[tuple[Split, ...], BeforeValidator(_as_list)] = ()
-    # Checkpoint to score; null: best_model.pth of the run.
-    weights: FilePath | None = None
+    weights: FilePath | None = None  # checkpoint to score; null: best_model.pth of the run
     # How logits become a mask: published (corners aligned, threshold 0.35), aligned (pixel centres
     # aligned, threshold 0.5; goes with TRAIN.target area), or both, one table each.
     protocol: Literal["published", "aligned", "both"] = "published"
@@ -344,26 +292,21 @@ class TestConfig(_Group):
     # Where some sentences are true of nothing (gRefCOCO): a prediction of fewer foreground pixels,
     # at the photo's size, says "nothing" and is emptied; 1: only one without any pixel.
     no_target_pixels: Size = 50
-    # What the model computes in: fp32; or faster on a GPU, with slightly other masks: tf32, bf16,
-    # fp16.
+    # What the model computes in: fp32; tf32, bf16, fp16: faster on a GPU, slightly other masks.
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    # Write overlays of photo, ground truth, prediction, sentence and IoU.
-    visualize: StrictBool = False
+    visualize: StrictBool = False  # write photos with ground truth, prediction and IoU
     visualize_limit: Count | None = None  # at most so many a split; null: all
     # Write report/index.html in the run's folder: numbers, charts, and every sentence to look at.
     report: StrictBool = False
-    # At most so many sentences a split to look at, evenly from the worst to the best; null: all.
-    # The numbers are always those of all sentences.
-    report_limit: Size | None = None
+    report_limit: Size | None = None  # sentences a split to look at, worst to best; null: all
     report_photo_size: Size = 384  # longest side of the report's photos in pixels
-    # Check that the model reads: give each ref the sentences of another ref of the same image.
-    swap_sentences: StrictBool = False
+    swap_sentences: StrictBool = False  # give each ref the sentences of another one of its image
 
     __test__ = False  # pytest: no test class
 
 
 class Config(_Group):
-    """A resolved configuration. `notices` are lines for the log and no part of its value."""
+    """A resolved configuration."""
 
     DATA: DataConfig = DataConfig()
     TRAIN: TrainConfig = TrainConfig()
@@ -389,9 +332,6 @@ class Config(_Group):
         """Where the run is written: `<output_folder>/<exp_name>`."""
         return Path(self.TRAIN.output_folder) / self.TRAIN.exp_name
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Config) and to_dict(self) == to_dict(other)
-
 
 def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     """Read a YAML file, the files below it by `_base_`, and `--opts` over both.
@@ -408,23 +348,23 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     opts = [str(opt) for opt in opts]
     if len(opts) % 2:
         raise UserError(f"--opts takes KEY VALUE pairs; {opts[-1]} has no value")
-    values, sources = {}, {}
-    for source, tree in _read_files(Path(path)):
-        _merge(values, tree, source, sources)
+    files, values = _read_files(Path(path)), {}
+    for tree in files.values():
+        _merge(values, tree)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         key = _full_key(key)
         tree = _parse_opt(text, KEYS.get(key))
         for name in reversed(key.split(".")):
             tree = {name: tree}
-        _merge(values, tree, "--opts", sources)
+        _merge(values, tree)
         if key == "TEST.test_split":  # the one split asked for, whatever list the file has
-            _merge(values, {"TEST": {"splits": []}}, "--opts", sources)
+            _merge(values, {"TEST": {"splits": []}})
     ignored = _remove_without_effect(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        whole = f"{path}{' with --opts' if opts else ''}"
-        raise UserError(_first_fault(error, sources, whole)) from None
+        sources = [*files, "--opts"] if opts else files
+        raise UserError(f"{' + '.join(sources)}: {_first_fault(error)}") from None
     config._ignored = tuple(ignored)
     return config
 
@@ -443,24 +383,21 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def base_yaml() -> str:
     """Return the text of `config/base.yaml`: the comments, keys and defaults of the sections."""
-    lines = [BASE_HEAD]
+    text = BASE_HEAD
     for section, values in Config().model_dump(mode="json").items():
-        lines.append(f"\n{section}:\n")
+        text += f"\n{section}:\n"
         source = inspect.getsource(Config.model_fields[section].annotation)
         for line in source.splitlines()[3:]:
-            field = re.match(r"    (\w+): .*? = .*?(  # .*)?$", line)
-            if field:
+            if field := re.match(r"    (\w+): .*? = .*?(  # .*)?$", line):
                 key, meaning = field.groups(default="")
                 value = yaml.safe_dump([values[key]], default_flow_style=True, width=200)[1:-2]
-                lines.append(f"  {key}: {value}{meaning}\n")
-            elif line.startswith("    # "):
-                lines.append(line[2:] + "\n")
-            elif line:
+                text += f"  {key}: {value}{meaning}\n"
+            elif line and not line.startswith("    # "):
                 break
             else:
-                lines.append("\n")
-        lines[-1:] = [] if lines[-1] == "\n" else lines[-1:]
-    return "".join(lines)
+                text += f"{line[2:]}\n"
+        text = text.rstrip() + "\n"
+    return text
 
 
 def check_batch(train: TrainConfig, world_size: int) -> int:
@@ -470,16 +407,14 @@ def check_batch(train: TrainConfig, world_size: int) -> int:
         UserError: it does not divide, or a batch norm would see a single sample.
     """
     shares = world_size * train.accumulation_steps
-    micro_batch, rest = divmod(train.batch_size, shares)
-    smallest = 1 if train.sync_bn and world_size > 1 else 2
-    if not rest and micro_batch >= smallest:
-        return micro_batch
-    fault = "does not divide by" if rest else "leaves batch norm a single sample on"
-    nearest = sorted({max(n, smallest) * shares for n in (micro_batch, micro_batch + 1)})
-    raise UserError(
-        f"TRAIN.batch_size {train.batch_size} {fault} {world_size} x {train.accumulation_steps} "
-        f"(ranks x TRAIN.accumulation_steps); nearest that works: {' or '.join(map(str, nearest))}"
-    )
+    smallest = shares * (1 if train.sync_bn and world_size > 1 else 2)
+    if train.batch_size % shares or train.batch_size < smallest:
+        raise UserError(
+            f"TRAIN.batch_size {train.batch_size} must be a multiple of {world_size} x "
+            f"{train.accumulation_steps} (ranks x TRAIN.accumulation_steps) and, for batch norm, "
+            f"at least {smallest}"
+        )
+    return train.batch_size // shares
 
 
 def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
@@ -489,6 +424,11 @@ def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
         arch: `TRAIN.clip_arch`, or an archive's sizes (`model.clip.ClipSizes`).
     """
     width = arch.transformer_width
+    if width != 64 * arch.transformer_heads:
+        raise UserError(
+            f"TRAIN.clip_arch.transformer_width {width} must be 64 times "
+            f"transformer_heads {arch.transformer_heads}"
+        )
     for name, given, fitting in (
         ("fpn_in", train.fpn_in, (8 * arch.vision_width, 16 * arch.vision_width, arch.embed_dim)),
         ("word_dim", train.word_dim, arch.embed_dim),
@@ -499,16 +439,10 @@ def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
             raise UserError(
                 f"TRAIN.{name} {_show(given)} does not fit the CLIP: use {_show(fitting)} or null"
             )
-    _check_heads(width, train.num_head)
     if train.word_len > arch.context_length:
         raise UserError(
             f"TRAIN.word_len {train.word_len} exceeds CLIP's context_length {arch.context_length}"
         )
-
-
-def _check_heads(width: int, num_heads: int) -> None:
-    if width % num_heads:
-        raise UserError(f"TRAIN.vis_dim {width} does not divide by TRAIN.num_head {num_heads}")
 
 
 def _keys(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -525,30 +459,30 @@ def _keys(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 KEYS = _keys(Config)
 
 
-def _read_files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
-    """Return (name, content without `_base_`) of every file below `path`, and of `path` last."""
-    if path.resolve() in above:
-        raise UserError(f"{path}: its {BASE_KEY} leads back to it")
-    tree = _read_yaml(path)
-    below = []
-    if BASE_KEY in tree:
-        base_path = path.parent / os.path.expanduser(str(tree.pop(BASE_KEY)))
-        if not base_path.is_file():
-            raise UserError(f"{path}: its {BASE_KEY} {base_path} does not exist")
-        below = _read_files(base_path, (*above, path.resolve()))
-    return [*below, (str(path), tree)]
+def _read_files(path: Path) -> dict[str, dict]:
+    """Return, by name, the content of the files below `path` and of `path`, lowest first."""
+    files, seen = {}, []
+    while path.resolve() not in seen:
+        seen.append(path.resolve())
+        tree = _read_yaml(path)
+        base = tree.pop(BASE_KEY, None)
+        files = {str(path): tree} | files
+        if base is None:
+            return files
+        path = path.parent / os.path.expanduser(str(base))
+    raise UserError(f"{path}: its {BASE_KEY} leads back to it")
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML would drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
+        seen = []
         for key, _ in node.value:
             if key.value in seen:
-                problem = f"{key.value} is there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
+                fault = f"{key.value} is there twice"
+                raise yaml.MarkedYAMLError(problem=fault, problem_mark=key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -579,28 +513,24 @@ def _full_key(key: str) -> str:
 
 
 def _parse_opt(text: str, hint: Any) -> Any:
-    """Return what `text` spells for a key of type `hint`: Python literal, YAML, or text."""
-    takes_text = hint in (str, Text | None, FilePath | None) or get_origin(hint) is Literal
+    """Return what `text` spells for a key of type `hint`: text, Python literal, or YAML."""
+    if hint in (str, Text | None, FilePath | None) or get_origin(hint) is Literal:
+        # What Python or YAML makes of 007, off or 2024-01-01 is no help for a name.
+        return None if text in ("None", "null", "~", "") else text.strip("'\"")
     with suppress(ValueError, SyntaxError, TypeError):
-        value = ast.literal_eval(text)
-        if not takes_text or value is None or isinstance(value, str):
-            return value
-    if takes_text:  # what YAML makes of 007, off or 2024-01-01 is no help for a name
-        return None if text in ("null", "~", "") else text
+        return ast.literal_eval(text)
     with suppress(yaml.YAMLError, ValueError):
         return yaml.safe_load(text)
     return text
 
 
-def _merge(values: dict, tree: Mapping, source: str, sources: dict, prefix: str = "") -> None:
-    """Write the keys of `tree` over those of `values`, and note their source."""
+def _merge(values: dict, tree: Mapping) -> None:
+    """Write the keys of `tree` over those of `values`."""
     for name, value in tree.items():
-        name = str(name)
-        sources[prefix + name] = source
         if isinstance(value, Mapping):
             if not isinstance(values.get(name), dict):
                 values[name] = {}
-            _merge(values[name], value, source, sources, f"{prefix}{name}.")
+            _merge(values[name], value)
         else:
             values[name] = value
 
@@ -628,27 +558,21 @@ def _suggestion(key: str) -> str:
     return answer if " " in answer else f"did you mean {answer}?"
 
 
-def _first_fault(error: ValidationError, sources: Mapping[str, str], whole: str) -> str:
-    """Return one line that names the source, the key and what is wrong with its value."""
+def _first_fault(error: ValidationError) -> str:
+    """Return one line that names the key and what is wrong with its value."""
     faults = error.errors(include_url=False)
     fault = max(faults, key=lambda fault: fault["type"] == "extra_forbidden")
-    kind, value = fault["type"], fault["input"]
-    key = ".".join(part for part in fault["loc"] if isinstance(part, str))
-    entry = "".join(f"[{part}]" for part in fault["loc"] if isinstance(part, int))
-    where = f"{sources.get(key, whole)}: "
-    if kind == "extra_forbidden":
-        return f"{where}unknown key {key}; {_suggestion(key)}"
-    if kind == "missing":
-        return f"{where}{key}{entry} is missing"
-    text = fault["msg"].removeprefix("Value error, ")
+    text, value = fault["msg"].removeprefix("Value error, "), _show(fault["input"])
     if isinstance(fault.get("ctx", {}).get("error"), UserError):
-        return f"{whole}: {text}"  # of several keys, which it names
-    if kind == "string_pattern_mismatch":  # of an Interval
-        text = "must be a number of steps, or of minutes such as '10 minutes'"
-    if kind == "model_type":
-        text = "must be a mapping of its keys"
-    text = text.replace("Input should be", "must be").replace("a valid tuple", "a list")
-    return f"{where}{key}{entry} {text}, not {_show(value)}"
+        return text  # of several keys, which it names
+    key = ".".join(part for part in fault["loc"] if isinstance(part, str))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}; {_suggestion(key)}"
+    key += "".join(f"[{part}]" for part in fault["loc"] if isinstance(part, int))
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    text = re.sub(r"^\w+ should", "must", text).replace("a valid tuple", "a list")
+    return f"{key} {text}, not {value}"
 
 
 def _show(value: Any) -> str:

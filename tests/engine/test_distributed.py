@@ -388,7 +388,7 @@ def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp
     opts = ("--opts", "TRAIN.batch_size", 7)
     ending = torchrun(2, "train.py", "--config", config, *opts)
     assert ending.returncode == 1
-    message = "error: TRAIN.batch_size 7 does not divide by 2 x 1 (ranks x"
+    message = "error: TRAIN.batch_size 7 must be a multiple of 2 x 1 (ranks x"
     lines = [line for line in ending.stderr.splitlines() if message in line]
     assert 1 <= len(lines) <= 2
     assert "nearest that works: 6 or 8" in lines[0]

@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_in_its_validation_takes_a_step_of_the_next_epoch
 def test_errors_are_those_of_a_training(data, tmp_path):
     config = write_config(tmp_path, data)
     for opts, message in (
-        (("TRAIN.batch_size", 7, "TRAIN.accumulation_steps", 2), "does not divide by 1 x 2"),
+        (("TRAIN.batch_size", 7, "TRAIN.accumulation_steps", 2), "must be a multiple of 1 x 2"),
         (("DATA.val_lmdb", tmp_path / "no.lmdb"), "no.lmdb"),
         (("TRAIN.resume", tmp_path / "no.pth"), "there is no checkpoint"),
     ):
