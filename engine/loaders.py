@@ -20,7 +20,7 @@ from utils.distributed import Ranks
 from utils.errors import SHM_REMEDY, UserError
 from utils.logger import progress
 from utils.machine import available_cores
-from utils.records import ImageSet, JoinedReader, RecordReader, group_positions
+from utils.records import JoinedReader, RecordReader, group_positions, on_images_of
 from utils.signals import leave_stopping_to_the_parent
 
 # Images that a CPU encodes at a time when it evaluates: more leave its caches, and gain nothing.
@@ -115,8 +115,8 @@ def training_records(cfg: Config) -> JoinedReader:
         UserError: nothing is left.
     """
     readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
-    excluded = ImageSet(map(RecordReader, cfg.DATA.exclude_lmdb if len(readers) > 1 else ()))
-    records = JoinedReader([(r, np.flatnonzero(~excluded.holds(r))) for r in readers])
+    excluded = [*map(RecordReader, cfg.DATA.exclude_lmdb if len(readers) > 1 else ())]
+    records = JoinedReader([(r, np.flatnonzero(~on_images_of(excluded, r))) for r in readers])
     if len(records) == 0:
         raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")
     return records
@@ -151,8 +151,8 @@ def report_records(cfg: Config, records: JoinedReader) -> None:
             )
     elif cfg.DATA.exclude_lmdb:
         logger.warning("DATA.exclude_lmdb does nothing with a single DATA.train_lmdb")
-    validated = ImageSet([RecordReader(cfg.DATA.val_lmdb)])
-    shared = sum(int(validated.holds(reader)[kept].sum()) for reader, kept in records.parts)
+    val = [RecordReader(cfg.DATA.val_lmdb)]
+    shared = sum(int(on_images_of(val, reader)[kept].sum()) for reader, kept in records.parts)
     line = f"{shared:,} of {len(records):,} training refs are on images of {cfg.DATA.val_lmdb}"
     if shared == 0:
         logger.info(line)

@@ -25,11 +25,11 @@ from utils.photos import decode, read_mask
 from utils.records import (
     META_KEY,
     RELEASE_KEY,
+    REPACK,
     RecordReader,
     RecordWriter,
     RefRecord,
     open_lmdb,
-    repack_command,
 )
 from utils.tokenizer import has_words, token_lengths
 
@@ -283,7 +283,7 @@ def convert(args: argparse.Namespace) -> Path:
     path = args.output_dir / f"{source.stem}.lmdb"
     if path.resolve() == source.resolve():
         raise UserError(f"{path} is the file to convert: give another folder as -o")
-    remedy = f"{source} is damaged, {repack_command(source)}"
+    remedy = f"{source} is damaged, {REPACK}"
     images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
@@ -293,7 +293,7 @@ def convert(args: argparse.Namespace) -> Path:
         for place, data in tqdm(items, desc=str(source), unit="ref", disable=None):
             where = f"{source}: entry {place}"
             with odd.catch("unreadable entry", source.stem, place):
-                item = _release_item(data, where, repack_command(source))
+                item = _release_item(data, where, REPACK)
                 key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
                 if key not in images:
                     size = image_size(item["img"], f"{where}, image {key}", remedy)
@@ -331,7 +331,7 @@ def release_items(path: Path) -> Iterator[bytes | None]:
     """
     if not path.exists():
         raise UserError(f"--from-lmdb {path} does not exist")
-    remedy = repack_command(path)
+    remedy = REPACK
     with open_lmdb(path / "data.mdb" if path.is_dir() else path).begin() as txn:
         if txn.get(META_KEY) is not None:
             raise UserError(f"{path} is in this repository's format already: use it as it is")

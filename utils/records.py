@@ -22,7 +22,7 @@ import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -44,6 +44,8 @@ _INDEX_KEY = b"__index__"
 RELEASE_KEY = b"__keys__"  # in every LMDB of the release
 LARGEST = 2**63 - 1  # number that a record can hold
 LONGEST_KEY = 500  # bytes of an image's name; LMDB's keys end at 511
+HOW_TO_PACK = "python tools/folder2lmdb.py (see tools/prepare_datasets.md)"
+REPACK = f"re-pack with {HOW_TO_PACK}"
 
 T = TypeVar("T")
 
@@ -131,32 +133,29 @@ class RecordWriter:
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        partial = self._stack.enter_context(atomic_path(self.path))
-        partial.unlink(missing_ok=True)
-        # One process writes a file that nobody else knows of: no lock file is needed, and one
-        # sync at the end is enough.
-        how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
-        with self._stack.pop_all() as stack, _naming(self.path):
-            self._env = stack.enter_context(lmdb.open(str(partial), **how))
-            self._stack = stack.pop_all()
+        self._opened = self._open()
+        self._opened.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        with self._stack:
-            if error is not None:
-                raise error
-            with _naming(self.path):
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        with atomic_path(self.path) as partial, _naming(self.path):
+            partial.unlink(missing_ok=True)
+            # One process writes a file that nobody else knows of: no lock file is needed, and one
+            # sync at the end is enough.
+            how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
+            with lmdb.open(str(partial), **how) as self._env:
+                yield
                 self._finish()
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
         if key not in self._image_keys:
             self._image_keys.add(key)
-            with _naming(self.path):
-                self._put(_image_key(key), data)
+            self._put(_image_key(key), data)
 
     def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
         """Append a ref whose image has been added.
@@ -172,19 +171,16 @@ class RecordWriter:
         """
         if record.image_key not in self._image_keys:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
-        count = len(record.sentences)
-        if count == 0 or not count == len(record.sent_ids) == len(token_lengths):
+        counts = len(record.sentences), len(record.sent_ids), len(token_lengths)
+        if counts[0] == 0 or len(set(counts)) > 1 or record.num_targets < 0:
             raise ValueError(
-                f"ref {record.ref_id}: {count} sentences, {len(record.sent_ids)} sentence ids, "
-                f"{len(token_lengths)} token lengths"
+                f"ref {record.ref_id}: {counts} sentences, their ids and their lengths, "
+                f"{record.num_targets} targets"
             )
-        if record.num_targets < 0:
-            raise ValueError(f"ref {record.ref_id}: num_targets is {record.num_targets}")
         schema = _REF_SCHEMA if record.num_targets == 1 else _ANY_NUMBER_SCHEMA
-        with _naming(self.path):
-            self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], schema))
+        self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], schema))
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
-        self._index.append(row | {"num_sentences": count})
+        self._index.append(row | {"num_sentences": counts[0]})
         self._token_length.update(token_lengths)
         self._no_target += record.num_targets == 0
 
@@ -218,8 +214,8 @@ class RecordWriter:
             "tool": TOOL,
             "digest": self._digest.hexdigest(),
         }
-        meta |= {"left_out": self.left_out} if self.left_out else {}
-        meta |= {"no_target": self._no_target} if self._no_target else {}
+        rare = {"left_out": self.left_out, "no_target": self._no_target}
+        meta |= {name: count for name, count in rare.items() if count}
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
 
@@ -262,25 +258,13 @@ class RecordReader:
     @cached_property
     def meta(self) -> dict:
         """Return the `__meta__` entry; the keys of `token_length` are integers."""
-        if self._get(META_KEY) is None:
-            remedy = repack_command(self.path)
-            if self._get(RELEASE_KEY) is None:
-                raise UserError(f"{self.path} is an LMDB without __meta__: {remedy}")
+        if self._get(META_KEY) is None and self._get(RELEASE_KEY) is not None:
             raise UserError(
-                f"{self.path} is in the release's pickled format, which is not read: {remedy} (or, "
+                f"{self.path} is in the release's pickled format, which is not read: {REPACK} (or, "
                 "where only this file is left, python tools/folder2lmdb.py --from-lmdb "
                 f"{self.path} -o FOLDER)"
             )
-        meta = self._read(META_KEY, _parse_meta)
-        version = meta["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{self.path} is in record format {version!r:.40}, this code reads "
-                f"{FORMAT_VERSION}: {repack_command(self.path)}"
-            )
-        if meta["refs"] == 0:
-            raise UserError(f"{self.path} holds no refs: {repack_command(self.path)}")
-        return meta
+        return self._read(META_KEY, _parse_meta)
 
     @cached_property
     def index(self) -> RefIndex:
@@ -289,23 +273,11 @@ class RecordReader:
         return self._read(_INDEX_KEY, self._parse_index)
 
     def digest(self) -> str:
-        """Return what tells these records from others, such as the same refs packed anew.
-
-        It is in the meta entry; an older file has none, and its meta entry and index serve.
-        """
-        if "digest" in self.meta:
-            return self.meta["digest"]
-        entries = (self._read(key, bytes) for key in (META_KEY, _INDEX_KEY))
-        return hashlib.sha256(b"".join(entries)).hexdigest()
+        """Return what tells these records from others; "" for a file that does not say it."""
+        return self.meta.get("digest", "")
 
     def ref(self, i: int) -> RefRecord:
-        """Read the ref at position `i`, 0 <= i < len.
-
-        Raises:
-            IndexError: there is no such position.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path} has {len(self)} refs, no position {i}")
+        """Read the ref at position `i`, 0 <= i < len."""
         return self._read(_ref_key(i), _parse_ref)
 
     def image(self, key: str) -> bytes:
@@ -320,11 +292,13 @@ class RecordReader:
         """
         data = self._get(key)
         if data is None:
-            raise self._damaged(f"has no {_name(key)}")
+            raise UserError(f"{self.path} has no {_name(key)}: {REPACK}")
         try:
             return parse(data)
         except Exception as error:  # damaged bytes can fail with almost anything
-            raise self._damaged(f"has a damaged {_name(key)} ({error!r:.120})") from None
+            raise UserError(
+                f"{self.path} has an unreadable {_name(key)} ({error!r:.120}): {REPACK}"
+            ) from None
 
     def _get(self, key: bytes) -> bytes | None:
         """Copy one value out of the file; a view would not outlive the transaction."""
@@ -334,10 +308,9 @@ class RecordReader:
             with self._env.begin() as txn:
                 return txn.get(key)
         except lmdb.Error as error:
-            raise self._damaged(f"is damaged at {_name(key)} ({error!r:.120})") from None
-
-    def _damaged(self, how: str) -> UserError:
-        return UserError(f"{self.path} {how}: {repack_command(self.path)}")
+            raise UserError(
+                f"{self.path} is damaged at {_name(key)} ({error!r:.120}): {REPACK}"
+            ) from None
 
     def _parse_index(self, data: bytes) -> RefIndex:
         batch = _from_arrow(data, _INDEX_SCHEMA)
@@ -358,7 +331,7 @@ class JoinedReader:
         self._ends = list(accumulate(len(positions) for _, positions in parts))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
     def image_names(self) -> list[tuple[Path, str]]:
         """Return the file and key of each ref's image; images of two files are two images."""
@@ -374,8 +347,6 @@ class JoinedReader:
         Raises:
             IndexError: there is no such position.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"{len(self.parts)} files have {len(self)} refs, no position {i}")
         number = bisect_right(self._ends, i)
         reader, positions = self.parts[number]
         return reader, int(positions[i - self._ends[number]])
@@ -398,32 +369,24 @@ def group_positions(images: Iterable[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-class ImageSet:
-    """Holds the images of some files, and tells which refs of another file lie on one of them.
+def on_images_of(others: Sequence[RecordReader], reader: RecordReader) -> np.ndarray:
+    """Return (refs,) bool: whether the image of each of the reader's refs is in another file.
 
     Images are told apart by their ids, as COCO numbers them; by their keys where either side has
     no id.
     """
-
-    def __init__(self, readers: Iterable[RecordReader]) -> None:
-        self._ids: set[int] = set()
-        self._keys: set[str] = set()
-        self._keys_without_id: set[str] = set()
-        for reader in readers:
-            keys, ids = reader.index.image_keys, reader.index.image_ids
-            self._keys.update(keys)
-            self._ids.update(i for i in ids if i is not None)
-            self._keys_without_id.update(k for k, i in zip(keys, ids, strict=True) if i is None)
-
-    def holds(self, reader: RecordReader) -> np.ndarray:
-        """Return (refs,) bool: whether each ref's image is one of these."""
-        keys, ids = reader.index.image_keys, reader.index.image_ids
-        return np.array(
-            [
-                key in self._keys if i is None else i in self._ids or key in self._keys_without_id
-                for key, i in zip(keys, ids, strict=True)
-            ]
-        )
+    images = [
+        image
+        for other in others
+        for image in zip(other.index.image_keys, other.index.image_ids, strict=True)
+    ]
+    keys = {key for key, _ in images}
+    ids = {number for _, number in images if number is not None}
+    keys_without_id = {key for key, number in images if number is None}
+    own = zip(reader.index.image_keys, reader.index.image_ids, strict=True)
+    return np.array(
+        [key in keys if i is None else i in ids or key in keys_without_id for key, i in own]
+    )
 
 
 # py-lmdb refuses to open one file twice in a process, so readers share. Keyed by process id and
@@ -440,8 +403,7 @@ def open_lmdb(path: Path) -> lmdb.Environment:
         UserError: the file is missing, no LMDB, or cut off.
     """
     if not path.is_file():
-        what = "is a folder, not an LMDB file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: {repack_command(path, 'make it with')}")
+        raise UserError(f"{path} does not exist as a file: make it with {HOW_TO_PACK}")
     pid, stat = os.getpid(), path.stat()
     key = pid, stat.st_dev, stat.st_ino
     with _environments_lock:
@@ -461,26 +423,13 @@ def _open_file(path: Path) -> lmdb.Environment:
             str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
         )
     except lmdb.Error as error:
-        raise UserError(f"no LMDB can be read from {error}: {repack_command(path)}") from None
+        raise UserError(f"no LMDB can be read from {error}: {REPACK}") from None
     # Pages beyond the end of a partly copied file would kill the process when they are touched.
     size, expected = path.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size < expected:
         env.close()
-        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {repack_command(path)}")
+        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {REPACK}")
     return env
-
-
-def repack_command(path: Path, verb: str = "re-pack with") -> str:
-    """Return the command that makes the file, as far as its path tells."""
-    out, names = path.parent, path.stem.split("+")
-    if out.parent.name == "lmdb" and path.suffix == ".lmdb":  # as the tools lay them out
-        root = out.parent.parent
-        anns, masks = root / "anns" / out.name, root / "masks" / out.name
-        images = root / "images" / "train2014"
-    else:
-        anns, masks, images = Path("ANNOTATIONS"), Path("MASKS"), Path("IMAGES")
-    jsons = " ".join(f"{anns / name}.json" for name in names)
-    return f"{verb} python tools/folder2lmdb.py -j {jsons} -i {images} -m {masks} -o {out}"
 
 
 def _ref_key(position: int) -> bytes:
@@ -519,6 +468,8 @@ def _parse_ref(data: bytes) -> RefRecord:
 
 def _parse_meta(data: bytes) -> dict:
     meta = json.loads(data)
-    if meta["format_version"] == FORMAT_VERSION and meta["refs"] > 0:  # else it is refused
-        meta["token_length"] = {int(k): int(n) for k, n in meta["token_length"].items()}
-    return meta
+    if (version := meta["format_version"]) != FORMAT_VERSION:
+        raise ValueError(f"record format {version!r}, this code reads {FORMAT_VERSION}")
+    if meta["refs"] < 1:
+        raise ValueError("it holds no refs")
+    return meta | {"token_length": {int(k): int(n) for k, n in meta["token_length"].items()}}

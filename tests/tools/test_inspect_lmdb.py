@@ -265,7 +265,7 @@ def test_an_image_that_cannot_be_decoded_is_named_once(path, capsys):
 def test_a_record_that_cannot_be_read_is_named_and_the_rest_checked(path, capsys, content):
     poke(path, b"ref:000000004", content)
     found = faults(path, capsys)
-    how = "has no" if content is None else "has a damaged"
+    how = "has no" if content is None else "has an unreadable"
     assert found[0].startswith(f"position 4: {path} {how} ref:000000004")
     assert found[1].startswith("the file says that it holds 20 sentences, but ")
 
