@@ -12,7 +12,7 @@ from loguru import logger
 
 from engine.build import restore_trained
 from engine.tester import find_records, print_table, report_page, score_split, write_split
-from utils.arguments import parse_config_arguments
+from utils.arguments import config_parser, parse_with_opts
 from utils.config import load_config
 from utils.distributed import start
 from utils.errors import UserError, run_entry_point
@@ -22,7 +22,7 @@ from utils.logger import setup_logging
 
 def main() -> None:
     """Parse, restore the model, score each split, print the table."""
-    args = parse_config_arguments(__doc__)
+    args = parse_with_opts(config_parser(__doc__))
     cfg = load_config(args.config, args.opts)
     setup_logging(None, is_main=True)
     for notice in cfg.notices:

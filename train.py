@@ -21,7 +21,7 @@ from engine.optim import build_optimizer, build_schedule, parameter_groups
 from engine.run import Run
 from engine.trainer import build_scaler, fit, resolve_precision
 from utils import distributed
-from utils.arguments import parse_config_arguments
+from utils.arguments import config_parser, parse_with_opts
 from utils.config import Config, check_batch, load_config, to_dict
 from utils.errors import run_entry_point
 from utils.lock import check_locks
@@ -31,11 +31,14 @@ from utils.seed import deterministic, seed_everything
 
 def main() -> None:
     """Parse, start the ranks, train, stop."""
-    args = parse_config_arguments(
-        __doc__,
-        dry_run="build everything, take one step, score one validation batch, say what memory that "
+    parser = config_parser(__doc__)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take one step, score one validation batch, say what memory that "
         "took, and write nothing",
     )
+    args = parse_with_opts(parser)
     cfg = load_config(args.config, args.opts)
     check_locks()
     if distributed.wants_launch():

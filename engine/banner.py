@@ -1,4 +1,4 @@
-"""What is going to run, said before it runs."""
+"""Say what is going to run before it runs."""
 
 import json
 import shlex
@@ -11,25 +11,15 @@ from loguru import logger
 
 from engine.loaders import report_records
 from engine.run import Run
-from model.clip import ClipSizes
 from utils.config import Config, to_dict
 from utils.distributed import unwrap
 from utils.records import RecordReader
-
-# OpenAI's ResNets by blocks a stage and width.
-CLIP_NAMES = {
-    ((3, 4, 6, 3), 64): "RN50",
-    ((3, 4, 23, 3), 64): "RN101",
-    ((4, 6, 10, 6), 80): "RN50x4",
-    ((6, 8, 18, 8), 96): "RN50x16",
-    ((3, 15, 36, 10), 128): "RN50x64",
-}
 
 # What the other lines say, or the data and the model make necessary; all else is an option.
 SAID = {
     *("DATA.dataset", "DATA.train_lmdb", "DATA.train_split", "DATA.val_lmdb", "DATA.val_split"),
     *("TRAIN.clip_pretrain", "TRAIN.clip_arch", "TRAIN.input_size", "TRAIN.word_len"),
-    *("TRAIN.word_dim", "TRAIN.vis_dim", "TRAIN.fpn_in", "TRAIN.fpn_out", "TRAIN.num_layers"),
+    *("TRAIN.word_dim", "TRAIN.vis_dim", "TRAIN.fpn_in", "TRAIN.fpn_out"),
     *("TRAIN.batch_size", "TRAIN.accumulation_steps", "TRAIN.epochs", "TRAIN.precision"),
     *("TRAIN.exp_name", "TRAIN.output_folder", "TRAIN.weight", "TRAIN.resume"),
     "TRAIN.force",  # no setting of the training; a warning says what it removes
@@ -52,11 +42,12 @@ def announce(run: Run, source: str | None) -> None:
 
 
 def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
-    """(subject, what there is to say), in the order of the log."""
+    """Yield (subject, what there is to say) in the order of the log."""
     train, ranks, model = run.cfg.TRAIN, run.ranks, unwrap(run.model)
-    decoder = f"{counted(train.num_layers, 'decoder layer')} of {model.sizes.transformer_width}"
+    clip = f"{'-'.join(map(str, model.sizes.vision_layers))} of width {model.sizes.vision_width}"
+    head = f"{type(model.decoder).__name__} of width {model.sizes.transformer_width}"
     inputs = f"{train.input_size} pixels, {train.word_len} tokens"
-    yield "model", f"{clip_name(model.sizes)}, {decoder}; {inputs}"
+    yield "model", f"CLIP ResNet {clip}, {head}; {inputs}"
     yield "weights", origin(run, source)
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,11 +57,12 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     dataset = run.val_loader.dataset
     line = describe_records(dataset.reader, slice(None))
     ((name, protocol),) = run.protocols.items()
-    yield "validation", f"{line}; {name} protocol, threshold {protocol.threshold:g}"
-    if dataset.sentences == "first":
-        yield "", f"{len(dataset.keys()):,} of the sentences: the first of each ref"
-    dtype = str(run.dtype).removeprefix("torch.")
-    yield "ranks", f"{ranks.world_size} on {device_name(ranks.device)}, {dtype}"
+    rule = f"{name} protocol, threshold {protocol.threshold:g}, {dataset.sentences} sentences"
+    yield "validation", f"{line}; {rule}"
+    device = f"{ranks.device} with {counted(torch.get_num_threads(), 'thread')}"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    yield "ranks", f"{ranks.world_size} on {device}, {str(run.dtype).removeprefix('torch.')}"
     micro_batch = train.batch_size // ranks.world_size // train.accumulation_steps
     shares = f"{ranks.world_size} rank(s) x {micro_batch} x {train.accumulation_steps}"
     yield "step", f"{shares} (accumulation) = batch {train.batch_size}"
@@ -87,15 +79,8 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     yield from zip(["options", *[""] * (len(lines) - 1)], lines, strict=True)
 
 
-def clip_name(sizes: ClipSizes) -> str:
-    """Return the name by which people know a CLIP of these sizes."""
-    name = CLIP_NAMES.get((tuple(sizes.vision_layers), sizes.vision_width))
-    stages = "-".join(map(str, sizes.vision_layers))
-    return f"CLIP {name}" if name else f"CLIP ResNet {stages} of width {sizes.vision_width}"
-
-
 def origin(run: Run, source: str | None) -> str:
-    """Where the weights come from that the run starts with."""
+    """Tell where the weights come from that the run starts with."""
     train = run.cfg.TRAIN
     if source is not None:
         within = f" and {counted(run.position, 'step')}" if run.position else ""
@@ -114,15 +99,8 @@ def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
     return f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device} with {counted(torch.get_num_threads(), 'thread')}"
-
-
 def options_on(cfg: Config) -> list[str]:
-    """`KEY value` of every setting that is not the published one and stands in no other line."""
+    """Return `KEY value` of all settings but the published ones and those of other lines."""
     own, published = to_dict(cfg), to_dict(Config())
     return [
         f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
@@ -133,5 +111,5 @@ def options_on(cfg: Config) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
+    """Return such as `1 epoch`, `2 epochs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -23,8 +23,6 @@ def build_model(cfg: Config, device: torch.device) -> Segmenter:
         UserError: no CLIP is named, its archive cannot be used, or the config's widths do not fit
             it.
     """
-    if not cfg.TRAIN.clip_pretrain and cfg.TRAIN.clip_arch is None:
-        raise UserError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -48,12 +48,9 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str, is_training: bool) 
     trained, wanted = state.get("config"), to_dict(cfg)
     if not isinstance(trained, Mapping):
         return
-    files = trained.get("DATA", {}).get("train_lmdb")
-    is_of_several = isinstance(files, list | tuple) and len(files) > 1
+    is_of_several = len(trained.get("DATA", {}).get("train_lmdb", ())) > 1
     faults = []
-    for key in CHECKPOINT_KEYS:
-        if key == "DATA.dataset" and is_of_several:
-            continue
+    for key in CHECKPOINT_KEYS[1:] if is_of_several else CHECKPOINT_KEYS:
         section, name = key.split(".")
         was, now = trained.get(section, {}).get(name), wanted[section][name]
         if was not in (None, now):

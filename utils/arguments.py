@@ -4,19 +4,6 @@ import argparse
 from collections.abc import Sequence
 
 
-def parse_config_arguments(description: str, **switches: str) -> argparse.Namespace:
-    """Read `--config FILE [--switch ...] [--opts KEY VALUE ...]`.
-
-    Args:
-        description: shown by `--help`; the program's docstring.
-        switches: further options without a value, by name, with their help.
-    """
-    parser = config_parser(description)
-    for name, text in switches.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    return parse_with_opts(parser)
-
-
 def model_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """Return a parser of `--config` and `--weights`; `parse_with_opts` adds the rest."""
     parser = config_parser(description, epilog)

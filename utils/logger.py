@@ -9,21 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from loguru import logger
+from PIL.Image import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 LOG, METRICS = "train.log", "metrics.jsonl"  # in the folder of a run
 WANDB_RUN = "wandb_run"  # beside them: the id by which Weights & Biases knows the run
-TERMINAL_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{message}</level>"
-FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}"
 
 
 def setup_logging(folder: str | Path | None, is_main: bool) -> None:
@@ -38,13 +34,13 @@ def setup_logging(folder: str | Path | None, is_main: bool) -> None:
         return
     logger.add(
         lambda line: tqdm.write(line, file=sys.stderr, end=""),  # above a progress bar
-        format=TERMINAL_FORMAT,
+        format="<green>{time:HH:mm:ss}</green> <level>{message}</level>",
         colorize=sys.stderr.isatty(),
     )
     if folder is not None:
         # Made with the first line. Without `catch`, what cannot be written is an error.
-        path = Path(folder) / LOG
-        logger.add(path, format=FILE_FORMAT, encoding="utf-8", delay=True, catch=False)
+        line = "{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}"
+        logger.add(Path(folder) / LOG, format=line, encoding="utf-8", delay=True, catch=False)
 
 
 def progress(iterable, total: int, description: str, show: bool = True, done: int = 0):
@@ -60,10 +56,10 @@ def progress(iterable, total: int, description: str, show: bool = True, done: in
 
 def duration(seconds: float) -> str:
     """Return seconds as a person says them: `47 s`, `12 min`, `3 h 05 min`."""
-    minutes, hours = round(seconds / 60), int(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if hours == 0 else f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def _keep_records(path: Path, keep: Callable[[dict], bool]) -> int:
@@ -130,14 +126,14 @@ class Tracker:
             self._wandb.log(named, step=self._records, commit=True)
         self._records += 1
 
-    def show(self, epoch: int, pictures: Sequence[tuple[str, "Image.Image"]]) -> None:
+    def show(self, epoch: int, pictures: Sequence[tuple[str, Image]]) -> None:
         """Give Weights & Biases pictures with their captions, the same number in every epoch."""
         if self._wandb is None:
             return
-        from wandb import Image
+        import wandb
 
         images = {  # a name each, as pictures under one name must be of one size
-            f"epoch/sentence_{number}": Image(picture, caption=caption)
+            f"epoch/sentence_{number}": wandb.Image(picture, caption=caption)
             for number, (caption, picture) in enumerate(pictures, start=1)
         }
         self._wandb.log({"epoch/epoch": epoch, **images}, step=self._records)

@@ -27,69 +27,72 @@ from utils.records import RecordReader
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data) -> Path:
-    """The folder of a run of one epoch."""
+    """The last checkpoint of a run of one epoch."""
     folder = tmp_path_factory.mktemp("checked")
     run_program("train.py", write_config(folder, data))
-    return folder
+    return folder / "exp/tiny/last_model.pth"
 
 
-def test_records_of_another_data_set_are_refused_before_anything_is_written(data, tmp_path):
-    config = write_config(tmp_path, data)
-    line = error_of("train.py", config, "DATA.dataset", "refcoco")
-    assert "train.lmdb holds shapes train, the config says refcoco train" in line
-    assert line.endswith("if that is meant, add DATA.allow_mismatch True")
+@pytest.fixture
+def score(trained, data, tmp_path) -> tuple:
+    """How that checkpoint is scored: program, config, and options that write to `tmp_path`/tiny."""
+    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", trained)
+    return ("test.py", write_config(tmp_path, data), *out)
+
+
+@pytest.mark.parametrize(
+    ("key", "held", "fault"),
+    [
+        ("dataset", None, "train.lmdb holds shapes train, the config says refcoco train"),
+        ("train_lmdb", "testB", "holds shapes testB, the config says shapes train"),
+        ("val_lmdb", "testB", "holds shapes testB, the config says shapes val"),
+    ],
+)
+def test_other_records_are_refused_before_anything_is_written(key, held, fault, data, tmp_path):
+    value = data / f"lmdb/shapes/{held}.lmdb" if held else "refcoco"
+    line = error_of("train.py", write_config(tmp_path, data), f"DATA.{key}", value)
+    assert line.endswith(f"{fault}; if that is meant, add DATA.allow_mismatch True")
     assert not (tmp_path / "exp").exists()
 
 
-@pytest.mark.parametrize("key", ["train", "val"])
-def test_records_of_another_split_are_refused(key, data, tmp_path):
-    lmdb = data / "lmdb/shapes/testB.lmdb"
-    line = error_of("train.py", write_config(tmp_path, data), f"DATA.{key}_lmdb", lmdb)
-    assert f"holds shapes testB, the config says shapes {key}" in line
-
-
-def test_a_split_under_another_name_is_scored_as_what_it_is(trained, data, tmp_path, capsys):
-    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", trained / "exp/tiny/last_model.pth")
+def test_a_split_under_another_name_is_scored_as_what_it_is(score, data, tmp_path, capsys):
     opts = ("TEST.test_split", "testA", "TEST.test_lmdb", data / "lmdb/shapes/testB.lmdb")
-    run_program("test.py", trained / "tiny.yaml", *opts, *out)
+    run_program(*score, *opts)
     told = "holds shapes testB, the config says shapes testA: shapes testB is scored with "
     assert capsys.readouterr().err.count(told) == 1
     assert json.loads((tmp_path / "tiny/test_shapes_testB.json").read_text())["split"] == "testB"
 
 
-def test_two_files_of_one_split_do_not_overwrite_each_others_scores(trained, data, tmp_path):
+def test_two_files_of_one_split_do_not_overwrite_each_others_scores(score, data, tmp_path):
     for split in ("val", "testA"):
         (tmp_path / f"{split}.lmdb").symlink_to(data / "lmdb/shapes/testB.lmdb")
     opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
-    line = error_of("test.py", trained / "tiny.yaml", *opts)
-    assert line.endswith(f"{tmp_path}/testA.lmdb both hold shapes testB")
+    assert error_of(*score, *opts).endswith(f"{tmp_path}/testA.lmdb both hold shapes testB")
 
 
-def test_scores_of_other_records_of_the_same_name_are_not_replaced(trained, data, tmp_path):
+def test_scores_of_other_records_of_the_same_name_are_not_replaced(score, data, tmp_path):
     lmdb = shutil.copy(data / "lmdb/shapes/val.lmdb", tmp_path / "val.lmdb")
-    opts = ("TEST.test_lmdb", lmdb, "TRAIN.output_folder", tmp_path)
-    opts += ("TEST.weights", trained / "exp/tiny/last_model.pth")
+    score += ("TEST.test_lmdb", lmdb)
     for _ in range(2):  # the same records are scored again
-        run_program("test.py", trained / "tiny.yaml", *opts)
+        run_program(*score)
     result = tmp_path / "tiny/test_shapes_val.json"
     before = result.read_text()
     write_records(Path(lmdb), [2])
-    line = error_of("test.py", trained / "tiny.yaml", *opts)
-    assert line.startswith(f"{result} has the scores of other records than {lmdb} holds: ")
+    fault = f"{result} has the scores of other records than {lmdb} holds: "
+    assert error_of(*score).startswith(fault)
     assert result.read_text() == before
-    run_program("test.py", trained / "tiny.yaml", *opts, "TRAIN.force", True)
+    run_program(*score, "TRAIN.force", True)
     assert json.loads(result.read_text())["records"] == RecordReader(lmdb).digest()
 
 
 @pytest.mark.parametrize("name", ["report", "vis"])
 def test_the_next_split_is_scored_and_printed_though_pictures_cannot_be_written(
-    trained, tmp_path, capsys, name
+    score, tmp_path, capsys, name
 ):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / name).touch()
     opts = ("TEST.splits", "[val, testA]", "TEST.report", True, "TEST.visualize", True)
-    opts += ("TRAIN.output_folder", tmp_path, "TEST.weights", trained / "exp/tiny/last_model.pth")
-    assert f"{tmp_path}/tiny/{name}" in error_of("test.py", trained / "tiny.yaml", *opts)
+    assert f"{tmp_path}/tiny/{name}" in error_of(*score, *opts)
     assert "shapes mIoU (published), val / testA: " in capsys.readouterr().out
     assert (tmp_path / "tiny/test_shapes_testA.json").is_file()
 
@@ -110,13 +113,11 @@ def test_the_flag_lets_another_data_set_pass(data, tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_inputs_is_scored_and_told_but_not_resumed(
-    trained, tmp_path, capsys, opts, fault
+    trained, score, capsys, opts, fault
 ):
-    weights = trained / "exp/tiny/last_model.pth"
-    told = f"{weights} was trained with {fault}"
-    out = ("TRAIN.output_folder", tmp_path)
-    assert told in error_of("train.py", trained / "tiny.yaml", *opts, "TRAIN.resume", weights)
-    run_program("test.py", trained / "tiny.yaml", *opts, *out, "TEST.weights", weights)
+    told = f"{trained} was trained with {fault}"
+    assert told in error_of("train.py", score[1], *opts, "TRAIN.resume", trained)
+    run_program(*score, *opts)
     assert capsys.readouterr().err.count(told) == 1
 
 
@@ -126,10 +127,11 @@ def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
     config, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
     for folder in (config.parent, run):
         folder.mkdir(parents=True)
-    (run / "best_model.pth").write_bytes((trained / "exp/tiny/last_model.pth").read_bytes())
+    shutil.copy(trained, run / "best_model.pth")
     names = {"DATA": {"dataset": "refcoco"}}
     names["TRAIN"] = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
-    config.write_text(json.dumps({"_base_": str(trained / "tiny.yaml"), **names}))
+    base = str(write_config(tmp_path, data))
+    config.write_text(json.dumps({"_base_": base, **names}))
     line = (
         f"{sys.executable} -u {ROOT}/test.py --config config/refcoco/cris_r50.yaml --opts "
         "TEST.test_split val-test TEST.test_lmdb datasets/lmdb/refcocog_g/val.lmdb"
@@ -142,36 +144,26 @@ def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="no /sys, where not even root may write")
-def test_what_cannot_be_written_is_told_before_an_hour_of_scoring(trained):
-    weights = ("TEST.weights", trained / "exp/tiny/last_model.pth")
-    line = error_of(
-        "test.py", trained / "tiny.yaml", *weights, "TRAIN.output_folder", "/sys/nobody"
-    )
-    assert line.startswith("/sys/nobody")
+def test_what_cannot_be_written_is_told_before_an_hour_of_scoring(score):
+    assert error_of(*score, "TRAIN.output_folder", "/sys/nobody").startswith("/sys/nobody")
 
 
-def test_scores_are_printed_though_they_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
-    weights = ("TEST.weights", trained / "exp/tiny/last_model.pth")
+def test_scores_are_printed_though_they_cannot_be_written(score, tmp_path, capsys):
     with largest_file(2_000):
-        line = error_of("test.py", trained / "tiny.yaml", *weights, "TRAIN.output_folder", tmp_path)
-    assert "File too large" in line
+        assert "File too large" in error_of(*score)
     assert "perfect model" in capsys.readouterr().out
     assert not list((tmp_path / "tiny").iterdir())
 
 
 def test_a_training_may_start_from_the_weights_of_another_data_set(trained, data, tmp_path):
-    config = write_config(tmp_path, data, word_len=12)
-    run_program("train.py", config, "TRAIN.weight", trained / "exp/tiny/last_model.pth")
-    state = load(tmp_path / "exp/tiny/last_model.pth")
-    assert state["config"]["TRAIN"]["word_len"] == 12
+    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", trained)
+    assert load(tmp_path / "exp/tiny/last_model.pth")["config"]["TRAIN"]["word_len"] == 12
 
 
 def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(trained, data, tmp_path):
-    start = ("TRAIN.weight", trained / "exp/tiny/last_model.pth")
-    before = load(start[1])["state_dict"]
-    run_program(
-        "train.py", write_config(tmp_path, data), *start, "TRAIN.freeze_token_embedding", True
-    )
+    before = load(trained)["state_dict"]
+    opts = ("TRAIN.weight", trained, "TRAIN.freeze_token_embedding", True)
+    run_program("train.py", write_config(tmp_path, data), *opts)
     after = load(tmp_path / "exp/tiny/last_model.pth")["state_dict"]
     name = "backbone.token_embedding.weight"
     assert (after[name] == before[name]).all()
