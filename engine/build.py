@@ -68,9 +68,7 @@ def restore_trained(
 
     Args:
         weights: of the checkpoint; None: `TEST.weights`, or else the best one of the run.
-        purpose: what names it, for errors.
-    Raises:
-        UserError: the checkpoint cannot be read, or does not fit the config.
+        purpose, Raises: as for `restore_model`.
     """
     path = str(weights or cfg.TEST.weights or cfg.run_folder / BEST)
     model, state = restore_model(cfg, device, path, purpose)
@@ -92,10 +90,8 @@ def find_device(name: str | torch.device | None, purpose: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{purpose} {name}: it cannot be used here ({reason}); cpu always can"
-        ) from None
+        fault = f"it cannot be used here ({str(error).splitlines()[0]})"
+        raise UserError(f"{purpose} {name}: {fault}; cpu always can") from None
     return device
 
 

@@ -21,9 +21,6 @@ def check_records(cfg: Config, lmdb: str, split: str) -> None:
 
     A run on several data sets has a name of its own; its records are checked by split alone.
 
-    Args:
-        lmdb: path of the records.
-        split: what the config takes them for.
     Raises:
         UserError: they differ; or the LMDB cannot be read.
     """
@@ -48,7 +45,7 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str, is_training: bool) 
     trained, wanted = state.get("config"), to_dict(cfg)
     if not isinstance(trained, Mapping):
         return
-    is_of_several = len(trained.get("DATA", {}).get("train_lmdb", ())) > 1
+    is_of_several = len(trained.get("DATA", {}).get("train_lmdb") or ()) > 1
     faults = []
     for key in CHECKPOINT_KEYS[1:] if is_of_several else CHECKPOINT_KEYS:
         section, name = key.split(".")

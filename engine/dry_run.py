@@ -29,12 +29,11 @@ def dry_run(run: Run) -> None:
         f"one step of {run.cfg.TRAIN.batch_size} refs in {seconds:.1f} s: "
         f"loss {score['loss']:.4f}{skipped}; {trained}"
     )
-    start = time.monotonic()
-    scores = validate(run, batches=1)
-    name = main_metric(scores)
+    start, scores = time.monotonic(), validate(run, batches=1)
+    seconds, name = time.monotonic() - start, main_metric(scores)
     logger.info(
-        f"one validation batch, {scores['sentences']} sentences, in "
-        f"{time.monotonic() - start:.1f} s: {name} {percent(scores[name])}; {_memory(run)}"
+        f"one validation batch, {scores['sentences']} sentences, in {seconds:.1f} s: "
+        f"{name} {percent(scores[name])}; {_memory(run)}"
     )
     logger.info(f"dry run: nothing was written to {run.folder}")
 

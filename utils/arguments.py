@@ -22,10 +22,8 @@ def config_parser(description: str, epilog: str | None = None) -> argparse.Argum
 
 def text_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help shows these texts line by line, as they are written."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=as_written
-    )
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    return argparse.ArgumentParser(description=description, epilog=epilog, **how)
 
 
 def check_at_least(

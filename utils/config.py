@@ -85,8 +85,8 @@ def _as_text(value: Any) -> Any:
 
 
 def _as_number(value: Any) -> Any:
-    with suppress(ValueError):
-        return float(value) if type(value) in (int, str) else value  # YAML 1.1 takes 1e-4 for text
+    with suppress(ValueError):  # YAML 1.1 takes 1e-4 for text
+        return float(value) if type(value) in (int, str) else value
     return value
 
 
@@ -161,9 +161,7 @@ class TrainConfig(_Group):
     # --- model ---
     # OpenAI's CLIP archive (or a plain state dict) to start from; null: from scratch by clip_arch.
     clip_pretrain: FilePath | None = "pretrain/RN50.pt"
-    # Sizes of a CLIP without an archive, a mapping of embed_dim, image_resolution, vision_layers,
-    # vision_width, context_length, vocab_size, transformer_width, transformer_heads and
-    # transformer_layers. Needs clip_pretrain null.
+    # Sizes of a CLIP without an archive, a mapping as in config/refshapes/cris_tiny.yaml.
     clip_arch: ClipArch | None = None
     input_size: Pixels = 416  # side in pixels of the square that images are letterboxed into
     # Tokens a sentence, start and end included; longer ones are cut, shorter ones padded.

@@ -115,10 +115,7 @@ class RecordWriter:
 
     Args:
         path: the file to make; its folder is created.
-        dataset, split: names that go into the file's meta entry.
-
-    Attributes:
-        left_out: how many odd refs of the split are not packed; goes there too.
+        dataset, split: names for the meta entry, as is `left_out`, the number of refs not packed.
     """
 
     def __init__(self, path: str | Path, dataset: str, split: str) -> None:
@@ -142,20 +139,25 @@ class RecordWriter:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        with atomic_path(self.path) as partial, _naming(self.path):
+        # One process writes a file that nobody else knows of: no lock file is needed, and one sync
+        # at the end is enough.
+        how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
+        with atomic_path(self.path) as partial:  # names the file in errors of the system
             partial.unlink(missing_ok=True)
-            # One process writes a file that nobody else knows of: no lock file is needed, and one
-            # sync at the end is enough.
-            how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
-            with lmdb.open(str(partial), **how) as self._env:
-                yield
-                self._finish()
+            try:
+                with lmdb.open(str(partial), **how) as self._env:
+                    yield
+                    self._finish()
+            except lmdb.Error as error:  # a full disk is an input/output error to LMDB
+                if shutil.disk_usage(partial.parent).free == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+                raise OSError(errno.EIO, str(error)) from None
 
     def add_image(self, key: str, data: bytes) -> None:
         """Store an image file's bytes under `key`; a key that is there already is left alone."""
         if key not in self._image_keys:
             self._image_keys.add(key)
-            self._put(_image_key(key), data)
+            self._put(f"image:{key}".encode(), data)
 
     def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
         """Append a ref whose image has been added.
@@ -173,12 +175,10 @@ class RecordWriter:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
         counts = len(record.sentences), len(record.sent_ids), len(token_lengths)
         if counts[0] == 0 or len(set(counts)) > 1 or record.num_targets < 0:
-            raise ValueError(
-                f"ref {record.ref_id}: {counts} sentences, their ids and their lengths, "
-                f"{record.num_targets} targets"
-            )
+            counted = f"{counts} sentences, their ids and their lengths"
+            raise ValueError(f"ref {record.ref_id}: {counted}, {record.num_targets} targets")
         schema = _REF_SCHEMA if record.num_targets == 1 else _ANY_NUMBER_SCHEMA
-        self._put(_ref_key(len(self._index)), _to_arrow([vars(record)], schema))
+        self._put(b"ref:%09d" % len(self._index), _to_arrow([vars(record)], schema))
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
         self._index.append(row | {"num_sentences": counts[0]})
         self._token_length.update(token_lengths)
@@ -218,20 +218,6 @@ class RecordWriter:
         meta |= {name: count for name, count in rare.items() if count}
         self._put(META_KEY, json.dumps(meta).encode())
         self._env.sync(True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn LMDB's errors into the system's, which name the file.
-
-    LMDB calls a write that was cut short by a full disk an input/output error.
-    """
-    try:
-        yield
-    except lmdb.Error as error:
-        if shutil.disk_usage(path.parent).free == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 class RecordReader:
@@ -278,27 +264,22 @@ class RecordReader:
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len."""
-        return self._read(_ref_key(i), _parse_ref)
+        return self._read(b"ref:%09d" % i, _parse_ref)
 
     def image(self, key: str) -> bytes:
         """Read the original bytes of an image file."""
-        return self._read(_image_key(key), bytes)
+        return self._read(f"image:{key}".encode(), bytes)
 
     def _read(self, key: bytes, parse: Callable[[bytes], T]) -> T:
-        """Return what `parse` makes of the bytes under a key.
-
-        Raises:
-            UserError: there is nothing, or it is damaged.
-        """
-        data = self._get(key)
+        """Return what `parse` makes of the bytes under a key; UserError if it can make nothing."""
+        name, data = key.decode(), self._get(key)
         if data is None:
-            raise UserError(f"{self.path} has no {_name(key)}: {REPACK}")
+            raise UserError(f"{self.path} has no {name}: {REPACK}")
         try:
             return parse(data)
         except Exception as error:  # damaged bytes can fail with almost anything
-            raise UserError(
-                f"{self.path} has an unreadable {_name(key)} ({error!r:.120}): {REPACK}"
-            ) from None
+            fault = f"{self.path} has an unreadable {name} ({error!r:.120})"
+            raise UserError(f"{fault}: {REPACK}") from None
 
     def _get(self, key: bytes) -> bytes | None:
         """Copy one value out of the file; a view would not outlive the transaction."""
@@ -308,9 +289,8 @@ class RecordReader:
             with self._env.begin() as txn:
                 return txn.get(key)
         except lmdb.Error as error:
-            raise UserError(
-                f"{self.path} is damaged at {_name(key)} ({error!r:.120}): {REPACK}"
-            ) from None
+            fault = f"{self.path} is damaged at {key.decode()} ({error!r:.120})"
+            raise UserError(f"{fault}: {REPACK}") from None
 
     def _parse_index(self, data: bytes) -> RefIndex:
         batch = _from_arrow(data, _INDEX_SCHEMA)
@@ -430,19 +410,6 @@ def _open_file(path: Path) -> lmdb.Environment:
         env.close()
         raise UserError(f"{path} is cut off ({size} bytes of {expected}): {REPACK}")
     return env
-
-
-def _ref_key(position: int) -> bytes:
-    return b"ref:%09d" % position
-
-
-def _image_key(key: str) -> bytes:
-    return b"image:" + key.encode()
-
-
-def _name(key: bytes) -> str:
-    """Name an entry in words: __index__, ref:000000004, image a.jpg."""
-    return key.decode().replace("image:", "image ", 1)
 
 
 def _to_arrow(rows: list[dict], schema: pa.Schema) -> bytes:

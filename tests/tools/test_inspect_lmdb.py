@@ -315,4 +315,4 @@ def test_a_missing_image_is_named_and_the_program_ends_with_one_line_and_exit_co
     result = run_command(sys.executable, "tools/inspect_lmdb.py", path)
     assert result.returncode == 1
     assert result.stderr == f"error: {path}: 1 faults, listed above\n"
-    assert f"ref 102 (position 2): {path} has no image image_1.jpg: re-pack" in result.stdout
+    assert f"ref 102 (position 2): {path} has no image:image_1.jpg: re-pack" in result.stdout
