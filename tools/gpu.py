@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import find_device
 from engine.guard import optimizer_step
 from engine.trainer import forward_backward
-from tools.benchmark import Setting, build_run, pack_shapes, parse_args
-from tools.latency import machine, take_turns
+from tools.benchmark import Setting, build_run, pack_shapes, parse_args, read_batch
+from tools.latency import describe_machine, machine, take_turns
 from utils.arguments import text_parser
-from utils.dataset import collate_refs
 from utils.errors import run_entry_point
 from utils.files import atomic_path
 
@@ -34,17 +33,18 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "not run: no CUDA device"
 TOP = 10  # kernels of the profile
 LEARNING = Path("config/refshapes/cris_r50.yaml")
-BENCHMARKS = {
-    "step of 64, fp16": "train --batch 64 --precision fp16 --compile",
-    "step of 64, bf16": "train --batch 64 --precision bf16 --compile",
-    "step of 16, fp16": "train --batch 16 --precision fp16 --compile",
-    "memory of 64, fp16": "memory --batch 64 --precision fp16",
-    "evaluation": "eval --photos 24",
-    "evaluation, bf16": "eval --photos 24 --precision bf16",
-    "evaluation, fp16": "eval --photos 24 --precision fp16",
-}
 LOADER = "loader, one core"
 ON_CPU = {LOADER}  # what needs no GPU
+BENCHMARKS = {
+    "step of 64, fp16": "train --batch 64 --rounds 5 --compile --opts TRAIN.precision fp16",
+    "step of 64, bf16": "train --batch 64 --rounds 5 --compile --opts TRAIN.precision bf16",
+    "step of 16, fp16": "train --batch 16 --rounds 5 --compile --opts TRAIN.precision fp16",
+    "memory of 64, fp16": "memory --batch 64 --rounds 1 --opts TRAIN.precision fp16",
+    "evaluation": "eval --photos 24",
+    "evaluation, bf16": "eval --photos 24 --opts TEST.precision bf16",
+    "evaluation, fp16": "eval --photos 24 --opts TEST.precision fp16",
+    LOADER: "data",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.part:
         print(json.dumps(MEASURED[args.part](find_device("cuda", "--part"))))
         return
-    results = {"machine": describe_machine(), "parts": {}}
+    results = {"machine": machine_and_driver(), "parts": {}}
     with TemporaryDirectory() as folder:
         for name, command in commands(Path(folder)).items():
             print(f"● {name}", flush=True)
@@ -75,9 +75,9 @@ def commands(folder: Path) -> dict[str, list[object]]:
         "bf16 product": ["tools/gpu.py", "--part", "product"],
     }
     for name, words in BENCHMARKS.items():
-        file = folder / f"{name}.json"
-        parts[name] = ["tools/benchmark.py", *words.split(), "--device", "cuda", "--json", file]
-    parts[LOADER] = ["tools/benchmark.py", "data", "--rounds", 3, "--json", folder / "data.json"]
+        device = "cpu" if name in ON_CPU else "cuda"
+        given = ["--device", device, "--json", folder / f"{name}.json"]
+        parts[name] = ["tools/benchmark.py", *given, *words.split()]
     parts["profile of a step"] = ["tools/gpu.py", "--part", "profile"]
     return parts | {"learning": ["tools/quickstart.py", "--config", LEARNING]}
 
@@ -105,15 +105,12 @@ def run_part(words: Sequence[object]) -> dict:
 def read_figures(words: Sequence[object], lines: Sequence[str]) -> dict:
     """Return what a command line has measured: of its JSON files, or of its last line."""
     if "--json" in words:
-        return json.loads(Path(words[-1]).read_text())
+        return json.loads(words[words.index("--json") + 1].read_text())
     if LEARNING in words:
         stem = ROOT / "exp/refshapes" / LEARNING.stem / "test_refshapes_val.aligned"
         paths = {"mIoU": f"{stem}.json", "mIoU, sentences swapped": f"{stem}.swapped.json"}
         return {name: json.loads(Path(path).read_text())["mIoU"] for name, path in paths.items()}
-    return json.loads(lines[-1]) if lines[-1:] and lines[-1].startswith("{") else {}
-
-
-# ------------------------------------------------------------------------------ measured in here
+    return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
 
 
 def measure_product(device: torch.device, side: int = 8192) -> dict[str, float]:
@@ -123,7 +120,7 @@ def measure_product(device: torch.device, side: int = 8192) -> dict[str, float]:
     return {"TFLOP/s": 2 * side**3 / median(seconds) / 1e12}
 
 
-def profile_step(device: torch.device, words: str = "--batch 64 --precision fp16") -> dict:
+def profile_step(device: torch.device, words: str = "--batch 64") -> dict:
     """Profile a training step: its costliest kernels, the device's idle share, the host's waits.
 
     Args:
@@ -134,8 +131,7 @@ def profile_step(device: torch.device, words: str = "--batch 64 --precision fp16
         args.records = pack_shapes(Path(folder))
         setting = Setting(args)
         run = build_run(setting, setting.ours().train())
-        (positions, *_) = setting.position_batches(args.batch)
-        batch = collate_refs(setting.dataset().__getitems__([(p, 0) for p in positions]))
+        batch = read_batch(setting.dataset(), setting.position_batches(args.batch)[0])
 
         def step() -> None:
             forward_backward(run, batch, synchronize=True)
@@ -154,7 +150,7 @@ def profile_step(device: torch.device, words: str = "--batch 64 --precision fp16
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
         with torch.profiler.profile() as seen:
-            (seconds,) = take_turns({"step": step}, 1, device, warmup=0)["step"]
+            (seconds,) = take_turns({"step": step}, 1, device)["step"]
     key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
     busy = sum(getattr(row, key) for row in rows) / 1e6
@@ -166,10 +162,7 @@ def profile_step(device: torch.device, words: str = "--batch 64 --precision fp16
     }
 
 
-# ------------------------------------------------------------------------------------- the table
-
-
-def describe_machine() -> dict[str, str | int]:
+def machine_and_driver() -> dict[str, str | int]:
     """Return the machine as benchmarks do, with the GPU's driver."""
     found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -182,8 +175,8 @@ def describe_machine() -> dict[str, str | int]:
 
 def to_markdown(results: Mapping) -> str:
     """Return a table of the parts, and of what each has measured."""
-    about = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    lines = [about, "", "| part | outcome | measured |", "|---|---|---|"]
+    lines = [describe_machine(results["machine"]), ""]
+    lines += ["| part | outcome | measured |", "|---|---|---|"]
     for name, part in results["parts"].items():
         seconds = f", {part['seconds']:.0f} s" if "seconds" in part else ""
         lines.append(f"| {name} | {part['outcome']}{seconds} | {describe_figures(part)} |")
@@ -197,16 +190,15 @@ def describe_figures(part: Mapping) -> str:
         unit, ratios = figures["unit"], figures["ratios"]
         cells = []
         for name, row in figures["ways"].items():
-            rate = row.get("GFLOP/s", 0) / 1e3
-            cells.append(f"{name}: {row[unit]['median']:,.1f} {unit}")
-            cells[-1] += f", {rate:,.2f} TFLOP/s" if rate else ""
-            cells[-1] += f", ratio {ratios[name]['median']:.2f}" if name in ratios else ""
+            rate = f", {row['GFLOP/s'] / 1e3:,.2f} TFLOP/s" if row.get("GFLOP/s") else ""
+            ratio = f", ratio {ratios[name]['median']:.2f}" if name in ratios else ""
+            cells.append(f"{name}: {row[unit]['median']:,.1f} {unit}{rate}{ratio}")
         return "; ".join(cells)
     if figures:
+        plain = {key: value for key, value in figures.items() if not isinstance(value, dict)}
         return ", ".join(
             f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in figures.items()
-            if not isinstance(value, dict)
+            for key, value in plain.items()
         )
     return (part.get("output") or [""])[-1]
 

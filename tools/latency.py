@@ -22,12 +22,10 @@ from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
 from utils.arguments import check_at_least, config_parser, parse_with_opts
 from utils.config import ClipArch, Config, load_config
-from utils.errors import UserError, run_entry_point
+from utils.errors import run_entry_point
 from utils.files import atomic_path
 from utils.logger import setup_logging
 from utils.machine import peak_memory
-from utils.tokenizer import END_ID, START_ID
-from utils.transforms import normalize_images
 
 EPILOG = """examples:
   python tools/latency.py --config config/refcoco/cris_r50.yaml --rounds 200 --json cost.json
@@ -38,15 +36,11 @@ random weights, which cost the same. Times are of one photo with one sentence an
 --sentences of them; of the network alone, normalised images in, logits out, in float32, with
 BatchNorm folded as in evaluation and prediction."""
 
+Ways = Mapping[str, Callable[[], object]]
+
 WARMUP = 10  # rounds that are not kept
-# Where each part's parameters lie; the image backbone stands first, the text backbone is the rest.
-PARTS = {
-    "image backbone": "backbone.visual.",
-    "text backbone": "backbone.",
-    "neck": "neck.",
-    "decoder": "decoder.",
-    "projector": "proj.",
-}
+QUANTILES = {"median": 0.5, "p10": 0.1, "p90": 0.9}  # of the times of a call
+PARTS = ("image backbone", "text backbone", "neck", "decoder", "projector")
 PUBLISHED_ARCH = {  # of OpenAI's archives, by the names that the published configs give them
     "RN50": (1024, 224, (3, 4, 6, 3), 64, 77, 49408, 512, 8, 12),
     "RN101": (512, 224, (3, 4, 23, 3), 64, 77, 49408, 512, 8, 12),
@@ -63,10 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(without_archive(cfg), device)
     else:
         model, *_ = restore_trained(cfg, device, args.weights, "weights")
-    model.eval()
     with torch.inference_mode():
-        calls = timed_calls(fold_batch_norm(model), cfg, device, args.sentences)
-        seconds = take_turns(calls, args.rounds, device, WARMUP)
+        image, tokens = inputs(cfg, device, args.sentences)
+        calls = timed_calls(fold_batch_norm(model), image, tokens)
+        seconds = {
+            name: dict(zip(QUANTILES, np.quantile(times, [*QUANTILES.values()]), strict=True))
+            for name, times in take_turns(calls, args.rounds, device, WARMUP).items()
+        }
         report = {
             "config": str(args.config),
             "input_size": cfg.TRAIN.input_size,
@@ -74,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "device": str(device),
             "machine": machine(device),
             "parameters": parameters_by_part(model),
-            "flops": operations_by_part(model, cfg, device),
+            "flops": operations_by_part(model.eval(), image, tokens[:1]),
             "sentences": args.sentences,
             "rounds": args.rounds,
-            "seconds": {name: quantiles(values) for name, values in seconds.items()},
+            "seconds": seconds,
             "peak_memory": {"process": peak_memory()},
         }
     if device.type == "cuda":
@@ -89,91 +86,72 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def without_archive(cfg: Config) -> Config:
-    """Return the config with the published sizes where the CLIP archive that it names is missing.
-
-    Raises:
-        UserError: the sizes of that archive are not known here.
-    """
-    archive = cfg.TRAIN.clip_pretrain
-    if not archive or Path(archive).is_file():
+    """Return the config with the published sizes where its CLIP archive is known and missing."""
+    archive = Path(cfg.TRAIN.clip_pretrain or "")
+    if archive.is_file() or archive.stem not in PUBLISHED_ARCH:
         return cfg
-    sizes = PUBLISHED_ARCH.get(Path(archive).stem)
-    if sizes is None:
-        raise UserError(
-            f"TRAIN.clip_pretrain: there is no {archive}, and its sizes are not known here; "
-            f"known are {' and '.join(PUBLISHED_ARCH)}"
-        )
     logger.info(f"there is no {archive}: weights are random, sizes those of the archive")
-    arch = ClipArch(**dict(zip(ClipArch.model_fields, sizes, strict=True)))
-    train = cfg.TRAIN.model_copy(update={"clip_pretrain": None, "clip_arch": arch})
-    return cfg.model_copy(update={"TRAIN": train})
+    sizes = zip(ClipArch.model_fields, PUBLISHED_ARCH[archive.stem], strict=True)
+    changes = {"clip_pretrain": None, "clip_arch": ClipArch(**dict(sizes))}
+    return cfg.model_copy(update={"TRAIN": cfg.TRAIN.model_copy(update=changes)})
+
+
+def inputs(cfg: Config, device: torch.device, sentences: int) -> tuple[Tensor, Tensor]:
+    """Make a photo of noise, (1, 3, S, S), and rows of tokens without padding, (sentences, L)."""
+    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
+    image = torch.randn(1, side, side, 3, device=device).permute(0, 3, 1, 2)  # as photos lie
+    return image, torch.ones(sentences, length, dtype=torch.int64, device=device)
 
 
 def parameters_by_part(model: Segmenter) -> dict[str, int]:
     """Count each part's parameters; together they are the model's."""
-    counts = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
-        counts[part] += parameter.numel()
-    return counts
+    parts = (model.backbone.visual, model.backbone, model.neck, model.decoder, model.proj)
+    visual, backbone, *others = (sum(p.numel() for p in m.parameters()) for m in parts)
+    return dict(zip(PARTS, (visual, backbone - visual, *others), strict=True))
 
 
-def operations_by_part(model: Segmenter, cfg: Config, device: torch.device) -> dict[str, int]:
-    """Count each part's operations for one sentence on one photo, as `count_flops` does."""
-    image, tokens = inputs(cfg, device, 1)
-    maps = model.backbone.encode_image(image)
-    words, state = model.backbone.encode_text(tokens)
-    fused = model.neck(model.neck.project(*maps), state)
-    pixels = model.decoder(fused, words, tokens == 0)
-    calls = (
-        lambda: model.backbone.encode_image(image),
-        lambda: model.backbone.encode_text(tokens),
-        lambda: model.neck(model.neck.project(*maps), state),
-        lambda: model.decoder(fused, words, tokens == 0),
-        lambda: model.proj(pixels, state),
-    )
-    return {part: count_flops(call) for part, call in zip(PARTS, calls, strict=True)}
+def operations_by_part(model: Segmenter, image: Tensor, tokens: Tensor) -> dict[str, int]:
+    """Count each part's operations for these inputs, as `count_flops` does."""
+    maps, image_flops = count_flops(model.backbone.encode_image, image)
+    (words, state), text_flops = count_flops(model.backbone.encode_text, tokens)
+    fused, neck_flops = count_flops(lambda: model.neck(model.neck.project(*maps), state))
+    pixels, decoder_flops = count_flops(model.decoder, fused, words, tokens == 0)
+    _, projector_flops = count_flops(model.proj, pixels, state)
+    counts = (image_flops, text_flops, neck_flops, decoder_flops, projector_flops)
+    return dict(zip(PARTS, counts, strict=True))
 
 
-def inputs(cfg: Config, device: torch.device, sentences: int) -> tuple[Tensor, Tensor]:
-    """Make a photo of noise, (1, 3, S, S), and full rows of tokens, (sentences, L)."""
-    generator = torch.Generator().manual_seed(0)
-    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
-    pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=generator)
-    tokens = torch.randint(1, START_ID, (sentences, length), generator=generator)
-    tokens[:, 0], tokens[:, -1] = START_ID, END_ID
-    return normalize_images(pixels.to(device)), tokens.to(device)
+def count_flops(function: Callable[..., object], *inputs: object) -> tuple[object, int]:
+    """Call a function; count its matrix products, convolutions, attention, backward passes too.
+
+    A multiplication and an addition are two operations. Attention is computed by plain matrix
+    products meanwhile, since torch's counter does not know the CPU's own kernels of it.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            output = function(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+    return output, counter.get_total_flops()
 
 
-def timed_calls(
-    model: Segmenter, cfg: Config, device: torch.device, sentences: int
-) -> dict[str, Callable[[], object]]:
+def timed_calls(model: Segmenter, image: Tensor, tokens: Tensor) -> Ways:
     """Return the calls that are timed, by what they do."""
-    image, tokens = inputs(cfg, device, sentences)
-    features = model.encode_image(image)
-    image_index = torch.zeros(sentences, dtype=torch.int64, device=device)
-
-    def segment(count: int) -> Tensor:
-        return model.segment(features.repeat(image_index[:count]), tokens[:count])
-
-    calls = {
+    features, rows = model.encode_image(image), torch.zeros_like(tokens[:, 0])
+    return {
         "photo and sentence": lambda: model(image, tokens[:1]),
         "photo alone": lambda: model.encode_image(image),
-        "sentence on an encoded photo": lambda: segment(1),
+        "sentence on an encoded photo": lambda: model.segment(features, tokens[:1]),
+        f"{len(tokens)} sentences on an encoded photo": lambda: model.segment(
+            features.repeat(rows), tokens
+        ),
     }
-    if sentences > 1:
-        calls[f"{sentences} sentences on an encoded photo"] = lambda: segment(sentences)
-    return calls
-
-
-def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Return the median, and what one call in ten stays below and above."""
-    values = np.quantile(seconds, (0.5, 0.1, 0.9)).tolist()
-    return dict(zip(("median", "p10", "p90"), values, strict=True))
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+    ways: Ways, rounds: int, device: torch.device, warmup: int = 0
 ) -> dict[str, list[float]]:
     """Return the seconds of each way in each round; the first `warmup` rounds are not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -185,22 +163,6 @@ def take_turns(
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: values[warmup:] for name, values in seconds.items()}
-
-
-def count_flops(call: Callable[[], object]) -> int:
-    """Count a call's matrix products, convolutions and attention, backward passes included.
-
-    A multiplication and an addition are two operations. Attention is computed by plain matrix
-    products meanwhile, since torch's counter does not know the CPU's own kernels of it.
-    """
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            call()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
-    return counter.get_total_flops()
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -217,27 +179,27 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def describe_machine(machine: Mapping[str, str | int]) -> str:
+    """Return what `machine` has found as a line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
 def print_report(report: Mapping) -> None:
     """Print two tables: what the model is, and how long it takes."""
-    kind = report["machine"]
-    where = kind["gpu"] if report["device"].startswith("cuda") else kind["processor"]
-    print(
-        f"{report['config']}: {report['input_size']} pixels, {report['word_len']} tokens, float32\n"
-        f"on {report['device']} ({where}), {kind['threads']} thread(s), torch {kind['torch']}\n"
-    )
+    sizes = f"{report['input_size']} pixels, {report['word_len']} tokens"
+    print(f"{report['config']}: {sizes}, float32, on {report['device']}")
+    print(f"{describe_machine(report['machine'])}\n\n{'part':<34}{'parameters':>14}{'GFLOP':>10}")
     parameters, flops = report["parameters"], report["flops"]
-    print(f"{'part':<34}{'parameters':>14}{'GFLOP':>10}")
-    for part in parameters:
-        print(f"{part:<34}{parameters[part]:>14,}{flops[part] / 1e9:>10.3f}")
-    print(f"{'all':<34}{sum(parameters.values()):>14,}{sum(flops.values()) / 1e9:>10.3f}\n")
-    print(f"{'':<34}{'ms, median':>14}{'p10':>10}{'p90':>10}{'sentences/s':>14}")
+    totals = ("all", sum(parameters.values()), sum(flops.values()))
+    for part, count, operations in [*((p, parameters[p], flops[p]) for p in PARTS), totals]:
+        print(f"{part:<34}{count:>14,}{operations / 1e9:>10.3f}")
+    print(f"\n{'':<34}{'ms, median':>14}{'p10':>10}{'p90':>10}{'sentences/s':>14}")
     counts = (1, 0, 1, report["sentences"])  # of the calls, in order
-    for (name, times), count in zip(report["seconds"].items(), counts, strict=False):
-        median, p10, p90 = (1000 * times[key] for key in ("median", "p10", "p90"))
+    for (name, times), count in zip(report["seconds"].items(), counts, strict=True):
+        median, p10, p90 = (1000 * times[key] for key in QUANTILES)
         rate = f"{1000 * count / median:.1f}" if count else ""
         print(f"{name:<34}{median:>14.2f}{p10:>10.2f}{p90:>10.2f}{rate:>14}")
-    memory = report["peak_memory"].items()
-    peaks = ", ".join(f"{size / 1e6:,.0f} MB ({name})" for name, size in memory)
+    peaks = ", ".join(f"{s / 1e6:,.0f} MB ({name})" for name, s in report["peak_memory"].items())
     print(f"\n{report['rounds']} rounds in turn; peak memory {peaks}")
 
 
@@ -249,7 +211,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parse_with_opts(parser, argv)
-    check_at_least(parser, args, sentences=1, rounds=1)
+    check_at_least(parser, args, sentences=2, rounds=1)
     return args
 
 

@@ -27,13 +27,9 @@ THRESHOLD = 0.35
 
 
 class Published(nn.Module):
-    """The network. `model(image, tokens)` -> logits (B, 1, S/4, S/4)."""
+    """The network, of a segmenter's modules. `model(image, tokens)` -> logits (B, 1, S/4, S/4)."""
 
     def __init__(self, segmenter: Segmenter) -> None:
-        """
-        Args:
-            segmenter: whose modules this takes, weights included.
-        """
         super().__init__()
         self.backbone = segmenter.backbone
         self.neck = segmenter.neck
@@ -91,27 +87,12 @@ def pool_densely(pool: nn.Module, x: Tensor) -> Tensor:
         grid.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False
     )
     tokens = (x + grid).flatten(2).permute(2, 0, 1)  # (H·W, B, C)
-    attended, _ = F.multi_head_attention_forward(
-        tokens,
-        tokens,
-        tokens,
-        embed_dim_to_check=channels,
-        num_heads=pool.num_heads,
-        in_proj_weight=None,
-        in_proj_bias=torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=0.0,
-        out_proj_weight=pool.c_proj.weight,
-        out_proj_bias=pool.c_proj.bias,
-        need_weights=False,
-        use_separate_proj_weight=True,
-        q_proj_weight=pool.q_proj.weight,
-        k_proj_weight=pool.k_proj.weight,
-        v_proj_weight=pool.v_proj.weight,
-    )
-    attended = attended.permute(1, 2, 0).reshape(len(x), -1, height, width)
+    heads = [
+        proj(tokens).unflatten(2, (pool.num_heads, -1)).permute(1, 2, 0, 3)
+        for proj in (pool.q_proj, pool.k_proj, pool.v_proj)
+    ]  # (B, heads, H·W, C / heads)
+    attended = F.scaled_dot_product_attention(*heads).permute(2, 0, 1, 3).flatten(2)
+    attended = pool.c_proj(attended).permute(1, 2, 0).reshape(len(x), -1, height, width)
     return F.relu(attended + pool.connect(x))
 
 
@@ -134,13 +115,11 @@ def fuse(neck: nn.Module, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> 
     """The pyramid: three maps and the state -> one map at stride 16."""
     gate = neck.txt_proj(state)[:, :, None, None]
     f5 = neck.norm_layer(neck.f1_v_proj(c5) * gate)
-    f4 = neck.f2_v_proj(c4)
-    f4 = neck.f2_cat(torch.cat([f4, twice(f5)], dim=1))
+    f4 = neck.f2_cat(torch.cat([neck.f2_v_proj(c4), twice(f5)], dim=1))
     f3 = F.avg_pool2d(neck.f3_v_proj(c3), 2)
     f3 = neck.f3_cat(torch.cat([f3, f4], dim=1))
     f5 = twice(neck.f4_proj5(f5))
-    x = torch.cat([neck.f4_proj3(f3), neck.f4_proj4(f4), f5], dim=1)
-    x = neck.aggr(x)
+    x = neck.aggr(torch.cat([neck.f4_proj3(f3), neck.f4_proj4(f4), f5], dim=1))
     batch, _, height, width = x.shape
     xs = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
     ys = torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)
@@ -173,29 +152,20 @@ def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Te
     map_pos[..., channels // 2 :] = waves(height, channels // 2, x)[:, None]
     map_pos = map_pos.flatten(0, 1)[:, None]
     x, words = x.flatten(2).permute(2, 0, 1), words.transpose(0, 1)
+    norm = nn.LayerNorm.forward  # torch's own, not that of model/layers.py
     for layer in decoder.layers:
-        y = normed(layer.norm1, x)
+        y = norm(layer.norm1, x)
         y, _weights = layer.self_attn(y + map_pos, y + map_pos, y)
-        x = x + drop(layer, normed(layer.self_attn_norm, y))
-        y = normed(layer.norm2, x)
+        x = x + layer.dropout(norm(layer.self_attn_norm, y))
+        y = norm(layer.norm2, x)
         y, _weights = layer.multihead_attn(
             y + map_pos, words + word_pos, words, key_padding_mask=pad_mask
         )
-        x = x + drop(layer, normed(layer.cross_attn_norm, y))
-        first, relu, _dropout, norm, second = layer.ffn
-        hidden = drop(layer, relu(first(normed(layer.norm3, x))))
-        x = x + drop(layer, second(normed(norm, hidden)))
-    return normed(decoder.norm, x).permute(1, 2, 0).reshape(batch, channels, height, width)
-
-
-def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer normalisation as torch has it."""
-    return nn.LayerNorm.forward(norm, x)
-
-
-def drop(layer: nn.Module, x: Tensor) -> Tensor:
-    """A decoder layer's dropout, drawn by torch."""
-    return F.dropout(x, layer.dropout.p, layer.training)
+        x = x + layer.dropout(norm(layer.cross_attn_norm, y))
+        first, relu, dropout, ffn_norm, second = layer.ffn
+        hidden = dropout(relu(first(norm(layer.norm3, x))))
+        x = x + layer.dropout(second(norm(ffn_norm, hidden)))
+    return norm(decoder.norm, x).permute(1, 2, 0).reshape(batch, channels, height, width)
 
 
 def project(proj: nn.Module, x: Tensor, state: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from helpers import run_command, write_config
 
 from tools import gpu
+from tools.benchmark import parse_args
 from tools.gpu import measure_product, profile_step
 
 CPU = torch.device("cpu")
@@ -42,6 +43,14 @@ def test_a_part_that_fails_leaves_the_results_of_the_others(tmp_path, monkeypatc
     table = capsys.readouterr().out
     assert "| fails | failed, 0 s | the reason |" in table
     assert "| works | ok, 0 s | rate 2.50 |" in table
+
+
+def test_commands_are_those_of_the_benchmark(tmp_path):
+    for name, (program, *words) in gpu.commands(tmp_path).items():
+        if program == "tools/benchmark.py":
+            args = parse_args([str(word) for word in words])
+            assert args.json == tmp_path / f"{name}.json"
+            assert (args.device == "cuda") == (name not in gpu.ON_CPU)
 
 
 def test_a_step_is_profiled_and_a_product_timed(tmp_path, data):
