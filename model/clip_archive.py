@@ -2,9 +2,8 @@
 
 OpenAI publishes CLIP as TorchScript archives: zip files in which `<name>/data.pkl` pickles a tree
 of module objects, `<name>/data/<key>` holds the bytes of each storage, and `<name>/code/` the
-program. Here the tree is read by an unpickler that knows a short list of names, each standing for
-something of ours that only stores; the program is never looked at. A plain state dict (`.pt`,
-`.pth`) and `.safetensors` with CLIP's key names are read too.
+program, which is never looked at. A plain state dict (`.pt`, `.pth`) and `.safetensors` with
+CLIP's key names are read too.
 """
 
 import hashlib
@@ -34,7 +33,6 @@ PUBLISHED_DIGESTS = {
 DOWNLOAD_HINT = "tools/prepare_datasets.md says where to download it"
 
 NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")
-WEB_PAGE = re.compile(rb"\s*<(!doctype|!--|\?xml|html|head|body|error)", re.IGNORECASE)
 
 
 class ArchiveError(ValueError):
@@ -72,9 +70,8 @@ def read_clip(path: str | Path) -> dict[str, Tensor]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != PUBLISHED_DIGESTS[path.name]:
             warnings.warn(
-                f"{path} is not the published {path.name}: SHA-256 {digest} instead of "
-                f"{PUBLISHED_DIGESTS[path.name]} ({DOWNLOAD_HINT}; rename it if it is meant to "
-                "differ)",
+                f"{path} is not the published {path.name}: its SHA-256 is {digest}, not "
+                f"{PUBLISHED_DIGESTS[path.name]} ({DOWNLOAD_HINT}; or rename it)",
                 stacklevel=2,
             )
     return {
@@ -103,7 +100,7 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
         # One row for the class token and one for each cell of a square map at stride 32.
         num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
         transformer_width, embed_dim = state["text_projection"].shape
-        sizes = ClipSizes(
+        return ClipSizes(
             embed_dim=embed_dim,
             image_resolution=math.isqrt(num_cells) * 32,
             vision_layers=tuple(_count_blocks(state, f"visual.layer{n}.") for n in range(1, 5)),
@@ -119,9 +116,6 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
         raise ArchiveError(
             f"no CLIP: it has {held} ..., but no {missing}: {DOWNLOAD_HINT}"
         ) from None
-    if num_cells != math.isqrt(num_cells) ** 2:
-        raise ArchiveError(f"the attention pool has positions for {num_cells} cells, no square")
-    return sizes
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -131,8 +125,8 @@ def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read whatever named tensors the file holds, by its kind."""
     with path.open("rb") as file:
-        head = file.read(512)
-    if WEB_PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
+        head = file.read(32)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise ArchiveError(f"a web page, not the file behind the link: {DOWNLOAD_HINT}")
     try:
         if head[8:9] == b"{":  # after the length of its own head
@@ -140,7 +134,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if head.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return _read_torchscript(archive)
+                    return dict(_TreeUnpickler(archive).load().tensors())
         return _read_state_dict(path)
     except ArchiveError:
         raise
@@ -164,16 +158,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise ArchiveError(f"a {type(content).__name__} saved by torch.save, not a state dict")
-    return {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-
-
-def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    (root,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
-    return dict(_TreeUnpickler(archive, root.removesuffix("data.pkl")).load().tensors())
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _refusal(asked: str) -> ArchiveError:
@@ -200,22 +185,24 @@ class _Module:
 class _TreeUnpickler(pickle.Unpickler):
     """Rebuild the tree of modules and tensors; a name outside the list ends the reading.
 
-    An allowed name never becomes the function it names, only a builtin type or a method of this
-    object: there is nothing else that a pickle could call.
+    An allowed name never becomes the function it names, only a builtin type or a function given
+    here: there is nothing else that a pickle could call.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
-        self.archive = archive
-        self.folder = folder
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        (root,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+        super().__init__(io.BytesIO(archive.read(root)))
+        self.archive, self.folder = archive, root.removesuffix(".pkl")
         self.storages: dict[str, Tensor] = {}
         lists = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
         numbers = ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")
         self.allowed = {
             "collections.OrderedDict": dict,
             "torch.device": str,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch.jit._pickle.restore_type_tag": self._untagged,
+            "torch._utils._rebuild_tensor_v2": (
+                lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset)
+            ),
+            "torch.jit._pickle.restore_type_tag": lambda value, _type: value,
             **{f"torch.jit._pickle.{name}": list for name in lists},
             **{f"torch.{name}Storage": getattr(torch, name.lower()) for name in numbers},
         }
@@ -234,12 +221,6 @@ class _TreeUnpickler(pickle.Unpickler):
         if numel == 0:
             return torch.empty(0, dtype=dtype)
         if key not in self.storages:
-            content = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+            content = bytearray(self.archive.read(f"{self.folder}/{key}"))
             self.storages[key] = torch.frombuffer(content, dtype=dtype, count=numel)
         return self.storages[key]
-
-    def _tensor(self, flat: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-        return flat.as_strided(size, stride, offset)
-
-    def _untagged(self, value: Any, _type: str) -> Any:
-        return value

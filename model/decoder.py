@@ -55,9 +55,7 @@ class Decoder(nn.Module):
     """A stack of `DecoderLayer`s and a last normalisation.
 
     Args:
-        num_layers: layers.
         channels: of the map and of the words.
-        num_heads: attention heads.
         dim_ffn: hidden width of the feed-forward part.
         dropout: probability, attention weights included.
         recompute: keep what enters each layer alone, see `model.recompute.checkpointed`.

@@ -33,7 +33,8 @@ def fold_batch_norm(model: nn.Module, folds: bool = True) -> nn.Module:
     }
     for before, after in _in_order(model) if folds else ():
         layer, norm = model._modules[before], model._modules[after]
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats and _can_fold(layer):
+        is_linear = type(layer) in (nn.Conv2d, nn.Linear)
+        if is_linear and isinstance(norm, _BatchNorm) and norm.track_running_stats:
             twin._modules[before] = _fused(layer, norm)
             twin._modules[after] = nn.Identity().eval()
     return twin
@@ -85,18 +86,14 @@ def _differ(plain: Tensor, folded: Tensor) -> bool:
 
 
 def _in_order(model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Return the names of children of which the second is known to be applied after the first."""
+    """Return names of children of which the second is known to be applied after the first."""
     if type(model).forward is nn.Sequential.forward:
         return list(zip(model._modules, list(model._modules)[1:], strict=False))
     return getattr(model, "FOLDED", ())
 
 
-def _can_fold(layer: nn.Module | None) -> bool:
-    return type(layer) in (nn.Conv2d, nn.Linear)
-
-
 def _fused(layer: nn.Conv2d | nn.Linear, norm: _BatchNorm) -> nn.Module:
-    """The layer with the weights that do what the two did."""
+    """Return the layer with the weights that do what the two did."""
     twin = copy(layer)
     twin.training = False
     fuse = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights

@@ -18,21 +18,14 @@ if TYPE_CHECKING:
 
 
 class Segmenter(nn.Module):
-    """CRIS. `model(image, tokens)` gives logits, the same in training and evaluation mode."""
+    """CRIS. `model(image, tokens)` gives logits, the same in training and evaluation mode.
+
+    Its parts have fitting widths (see `assemble`); `sizes` are those of the CLIP inside.
+    """
 
     def __init__(
-        self,
-        sizes: ClipSizes,
-        backbone: DenseCLIP,
-        neck: Neck,
-        decoder: Decoder,
-        proj: Projector,
+        self, sizes: ClipSizes, backbone: DenseCLIP, neck: Neck, decoder: Decoder, proj: Projector
     ) -> None:
-        """
-        Args:
-            sizes: of the CLIP inside, kept for whoever asks.
-            backbone, neck, decoder, proj: the parts, of fitting widths (see `assemble`).
-        """
         super().__init__()
         self.sizes = sizes
         self.backbone = backbone

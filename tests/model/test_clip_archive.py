@@ -21,18 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import clip_archive
-from model.clip import ClipSizes, DenseCLIP
-from model.clip_archive import ArchiveError, derive_sizes, read_clip
+from model.clip import DenseCLIP
+from model.clip_archive import ArchiveError, read_clip
 from model.segmenter import load_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-
-PUBLISHED = {
-    "RN50": ClipSizes(1024, 224, (3, 4, 6, 3), 64, 77, 49408, 512, 8, 12),
-    "RN101": ClipSizes(512, 224, (3, 4, 23, 3), 64, 77, 49408, 512, 8, 12),
-    "RN50x4": ClipSizes(640, 288, (4, 6, 10, 6), 80, 77, 49408, 640, 10, 12),
-    "RN50x16": ClipSizes(768, 384, (6, 8, 18, 8), 96, 77, 49408, 768, 12, 12),
-}
 
 
 def rewritten(source: Path, target: Path, edit: Callable[[bytes], bytes]) -> Path:
@@ -49,6 +42,20 @@ def rewritten(source: Path, target: Path, edit: Callable[[bytes], bytes]) -> Pat
 def archive(tmp_path_factory) -> Path:
     """A TorchScript archive as OpenAI saves them: float16 where CLIP is."""
     return save_torchscript(tiny_clip(half=True), tmp_path_factory.mktemp("clip") / "tiny.pt")
+
+
+def only_line(path: Path, content: object = None) -> str:
+    """Return how reading ends, of a file that is there or of bytes or objects saved in it."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ArchiveError) as caught:
+        read_clip(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["fp16", "fp32"])
@@ -107,10 +114,10 @@ def test_shared_strided_and_empty_tensors_and_other_attributes_are_read(tmp_path
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(b"cos\nsystem\n", id="os.system"),
-        pytest.param(b"cbuiltins\neval\n", id="eval"),
-        pytest.param(b"ctorch._utils\n_rebuild_parameter\n", id="torch-but-not-listed"),
-        pytest.param(b"ctorch.jit._pickle\nos.system\n", id="dotted"),
+        b"cos\nsystem\n",
+        b"cbuiltins\neval\n",
+        b"ctorch._utils\n_rebuild_parameter\n",  # torch's own, and not listed
+        b"ctorch.jit._pickle\nos.system\n",  # dotted
     ],
 )
 @pytest.mark.parametrize("whole", [True, False], ids=["whole-pickle", "inside"])
@@ -124,10 +131,8 @@ def test_torchscript_pickle_that_asks_for_anything_else_is_refused_and_not_run(
             return call + f"(Vtouch {marker}\ntR.".encode()
         return tree.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", call)
 
-    path = rewritten(archive, tmp_path / "evil.pt", doctored)
-    asked = ".".join(call.decode()[1:].split())
-    with pytest.raises(ArchiveError, match=f"evil.pt: it asks for {asked}.*refused"):
-        read_clip(path)
+    line = only_line(rewritten(archive, tmp_path / "evil.pt", doctored))
+    assert re.search(f"asks for {'.'.join(call.decode()[1:].split())}.*refused", line)
     assert not marker.exists()
 
 
@@ -142,8 +147,7 @@ def test_saved_objects_other_than_tensors_are_refused_and_not_run(tmp_path, zipp
     path = tmp_path / "evil.pt"
     state = {**tiny_clip().state_dict(), "extra": Evil()}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ArchiveError, match=r"asks for (builtins\.)?exec.*refused"):
-        read_clip(path)
+    assert re.search(r"asks for (builtins\.)?exec.*refused", only_line(path))
     assert not marker.exists()
 
 
@@ -154,8 +158,8 @@ def test_tensor_that_lies_outside_its_storage_is_an_error(archive, tmp_path, off
         number = b"\x8a\x08" + offset.to_bytes(8, "little", signed=True)
         return re.sub(rb"(Qq.)K\0", lambda found: found[1] + number, tree, flags=re.DOTALL)
 
-    with pytest.raises(ArchiveError, match=r"damaged.*([Ss]torage|offset)"):
-        read_clip(rewritten(archive, tmp_path / "outside.pt", doctored))
+    line = only_line(rewritten(archive, tmp_path / "outside.pt", doctored))
+    assert re.search("damaged.*([Ss]torage|offset)", line)
 
 
 @pytest.mark.parametrize("form", ["bare", "legacy", "wrapped", "module", "safetensors"])
@@ -182,13 +186,6 @@ def test_the_backbone_gets_float32_weights_rounded_through_float16_where_the_rel
     assert_same_tensors({name: got[name] for name in expected}, expected)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_of_the_published_archives_follow_from_shapes(name):
-    with torch.device("meta"):
-        state = DenseCLIP(PUBLISHED[name]).state_dict()
-    assert derive_sizes(state) == PUBLISHED[name]
-
-
 def test_file_with_a_published_name_is_compared_with_the_published_digest(
     archive, tmp_path, monkeypatch
 ):
@@ -203,20 +200,6 @@ def test_file_with_a_published_name_is_compared_with_the_published_digest(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_clip(path)
-
-
-def only_line(path: Path, content: object = None) -> str:
-    """Return how reading ends, of a file that is there or of bytes or objects saved in it."""
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(ArchiveError) as caught:
-        read_clip(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "\n" not in message
-    return message
 
 
 def test_missing_file_says_where_to_get_it(tmp_path):
@@ -241,14 +224,11 @@ def test_file_that_is_something_else_says_what_it_is(tmp_path, name, content, pr
     assert "tools/prepare_datasets.md" in message
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_cut_off_archive_is_named_as_such(archive, tmp_path, share):
-    content = archive.read_bytes()
-    assert "cut off" in only_line(tmp_path / "cut.pt", content[: int(len(content) * share)])
-
-
-def test_archive_with_a_flipped_byte_is_refused(archive, tmp_path):
+def test_an_archive_that_is_cut_off_or_has_a_flipped_byte_is_named_as_such(archive, tmp_path):
     content = bytearray(archive.read_bytes())
+    for share in (0.1, 0.5, 0.99):
+        cut = bytes(content[: int(len(content) * share)])
+        assert "cut off" in only_line(tmp_path / "cut.pt", cut)
     with zipfile.ZipFile(archive) as entries:
         largest = max(entries.infolist(), key=lambda entry: entry.file_size)
     content[largest.header_offset + largest.file_size // 2] ^= 1
@@ -272,26 +252,13 @@ def test_cris_checkpoint_is_pointed_to_train_weight(tmp_path, prefix, wrapper):
     assert "TRAIN.weight" in message
 
 
-def test_vit_is_named_together_with_the_archives_that_work(tmp_path):
-    message = only_line(tmp_path / "clip.pt", {"visual.class_embedding": torch.zeros(8)})
+def test_content_that_is_no_clip_is_named(tmp_path):
+    path, state = tmp_path / "clip.pt", tiny_clip().state_dict()
+    del state["text_projection"]
+    assert "no 'text_projection'" in only_line(path, state)
+    assert "it has text_model.x" in only_line(path, {"text_model.x": torch.zeros(1)})
+    assert "no tensors" in only_line(path, {"epoch": 1})
+    assert "a Tensor saved by torch.save" in only_line(path, torch.zeros(2))
+    message = only_line(path, {"visual.class_embedding": torch.zeros(8)})
     assert "a CLIP with a ViT" in message
     assert "RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt" in message
-
-
-def test_a_missing_entry_is_named(tmp_path):
-    state = tiny_clip().state_dict()
-    del state["text_projection"]
-    assert "no 'text_projection'" in only_line(tmp_path / "clip.pt", state)
-    assert "it has text_model.x" in only_line(tmp_path / "hf.pt", {"text_model.x": torch.zeros(1)})
-    assert "no tensors" in only_line(tmp_path / "none.pt", {"epoch": 1})
-
-
-def test_whole_tensor_instead_of_a_state_dict_is_refused(tmp_path):
-    assert "a Tensor saved by torch.save" in only_line(tmp_path / "t.pt", torch.zeros(2))
-
-
-def test_positions_that_form_no_square_are_an_error():
-    state = tiny_clip().state_dict()
-    state["visual.attnpool.positional_embedding"] = torch.empty(7, 256)
-    with pytest.raises(ArchiveError, match="6 cells"):
-        derive_sizes(state)

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from golden.fill import filled
 from helpers import ROOT, SIZES, small_segmenter, threads
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.optim import build_optimizer, build_schedule, parameter_groups
+from model.clip import ClipSizes
 from model.fold import fold_batch_norm
 from model.loss import resize_target, text_to_pixel_loss
 from model.segmenter import Segmenter, build_segmenter
+from tools.latency import PUBLISHED_ARCH
 from tools.published import Published
 from utils.config import Config, load_config
 from utils.metrics import intersection_and_union, iou, training_scores
@@ -33,57 +37,31 @@ from utils.transforms import (
 pytestmark = pytest.mark.parity
 
 GOLDEN = ROOT / "tests/golden"
-CLIP = (
-    "{embed_dim: %d, image_resolution: 224, vision_layers: %s, vision_width: 64, "
-    "context_length: 77, vocab_size: 49408, transformer_width: 512, transformer_heads: 8, "
-    "transformer_layers: 12}"
-)
-TINY_CLIP = (
-    "{embed_dim: 96, image_resolution: 224, vision_layers: [1, 2, 1, 1], vision_width: 8, "
-    "context_length: 77, vocab_size: 512, transformer_width: 64, transformer_heads: 1, "
-    "transformer_layers: 2}"
-)
 
 
 class Case(NamedTuple):
-    """One golden model: a shipped config, what differs from it, and the batch it was given."""
+    """One golden model: a shipped config, its CLIP, other options, and the batch it was given."""
 
     config: str
-    opts: dict[str, object]
+    sizes: ClipSizes
+    opts: str
     batch: int
 
 
+TINY = (
+    "TRAIN.input_size 128 TRAIN.fpn_in [64,128,96] TRAIN.fpn_out [32,64,96] TRAIN.vis_dim 64 "
+    "TRAIN.word_dim 96 TRAIN.num_layers 2 TRAIN.num_head 4 TRAIN.dim_ffn 128"
+)
+RN50, RN101 = (ClipSizes(*PUBLISHED_ARCH[name]) for name in ("RN50", "RN101"))
 CASES = {
-    "tiny": Case(
-        "base.yaml",
-        {
-            "TRAIN.clip_arch": TINY_CLIP,
-            "TRAIN.input_size": 128,
-            "TRAIN.fpn_in": [64, 128, 96],
-            "TRAIN.fpn_out": [32, 64, 96],
-            "TRAIN.vis_dim": 64,
-            "TRAIN.word_dim": 96,
-            "TRAIN.num_layers": 2,
-            "TRAIN.num_head": 4,
-            "TRAIN.dim_ffn": 128,
-        },
-        batch=3,
-    ),
-    "rn50": Case(
-        "refcoco/cris_r50.yaml",
-        {"TRAIN.clip_arch": CLIP % (1024, [3, 4, 6, 3])},
-        batch=2,
-    ),
-    "rn101": Case(
-        "refcocog_u/cris_r101.yaml",
-        {"TRAIN.clip_arch": CLIP % (512, [3, 4, 23, 3])},
-        batch=1,
-    ),
+    "tiny": Case("base.yaml", SIZES, TINY, batch=3),
+    "rn50": Case("refcoco/cris_r50.yaml", RN50, "", batch=2),
+    "rn101": Case("refcocog_u/cris_r101.yaml", RN101, "", batch=1),
 }
 
 
 class Form(NamedTuple):
-    """How the tiny model computes: in which type and layout, and in whose formulation.
+    """How a model computes: in which type and layout, and in whose formulation.
 
     An activation of the tiny case lies so close to the kink of a ReLU that float64 finds it on
     the other side; the tolerances allow for it. Channels-last in float32 is what trains on a CPU.
@@ -102,13 +80,19 @@ FORMS = {
     "published": Form("cpu", torch.contiguous_format, torch.float32, Published),
     "cuda-float32": Form("cuda", torch.channels_last, torch.float32),
 }
+FOLDED = Form("cpu", torch.channels_last, torch.float32, fold_batch_norm)
 
 
 def case_config(name: str) -> Config:
     case = CASES[name]
-    opts = {"TRAIN.clip_pretrain": None, "TRAIN.dropout": 0.0} | case.opts
-    words = [str(word) for pair in opts.items() for word in pair]
-    return load_config(ROOT / "config" / case.config, words)
+    arch = ("TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", json.dumps(asdict(case.sizes)))
+    opts = [*arch, "TRAIN.dropout", "0", *case.opts.split()]
+    return load_config(ROOT / "config" / case.config, opts)
+
+
+def ellipse(height: int, width: int, centre: tuple, radii: tuple) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < 1
 
 
 def case_inputs(name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,15 +102,12 @@ def case_inputs(name: str) -> tuple[Tensor, Tensor, Tensor]:
     rng = np.random.Generator(np.random.PCG64([7, 0]))
     image = rng.standard_normal((batch, 3, side, side), np.float32)
     tokens = np.zeros((batch, train.word_len), np.int64)
-    y, x = np.mgrid[:side, :side]
     mask = np.zeros((batch, 1, side, side), np.float32)
     for b in range(batch):
         words = 3 + 4 * b
         tokens[b, : words + 2] = [vocab - 2, *rng.integers(1, vocab - 2, words), vocab - 1]
-        ellipse = ((y - 0.4 * side) / (0.2 * side + b)) ** 2 + (
-            (x - 0.6 * side) / (0.3 * side)
-        ) ** 2
-        mask[b, 0] = ellipse < 1
+        radii = (0.2 * side + b, 0.3 * side)
+        mask[b, 0] = ellipse(side, side, (0.4 * side, 0.6 * side), radii)
     return torch.from_numpy(image), torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
@@ -192,18 +173,20 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield request.param
 
 
-def tiny_in(form: Form) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """The tiny model and its inputs, computing in that form."""
-    image, tokens, mask = (t.to(form.device) for t in case_inputs("tiny"))
-    model = case_model("tiny").to(form.device, form.dtype).to(memory_format=form.layout)
+def model_in(form: Form, name: str = "tiny") -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A golden model and its inputs, computing in that form."""
+    image, tokens, mask = (t.to(form.device) for t in case_inputs(name))
+    model = case_model(name).to(form.device, form.dtype).to(memory_format=form.layout)
     image = image.to(dtype=form.dtype, memory_format=form.layout)
     return form.formulation(model), image, tokens, mask
 
 
-def check_stages(model: nn.Module, name: str, inputs: tuple, measure: Measure) -> None:
+def check_stages(
+    model: nn.Module, name: str, image: Tensor, tokens: Tensor, measure: Measure
+) -> None:
     golden = golden_arrays(name)
     with torch.inference_mode():
-        outputs = stages(model.eval(), *inputs)
+        outputs = stages(model.eval(), image, tokens)
     for stage in ("c3", "c4", "c5", "words", "state", "neck", "decoder"):
         values = outputs[stage].double()
         found = torch.stack([values.mean(), values.std(), values.abs().max()])
@@ -227,6 +210,15 @@ def check_gradients(model: nn.Module, name: str, measure: Measure, limit: float)
         if key not in skipped
     }
     measure(f"{len(off)} gradient norms", max(off.values()), limit)
+
+
+def check_pass(logits: Tensor, mask: Tensor, name: str, measure: Measure, limit: float) -> None:
+    """Compare what a model gave in training mode; `limit` is that of its scores."""
+    golden, target = golden_arrays(name), resize_target(mask, logits.shape[-2:])
+    measure("train-mode logits", relative(logits.detach(), golden["train_logits"]), 1e-4)
+    assert target.sum((1, 2, 3)).tolist() == golden["small_mask_sum"].tolist()
+    scores = 100 * training_scores(logits, target)
+    measure("training IoU and Pr@0.5", relative(scores, golden["train_iou_pr50"]), limit)
 
 
 # ---------------------------------------------------------------------------- names, shapes, counts
@@ -262,13 +254,13 @@ def test_tokens_of_the_inputs_are_the_stored_ones(name):
 
 
 def test_tiny_computes_the_official_stages_and_logits(form, measure):
-    model, image, tokens, _ = tiny_in(form)
-    check_stages(model, "tiny", (image, tokens), measure)
+    model, image, tokens, _ = model_in(form)
+    check_stages(model, "tiny", image, tokens, measure)
 
 
 def test_tiny_trains_three_steps_as_the_official_code_does(form, measure):
     golden, cfg = golden_arrays("tiny"), case_config("tiny")
-    model, image, tokens, mask = tiny_in(form)
+    model, image, tokens, mask = model_in(form)
     optimizer = build_optimizer(parameter_groups(model, cfg), cfg)
     schedule = build_schedule(optimizer, cfg)
     model.train()
@@ -280,25 +272,13 @@ def test_tiny_trains_three_steps_as_the_official_code_does(form, measure):
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            found = relative(logits.detach(), golden["train_logits"])
-            measure("train-mode logits", found, 1e-4)
-            target = resize_target(mask, logits.shape[-2:])
-            assert target.sum((1, 2, 3)).tolist() == golden["small_mask_sum"].tolist()
-            scores = 100 * training_scores(logits, target)
-            measure("training IoU and Pr@0.5", relative(scores, golden["train_iou_pr50"]), 1e-6)
+            check_pass(logits, mask, "tiny", measure, 1e-6)
             check_gradients(model, "tiny", measure, 1e-2)
-        found = abs(loss.item() - expected) / expected
-        measure(f"loss of step {step + 1}", found, limit)
+        measure(f"loss of step {step + 1}", abs(loss.item() - expected) / expected, limit)
         optimizer.step()
     with torch.inference_mode():
         after = relative(model.eval()(image, tokens), golden["logits_after_3_steps"])
     measure("logits after 3 steps", after, 1e-2)
-
-
-def test_tiny_with_folded_batch_norm_computes_the_official_stages_and_logits(measure):
-    model = fold_batch_norm(case_model("tiny"))
-    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) == 1
-    check_stages(model, "tiny", case_inputs("tiny")[:2], measure)
 
 
 RN50_FORMS = [FORMS["channels_last-float32"], FORMS["published"]]
@@ -307,41 +287,35 @@ RN50_FORMS = [FORMS["channels_last-float32"], FORMS["published"]]
 @pytest.mark.slow
 @pytest.mark.parametrize("form", RN50_FORMS, ids=["rn50", "rn50-published"])
 def test_rn50_computes_the_official_numbers_and_gradients(form, measure):
-    golden = golden_arrays("rn50")
-    image, tokens, mask = case_inputs("rn50")
-    image = image.contiguous(memory_format=form.layout)
-    model = form.formulation(case_model("rn50").to(memory_format=form.layout))
-    check_stages(model, "rn50", (image, tokens), measure)
+    model, image, tokens, mask = model_in(form, "rn50")
+    check_stages(model, "rn50", image, tokens, measure)
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+        norm.eval()
     logits = model(image, tokens)
-    target = resize_target(mask, logits.shape[-2:])
     loss = text_to_pixel_loss(logits, mask)
     loss.backward()
-    measure("train-mode logits", relative(logits.detach(), golden["train_logits"]), 1e-4)
-    assert target.sum((1, 2, 3)).tolist() == golden["small_mask_sum"].tolist()
-    scores = 100 * training_scores(logits, target)
-    measure("training IoU and Pr@0.5", relative(scores, golden["train_iou_pr50"]), 1e-3)
-    measure("loss", abs(loss.item() - golden["losses"][0]) / golden["losses"][0], 1e-4)
+    check_pass(logits, mask, "rn50", measure, 1e-3)
+    expected = golden_arrays("rn50")["losses"][0]
+    measure("loss", abs(loss.item() - expected) / expected, 1e-4)
     check_gradients(model, "rn50", measure, 1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rn50", "rn101"])
-def test_large_models_with_folded_batch_norm_compute_the_official_stages_and_logits(name, measure):
-    image, tokens, _ = case_inputs(name)
-    image = image.contiguous(memory_format=torch.channels_last)
-    model = case_model(name).to(memory_format=torch.channels_last)
-    check_stages(fold_batch_norm(model), name, (image, tokens), measure)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("formulation", [Segmenter.eval, Published], ids=["rn101", "published"])
-def test_rn101_computes_the_official_stages_and_logits(formulation, measure):
-    image, tokens, _ = case_inputs("rn101")
-    check_stages(formulation(case_model("rn101")), "rn101", (image, tokens), measure)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param("tiny", FOLDED, id="tiny-folded"),
+        pytest.param("rn50", FOLDED, id="rn50-folded", marks=pytest.mark.slow),
+        pytest.param("rn101", FOLDED, id="rn101-folded", marks=pytest.mark.slow),
+        pytest.param("rn101", FORMS["float32"], id="rn101", marks=pytest.mark.slow),
+        pytest.param("rn101", FORMS["published"], id="rn101-published", marks=pytest.mark.slow),
+    ],
+)
+def test_other_forms_compute_the_official_stages_and_logits(name, form, measure):
+    model, image, tokens, _ = model_in(form, name)
+    left = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    assert (left == 1) == (form is FOLDED)
+    check_stages(model, name, image, tokens, measure)
 
 
 # ----------------------------------------------------------------------------------------- schedule
@@ -374,11 +348,8 @@ def as_size(text: str) -> tuple[int, int]:
 
 
 def ellipse_mask(height: int, width: int) -> np.ndarray:
-    y, x = np.mgrid[:height, :width]
-    ellipse = ((y - 0.5 * height) / (0.25 * height)) ** 2 + (
-        (x - 0.45 * width) / (0.3 * width)
-    ) ** 2
-    return np.uint8(255) * (ellipse < 1)
+    radii = (0.25 * height, 0.3 * width)
+    return np.uint8(255) * ellipse(height, width, (0.5 * height, 0.45 * width), radii)
 
 
 def test_letterbox_matrices_are_the_official_ones(measure):
