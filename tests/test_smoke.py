@@ -27,25 +27,32 @@ from utils.metrics import CRIS, GRES, Convention
 from utils.records import RecordReader
 from utils.transforms import load_mask
 
+PICTURES = 2
 
-def check_run(
-    folder: Path, dataset: str, split: str, lmdb: Path, pictures: int, convention: Convention = CRIS
-) -> None:
-    """Everything that a training and a test by both protocols leave behind."""
+
+def score(config: Path, lmdb: Path, *opts: object, convention: Convention = CRIS) -> None:
+    """Run test.py by both protocols, and check all that a training and this test leave behind."""
+    choice = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
+    run_program("test.py", config, *choice, "TEST.visualize_limit", PICTURES, *opts)
+    meta, folder = RecordReader(lmdb).meta, config.parent / "exp/tiny"
+    split = f"{meta['dataset']}_{meta['split']}"
     assert {"config.yaml", "train.log", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
     for name in ("last_model.pth", "best_model.pth"):
         assert all(torch.isfinite(w).all() for w in load(folder / name)["state_dict"].values())
-    sentences = RecordReader(lmdb).meta["sentences"]
+    losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    assert losses
+    assert np.isfinite(losses).all()
     for suffix in (".threshold0.15", ".aligned.threshold0.15"):
-        stem = f"test_{dataset}_{split}{suffix}"
+        stem = f"test_{split}{suffix}"
         result = json.loads((folder / f"{stem}.json").read_text())
-        assert result["sentences"] == sentences == len(read_jsonl(folder / f"{stem}.jsonl"))
+        lines = read_jsonl(folder / f"{stem}.jsonl")
+        assert result["sentences"] == meta["sentences"] == len(lines)
         assert all(0 <= result[name] <= result["ceiling"][name] <= 1 for name in convention.metrics)
         page = folder / "report" / stem
         assert {"index.html", "data.js", "masks.js"} <= {path.name for path in page.iterdir()}
     assert (folder / "report/index.html").is_file()
-    paths = list((folder / "vis" / f"{dataset}_{split}").iterdir())
-    assert len(paths) == pictures
+    paths = list((folder / "vis" / split).iterdir())
+    assert len(paths) == PICTURES
     for path in paths:
         with Image.open(path) as picture:
             picture.verify()
@@ -56,11 +63,7 @@ def test_shapes_from_nothing_to_scores(data, tmp_path):
     recipe = {"epochs": 2, "batch_by": "images", "workers": 1, "workers_val": 1}
     config = write_config(tmp_path, data, threshold=0.15, **recipe)
     run_program("train.py", config)
-    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
-    opts += ("TEST.visualize_limit", 5)
-    run_program("test.py", config, *opts)
-    lmdb = data / "lmdb/shapes/val.lmdb"
-    check_run(tmp_path / "exp/tiny", "shapes", "val", lmdb, pictures=5)
+    score(config, data / "lmdb/shapes/val.lmdb")
 
 
 def test_shapes_of_any_number_from_nothing_to_scores(tmp_path):
@@ -74,9 +77,7 @@ def test_shapes_of_any_number_from_nothing_to_scores(tmp_path):
     assert {min(number, 2) for number in numbers} == {0, 1, 2}
     config = write_config(tmp_path, tmp_path, "any", threshold=0.15, batch_by="images")
     run_program("train.py", config)
-    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
-    run_program("test.py", config, *opts, "TEST.visualize_limit", 2)
-    check_run(tmp_path / "exp/tiny", "any", "val", lmdb, pictures=2, convention=GRES)
+    score(config, lmdb, convention=GRES)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +91,10 @@ def test_shapes_of_any_number_from_nothing_to_scores(tmp_path):
 def test_real_photos_from_refer_files_to_scores(mini_root, tmp_path, dataset, split_by, train, val):
     pack(mini_root, tmp_path, dataset, split_by, dataset)
     config = write_config(tmp_path, tmp_path, dataset, threshold=0.15, print_freq=100)
-    folder = tmp_path / "lmdb" / dataset
-    lmdbs = ("DATA.train_lmdb", folder / f"{train}.lmdb", "DATA.val_lmdb", folder / f"{val}.lmdb")
+    train_lmdb, lmdb = (tmp_path / f"lmdb/{dataset}/{split}.lmdb" for split in (train, val))
+    lmdbs = ("DATA.train_lmdb", train_lmdb, "DATA.val_lmdb", lmdb)
     run_program("train.py", config, *lmdbs, "DATA.train_split", train, "DATA.val_split", val)
-    split = ("TEST.test_split", val, "TEST.test_lmdb", folder / f"{val}.lmdb")
-    opts = ("TEST.protocol", "both", "TEST.report", True, "TEST.visualize", True)
-    opts += ("TEST.visualize_limit", 2)
-    run_program("test.py", config, *split, *opts)
-    check_run(tmp_path / "exp/tiny", dataset, val, folder / f"{val}.lmdb", pictures=2)
+    score(config, lmdb, "TEST.test_split", val, "TEST.test_lmdb", lmdb)
 
 
 def write_grefcoco(mini: Path, root: Path) -> None:
@@ -113,20 +110,11 @@ def write_grefcoco(mini: Path, root: Path) -> None:
             texts = [[s["sent"] for s in r["sentences"]] for r in found]
             texts += [["both of them"], ["the submarine"]]
             for ids, sentences in zip(lists, texts, strict=True):
-                number = len(refs)
-                refs.append(
-                    {
-                        "ref_id": number,
-                        "ann_id": ids,
-                        "image_id": image_id,
-                        "category_id": [1] * len(ids),
-                        "split": name,
-                        "sentences": [
-                            {"sent": text, "sent_id": 100 * number + i}
-                            for i, text in enumerate(sentences)
-                        ],
-                    }
-                )
+                ref = {"ref_id": len(refs), "ann_id": ids, "image_id": image_id, "split": name}
+                ref |= {"category_id": [1] * len(ids)}
+                first = 100 * len(refs)
+                pairs = enumerate(sentences, start=first)
+                refs.append(ref | {"sentences": [{"sent": s, "sent_id": i} for i, s in pairs]})
     folder = root / "grefcoco"
     folder.mkdir()
     (folder / "grefs(unc).json").write_text(json.dumps(refs))
@@ -151,16 +139,7 @@ def test_real_photos_with_sentences_about_several_objects_and_about_none(mini_ro
         inspect_lmdb.main([str(path)])
     config = write_config(tmp_path, tmp_path, "grefcoco", threshold=0.15, print_freq=1)
     run_program("train.py", config)
-    run_program("test.py", config, "TEST.report", True, "TEST.visualize", True)
-    folder = tmp_path / "exp/tiny"
-    losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    assert losses
-    assert np.isfinite(losses).all()
-    scores = read_jsonl(folder / "test_grefcoco_val.threshold0.15.jsonl")
-    assert len(scores) == RecordReader(path).meta["sentences"]
-    result = json.loads((folder / "test_grefcoco_val.threshold0.15.json").read_text())
-    assert {"gIoU", "cIoU", "N-acc", "T-acc"} <= set(result)
-    assert (folder / "report/index.html").is_file()
+    score(config, path, convention=GRES)
 
 
 def test_the_official_command_lines_run_as_they_are_written(data, tmp_path):
@@ -169,13 +148,8 @@ def test_the_official_command_lines_run_as_they_are_written(data, tmp_path):
     tree = yaml.safe_load(config.read_text())
     tree["DATA"]["mask_root"] = "datasets/masks/refcoco"
     tree["TRAIN"] |= {"evaluate": True, "save_freq": 1, "intermediate": False}
-    tree["Distributed"] = {
-        "dist_url": "tcp://localhost:3681",
-        "dist_backend": "nccl",
-        "multiprocessing_distributed": True,
-        "world_size": 1,
-        "rank": 0,
-    }
+    tree["Distributed"] = {"dist_url": "tcp://localhost:3681", "dist_backend": "nccl"}
+    tree["Distributed"] |= {"multiprocessing_distributed": True, "world_size": 1, "rank": 0}
     config.write_text(yaml.safe_dump(tree))
     ending = run_command(sys.executable, "-u", "train.py", "--config", config)
     assert ending.returncode == 0, ending.stderr

@@ -1,14 +1,13 @@
 """The programs on a GPU; each test also runs on the CPU, so that it is known to work itself."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, load, run_command, write_config
+from helpers import assert_same, load, read_jsonl, run_command, write_config
 
 from engine.predictor import Predictor
 from utils.photos import read_photo
@@ -31,9 +30,9 @@ def run(device: str, program: str, config: Path, *opts: object, switches: tuple 
     assert ending.returncode == 0, ending.stderr
 
 
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+def losses_of(folder: Path) -> list[float]:
+    lines = read_jsonl(folder / "metrics.jsonl")
+    return [record["loss"] for record in lines if record["kind"] == "step"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", *HALVES])
@@ -44,15 +43,15 @@ def test_a_deterministic_training_is_resumed_to_the_bit(tmp_path, data, device, 
     config = write_config(tmp_path, data, print_freq=1, **options)
     folder = tmp_path / "exp/tiny"
     run(device, "train.py", config, "TRAIN.save_every", 3, "TRAIN.keep_checkpoints", 9)
-    whole, numbers = load(folder / "last_model.pth"), records(folder)
-    assert all(math.isfinite(record["loss"]) for record in numbers)
+    whole, losses = load(folder / "last_model.pth"), losses_of(folder)
+    assert np.isfinite(losses).all()
     for name in ("last_model.pth", "best_model.pth"):
         (folder / name).unlink()
     for path in sorted(folder.glob("step_*.pth"))[1:]:
         path.unlink()
     run(device, "train.py", config, "TRAIN.resume", "auto")
     assert_same(dict(load(folder / "last_model.pth")["state_dict"]), dict(whole["state_dict"]))
-    assert [r["loss"] for r in records(folder)] == [r["loss"] for r in numbers]
+    assert losses_of(folder) == losses
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_switches_train_like_without_them(tmp_path, data, device, switch):
     for name, value in (("with", True), ("without", False)):
         options = [word for key in switch for word in (f"TRAIN.{key}", value)]
         run(device, "train.py", config, "TRAIN.exp_name", name, *options)
-        losses[name] = [record["loss"] for record in records(tmp_path / "exp" / name)]
+        losses[name] = losses_of(tmp_path / "exp" / name)
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-3)
 
 
@@ -79,7 +78,7 @@ def test_scores_and_predictions_are_those_of_the_cpu(tmp_path, data, device):
     for where in ("cpu", device):
         run(where, "test.py", config, "TRAIN.exp_name", where, "TEST.weights", weights)
         (table,) = (tmp_path / "exp" / where).glob("test_*.jsonl")
-        counts[where] = [json.loads(line) for line in table.read_text().splitlines()]
+        counts[where] = read_jsonl(table)
     for one, other in zip(counts["cpu"], counts[device], strict=True):
         allowed = PIXELS * one["height"] * one["width"]
         assert abs(one["intersection"] - other["intersection"]) <= allowed

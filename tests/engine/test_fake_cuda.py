@@ -255,19 +255,15 @@ def as_zeros(value: Tensor) -> np.ndarray:
     return np.zeros(value.shape, np.float32)
 
 
-class AtOnce:
-    """A pool without threads, in which such tensors would not know their device."""
+def pool_without_threads(_: int) -> SimpleNamespace:
+    """In threads such tensors would not know their device."""
 
-    def __init__(self, _: int) -> None:
-        pass
-
-    def submit(self, function: Callable, *args: object) -> Future:
+    def submit(function: Callable, *args: object) -> Future:
         future = Future()
         future.set_result(function(*args))
         return future
 
-    def shutdown(self, **_: object) -> None:
-        pass
+    return SimpleNamespace(submit=submit, shutdown=lambda **_: None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -288,7 +284,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     # It reads whether numbers differ, once an evaluation; these have none.
     monkeypatch.setattr(evaluator, "check_folding", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
-    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", pool_without_threads)
     monkeypatch.setattr(predictor, "find_device", lambda *_: GPU)
     monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none", {}))
     photo = np.zeros((50, 70, 3), np.uint8)
