@@ -284,17 +284,24 @@ def refer_ref(ref_id: int, split: str = "train", **changes: object) -> dict:
     return ids | {"split": split, "sentences": sentences} | changes
 
 
-def refer_instances(refs: Sequence[dict]) -> dict:
-    """What instances.json says of these refs: a square each, on photos of 8 × 10 pixels."""
+def refer_instances(refs: Sequence[dict], **changes: dict[int, dict | None]) -> dict:
+    """What instances.json says of these refs: a square each, on photos of 8 × 10 pixels.
+
+    Args:
+        changes: to `images` and `annotations`, by their ids; None takes one out.
+    """
     square = {"bbox": [2.9, 1.2, 4.7, 4.9], "segmentation": [[2, 1, 6, 1, 6, 5, 2, 5]]}
-    return {
-        "images": [
-            {"id": i, "file_name": f"a_{i}.jpg", "height": 8, "width": 10}
-            for i in sorted({ref["image_id"] for ref in refs})
-        ],
+    image_ids, categories = ({ref[f"{k}_id"] for ref in refs} for k in ("image", "category"))
+    size = {"height": 8, "width": 10}
+    content = {
+        "images": [{"id": i, "file_name": f"a_{i}.jpg", **size} for i in sorted(image_ids)],
         "annotations": [{"id": ref["ann_id"], **square} for ref in refs],
-        "categories": [{"id": i} for i in sorted({ref["category_id"] for ref in refs})],
+        "categories": [{"id": i} for i in sorted(categories)],
     }
+    for kind, by_id in changes.items():
+        found = [(item, by_id.get(item["id"], {})) for item in content[kind]]
+        content[kind] = [item | change for item, change in found if change is not None]
+    return content
 
 
 def write_refer(
@@ -302,12 +309,13 @@ def write_refer(
     refs: Sequence[dict],
     instances: dict | None = None,
     dataset: str = "toys",
-    split_by: str = "me",
+    name: str = "refs(me).p",
 ) -> Path:
     """Write the REFER folder `root`/`dataset`, and return `root`."""
     folder = root / dataset
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, 2))
+    data = json.dumps(refs).encode() if name.endswith("json") else pickle.dumps(refs, 2)
+    (folder / name).write_bytes(data)
     (folder / "instances.json").write_text(json.dumps(instances or refer_instances(refs)))
     return root
 

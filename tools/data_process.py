@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -14,42 +13,31 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.odd_records import EMPTY, OddError, OddRecords
+from tools.odd_records import OddRecords
 from tools.refer import Ref, Refer, refuse_seen
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path, staging_folder
-from utils.tokenizer import has_words, token_lengths
+from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
   python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
       --dataset refcoco --split unc --generate_mask
   python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
       --dataset refcocog --split umd --generate_mask --name refcocog_u
-  python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
-      --dataset grefcoco --split unc --generate_mask
 
 reads   DATA_ROOT/DATASET/refs(SPLIT).p, or gRefCOCO's grefs(SPLIT).json, and instances.json there
 writes  OUTPUT_DIR/anns/NAME/<split>.json and OUTPUT_DIR/masks/NAME/<ref_id>.png; JSON files of
         other splits in that folder are removed; <split>.odd lists what --skip-odd has left out
 next    python tools/folder2lmdb.py (tools/prepare_datasets.md has every command)"""
 
-_JOIN = min, min, max, max  # the boxes of several objects: x1, y1, x2, y2
 # Rows as they are: smaller for masks, and read twice as fast as OpenCV's default, differences.
 _PNG_OPTIONS = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
-# Known folders have these splits, whatever names their files use (testAB, say).
-_PLAIN_SPLITS = ("train", "val", "test")
-_UNC_SPLITS = ("train", "val", "testA", "testB")
+# Where refs may name other splits (testAB, say). Elsewhere the splits are those that refs name.
 SPLITS_OF = {
-    ("refcoco", "unc"): _UNC_SPLITS,
-    ("refcoco", "google"): _PLAIN_SPLITS,
-    ("refcoco+", "unc"): _UNC_SPLITS,
-    ("refcocog", "umd"): _PLAIN_SPLITS,
-    ("refcocog", "google"): _PLAIN_SPLITS,
-    ("refclef", "unc"): (*_UNC_SPLITS, "testC"),
-    ("refclef", "berkeley"): _PLAIN_SPLITS,
-    ("grefcoco", "unc"): _UNC_SPLITS,
+    ("refclef", "unc"): ("train", "val", "testA", "testB", "testC"),
+    ("grefcoco", "unc"): ("train", "val", "testA", "testB"),
 }
 # Images whose files do not fit their annotations; the release leaves them out as well.
 IMAGES_SKIPPED = {"refclef": frozenset({19579, 17975, 19575})}
@@ -58,50 +46,47 @@ IMAGES_SKIPPED = {"refclef": frozenset({19579, 17975, 19575})}
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare every split of a REFER folder and print what was found in it."""
     args = _parse_args(argv)
-    name = args.name or args.dataset
     odd = OddRecords(args.skip_odd, args.empty == "skip")
     refer = Refer(args.data_root, args.dataset, args.split, odd)
+    entries = convert(refer, _refs_by_split(refer, args, odd), args, odd)
+    anns = args.output_dir / "anns" / args.name
+    files = {anns / f"{split}.json": json.dumps(items) for split, items in entries.items() if items}
+    files |= {anns / f"{s}.odd": "\n".join(lines) for s in entries if (lines := odd.of_split(s))}
+    for path in sorted({*anns.glob("*.json"), *anns.glob("*.odd")} - files.keys()):
+        path.unlink()
+        print(f"removed {path}: of an earlier run, whose masks are not those of this one")
+    for path, text in files.items():
+        with atomic_path(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    print(f"{args.dataset} ({args.split}) -> {anns}")
+    print(summary(entries))
+    if args.name == "refcocog":
+        print("note: the configs call it refcocog_u (umd) or refcocog_g (google): pass --name")
+
+
+def _refs_by_split(refer: Refer, args: argparse.Namespace, odd: OddRecords) -> dict[str, list[Ref]]:
+    """Return the refs of each split; gRefCOCO has no others.
+
+    Raises:
+        UserError: there are none.
+    """
     splits = SPLITS_OF.get((args.dataset, args.split)) or refer.split_names()
     skipped = IMAGES_SKIPPED.get(args.dataset, frozenset())
-
     by_split = {
         split: [ref for ref in refer.split_refs(split) if ref["image_id"] not in skipped]
         for split in splits
     }
     if not any(by_split.values()):
+        names = ", ".join(refer.split_names())
         raise UserError(
-            f"{refer.refs_path} has no refs of {', '.join(splits)}; its splits: "
-            f"{', '.join(refer.split_names())}"
+            f"{refer.refs_path} has no refs of {', '.join(splits)}; its splits: {names}"
         )
-    if refer.refs_path.name.startswith("grefs"):
-        for ref in refer.refs:
-            with odd.catch("unknown split", ref["split"], ref["ref_id"]):
-                if ref["split"] not in splits:
-                    what = f"{refer.refs_path}: ref {ref['ref_id']} is of split {ref['split']!r}"
-                    raise UserError(f"{what}, not of one of {', '.join(splits)}")
-    entries = convert(refer, by_split, args, odd)
-    anns = args.output_dir / "anns" / name
-    for path in sorted(anns.glob("*.json")):
-        if not entries.get(path.stem):
-            path.unlink()
-            print(f"removed {path}: of an earlier run, whose masks are not those of this one")
-    for path in anns.glob("*.odd"):
-        path.unlink()
-    for split, items in entries.items():
-        if items:
-            with atomic_path(anns / f"{split}.json") as partial:
-                partial.write_text(json.dumps(items), encoding="utf-8")
-        if lines := odd.of_split(split):
-            with atomic_path(anns / f"{split}.odd") as partial:
-                partial.write_text("\n".join(lines), encoding="utf-8")
-
-    print(f"{args.dataset} ({args.split}) -> {anns}")
-    print(summary(entries))
-    if name == "refcocog":
-        print(
-            "note: the configs call the two G-Ref splits refcocog_u (umd) and refcocog_g (google): "
-            "pass --name, or rename the folders in anns and masks"
-        )
+    for ref in refer.refs if refer.refs_path.name.startswith("grefs") else ():
+        with odd.catch("unknown split", ref["split"], ref["ref_id"]):
+            if ref["split"] not in splits:
+                what = f"{refer.refs_path}: ref {ref['ref_id']} is of split {ref['split']!r}"
+                raise UserError(f"{what}, not of one of {', '.join(splits)}")
+    return by_split
 
 
 def convert(
@@ -117,26 +102,24 @@ def convert(
     entries: dict[str, list[dict]] = {split: [] for split in by_split}
     seen: dict[str, set[str]] = {split: set() for split in by_split}
     refs = [(split, ref) for split, found in by_split.items() for ref in found]
-    folder = args.output_dir / "masks" / (args.name or args.dataset)
-    with ExitStack() as stack:
-        if args.generate_mask:
-            folder.mkdir(parents=True, exist_ok=True)
-            staging = stack.enter_context(staging_folder(folder))
-        for split, ref in tqdm(refs, desc=folder.name, unit="ref", disable=None):
+    masks = args.output_dir / "masks" / args.name
+    with staging_folder(masks if args.generate_mask else args.output_dir / args.name) as staging:
+        for split, ref in tqdm(refs, desc=args.name, unit="ref", disable=None):
             with odd.catch("malformed record", split, ref["ref_id"]):
                 entry = make_entry(refer, ref)
                 if args.generate_mask or args.empty:
-                    mask, is_empty = _draw(refer, ref, args.empty)
-                    entry |= {"num_targets": 0} if is_empty else {}
+                    mask = refer.mask(ref, may_be_empty=args.empty == "no-target")
+                    entry |= {} if mask.any() else {"num_targets": 0}
                 numbers = [f"sent_id {sentence['sent_id']}" for sentence in ref["sentences"]]
                 where = f"{refer.refs_path}: ref {ref['ref_id']}"
                 refuse_seen(seen[split], numbers, where, "give each sentence a number of its own")
                 if args.generate_mask:
-                    _write_mask(staging, folder, ref["ref_id"], mask)
+                    (staging / f"{ref['ref_id']}.png").write_bytes(encode_mask(mask))
                 entries[split].append(entry)
         odd.settle()
-        for path in sorted(staging.iterdir()) if args.generate_mask else ():
-            os.replace(path, folder / path.name)
+        for path in sorted(staging.iterdir()):
+            masks.mkdir(parents=True, exist_ok=True)
+            os.replace(path, masks / path.name)
     return entries
 
 
@@ -145,15 +128,14 @@ def make_entry(refer: Refer, ref: Ref) -> dict:
 
     Where the ref has not one target, `num_targets` is there as well; without any, bbox is None.
     """
-    for sentence in ref["sentences"]:
-        if not has_words(sentence["sent"]):
-            what = f"{refer.refs_path}: ref {ref['ref_id']} has a sentence without words"
-            raise OddError("empty sentence", f"{what}, {sentence['sent']!r}: write one")
-    annotations = refer.annotations(ref)
-    boxes = [list(map(int, item["bbox"])) for item in annotations]
-    corners = zip(*((x, y, x + width, y + height) for x, y, width, height in boxes), strict=True)
+    annotations, bbox = refer.annotations(ref), None
+    if annotations:
+        boxes = (map(int, item["bbox"]) for item in annotations)
+        corners = ((x, y, x + width, y + height) for x, y, width, height in boxes)
+        lefts, tops, rights, bottoms = zip(*corners, strict=True)
+        bbox = [min(lefts), min(tops), max(rights), max(bottoms)]
     entry = {
-        "bbox": [f(c) for f, c in zip(_JOIN, corners, strict=True)] if boxes else None,
+        "bbox": bbox,
         "cat": refer.category(ref),
         "segment_id": ref["ref_id"],
         "img_name": refer.image(ref)["file_name"],
@@ -202,50 +184,23 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return cv2.imencode(".png", mask, _PNG_OPTIONS)[1].tobytes()
 
 
-def _draw(refer: Refer, ref: Ref, empty: str | None) -> tuple[np.ndarray, bool]:
-    """Return a ref's mask, and whether it is empty and `empty` says that it has no target."""
-    try:
-        return refer.mask(ref), False
-    except OddError as error:
-        if error.kind != EMPTY or empty != "no-target":
-            raise
-        image = refer.image(ref)
-        return np.zeros((image["height"], image["width"]), np.uint8), True
-
-
-def _write_mask(staging: Path, folder: Path, ref_id: int, mask: np.ndarray) -> None:
-    try:
-        (staging / f"{ref_id}.png").write_bytes(encode_mask(mask))
-    except OSError as error:  # writing names no file
-        error.filename = str(folder / f"{ref_id}.png")
-        raise
-
-
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("--data_root", type=Path, required=True, help="folder that holds the REFER folders")
     add("--output_dir", type=Path, required=True, help="folder for anns/ and masks/")
-    add(
-        "--dataset",
-        default="refcoco",
-        help="refcoco, refcoco+, refcocog, refclef, grefcoco, or any folder of that layout "
-        "(%(default)s)",
-    )
-    add(
-        "--split",
-        default="umd",
-        help="who split it: unc, umd, google, berkeley, ...; refs(SPLIT).p is read (%(default)s)",
-    )
+    known = "refcoco, refcoco+, refcocog, refclef, grefcoco, or any other"
+    add("--dataset", default="refcoco", help=f"the REFER folder: {known} (%(default)s)")
+    who = "who split it: unc, umd, google, berkeley, ...; refs(SPLIT).p is read (%(default)s)"
+    add("--split", default="umd", help=who)
     add("--generate_mask", action="store_true", help="write the mask PNGs as well")
     add("--name", help="name of the output folders (the dataset's), such as refcocog_u")
     add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
-    add(
-        "--empty",
-        choices=("skip", "no-target"),
-        help="what a segmentation without a pixel means: leave the ref out, or nothing is meant",
-    )
-    return parser.parse_args(argv)
+    what = "what a segmentation without a pixel means: leave the ref out, or nothing is meant"
+    add("--empty", choices=("skip", "no-target"), help=what)
+    args = parser.parse_args(argv)
+    args.name = args.name or args.dataset
+    return args
 
 
 if __name__ == "__main__":

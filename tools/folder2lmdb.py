@@ -1,8 +1,6 @@
 """Pack a split's JSON, images and masks into one LMDB file, which train.py and test.py read."""
 
 import argparse
-import hashlib
-import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,17 @@ from typing_extensions import TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask, token_length_summary
 from tools.odd_records import EMPTY, MISSING_MASK, MISSING_PHOTO, OddError, OddRecords
-from tools.refer import ImageKey, Number, load_plain, must, read_as, read_file, refuse_seen
+from tools.refer import (
+    ImageKey,
+    Number,
+    Sentences,
+    Text,
+    load_plain,
+    must,
+    read_as,
+    read_file,
+    refuse_seen,
+)
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.photos import decode, read_mask
@@ -31,7 +39,7 @@ from utils.records import (
     RefRecord,
     open_lmdb,
 )
-from utils.tokenizer import has_words, token_lengths
+from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
   python tools/folder2lmdb.py -j datasets/anns/refcoco/val.json -i datasets/images/train2014 \\
@@ -45,16 +53,6 @@ _REDO = "make it again with python tools/data_process.py"
 _MASK_REMEDY = f"check -m and --images, or {_REDO} --generate_mask"
 _IMAGE_REMEDY = "check --images, or get the image again (tools/prepare_datasets.md)"
 
-# With a limit of its length, a text is refused that holds half a character (a lone surrogate).
-Text = Annotated[str, Field(min_length=1), must(has_words, "a text with words")]
-
-
-class Sentence(TypedDict):
-    """Describe a sentence in the JSON of a split."""
-
-    sent: Text
-    sent_id: Number
-
 
 class Entry(TypedDict):
     """Describe a ref in the JSON of a split."""
@@ -62,7 +60,7 @@ class Entry(TypedDict):
     segment_id: Number
     img_name: ImageKey
     cat: Number | None
-    sentences: Annotated[list[Sentence], must(bool, "one or more")]
+    sentences: Sentences
     num_targets: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]  # 1 where it is missing
 
 
@@ -74,7 +72,6 @@ class ReleaseItem(TypedDict):
     cat: Number | None
     seg_id: Number
     img_name: ImageKey
-    num_sents: int
     sents: Annotated[list[Text], must(bool, "one or more")]
 
 
@@ -112,16 +109,16 @@ def pack(args: argparse.Namespace) -> Path:
     odd = OddRecords(args.skip_odd)
     entries = read_entries(args.json, odd)
     photos: dict[str, bytes] = {}  # read, and not stored yet
-    sizes: dict[str, tuple[int, int] | UserError] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     whitened = 0
     with RecordWriter(path, dataset, split) as writer:
         for place, entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key, number = entry["img_name"], entry["segment_id"]
             with odd.catch("unreadable file", split, place):
                 if key not in sizes:
-                    photos[key], sizes[key] = _read_photo(args.img_dir, key)
-                if isinstance(sizes[key], UserError):
-                    raise sizes[key]
+                    photo = find_photo(args.img_dir, key)
+                    photos[key] = read_file(photo, _IMAGE_REMEDY, MISSING_PHOTO)
+                    sizes[key] = image_size(photos[key], str(photo), _IMAGE_REMEDY)
                 mask_path = args.mask_dir / f"{number}.png"
                 mask = read_file(mask_path, _MASK_REMEDY, MISSING_MASK)
                 num_targets = entry.get("num_targets", 1)
@@ -129,7 +126,11 @@ def pack(args: argparse.Namespace) -> Path:
                 whitened += white != mask
                 if key in photos:
                     writer.add_image(key, photos.pop(key))
-                add_ref(writer, entry, sizes[key], white)
+                texts = tuple(sentence["sent"] for sentence in entry["sentences"])
+                sent_ids = tuple(sentence["sent_id"] for sentence in entry["sentences"])
+                fields = key, image_id_of(key), entry["cat"], *sizes[key], white, texts, sent_ids
+                record = RefRecord(number, *fields, num_targets)
+                writer.add_ref(record, token_lengths(texts))
         odd.settle()
         lists = [p.with_suffix(".odd") for p in args.json]
         earlier = sum(len(p.read_text("utf-8").split("\n")) for p in lists if p.is_file())
@@ -166,43 +167,6 @@ def read_entries(paths: Sequence[Path], odd: OddRecords) -> list[tuple[int, Entr
     return entries
 
 
-def _read_photo(folder: Path, key: str) -> tuple[bytes, tuple[int, int] | UserError]:
-    """Return a photo's bytes and its (height, width), or why it cannot be used."""
-    path = find_photo(folder, key)
-    try:
-        data = read_file(path, _IMAGE_REMEDY, MISSING_PHOTO)
-        return data, image_size(data, str(path), _IMAGE_REMEDY)
-    except UserError as error:
-        return b"", error
-
-
-def add_ref(
-    writer: RecordWriter,
-    entry: Entry,
-    size: tuple[int, int],
-    mask: bytes,
-    image_id: int | None = None,
-) -> None:
-    """Add an entry whose image has been added and has `size` (height, width).
-
-    Where no `image_id` is given, it is the one in a name of COCO, if any.
-    """
-    sentences = tuple(sentence["sent"] for sentence in entry["sentences"])
-    record = RefRecord(
-        ref_id=entry["segment_id"],
-        image_key=entry["img_name"],
-        image_id=image_id_of(entry["img_name"]) if image_id is None else image_id,
-        category=entry["cat"],
-        height=size[0],
-        width=size[1],
-        mask=mask,
-        sentences=sentences,
-        sent_ids=tuple(sentence["sent_id"] for sentence in entry["sentences"]),
-        num_targets=entry.get("num_targets", 1),
-    )
-    writer.add_ref(record, token_lengths(sentences))
-
-
 def whiten_mask(
     data: bytes, size: tuple[int, int], name: str, remedy: str, num_targets: int = 1
 ) -> bytes:
@@ -235,18 +199,14 @@ def check_mask(
     A mask is empty if and only if it has no target.
     """
     if mask.shape != size:
-        is_turned = mask.shape == size[::-1]
-        raise OddError(
-            "mask of another size",
-            f"{name} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
-            f"{' (turned by its EXIF orientation?)' if is_turned else ''}: {remedy}",
-        )
+        turned = " (turned by its EXIF orientation?)" if mask.shape == size[::-1] else ""
+        sizes = f"{mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
+        raise OddError("mask of another size", f"{name} is {sizes}{turned}: {remedy}")
     if num_targets and not mask.any():
         raise OddError(EMPTY, f"{name} is an empty mask: {remedy}")
     if not num_targets and mask.any():
-        raise OddError(
-            "mask of no target", f"{name} is not empty, though num_targets is 0: {remedy}"
-        )
+        reason = "is not empty, though num_targets is 0"
+        raise OddError("mask of no target", f"{name} {reason}: {remedy}")
 
 
 def find_photo(folder: Path, key: str) -> Path:
@@ -284,7 +244,7 @@ def convert(args: argparse.Namespace) -> Path:
     if path.resolve() == source.resolve():
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     remedy = f"{source} is damaged, {REPACK}"
-    images: dict[str, tuple[tuple[int, int], bytes]] = {}  # size, digest
+    sizes: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
     odd = OddRecords(args.skip_odd)
@@ -293,29 +253,18 @@ def convert(args: argparse.Namespace) -> Path:
         for place, data in tqdm(items, desc=str(source), unit="ref", disable=None):
             where = f"{source}: entry {place}"
             with odd.catch("unreadable entry", source.stem, place):
-                item = _release_item(data, where, REPACK)
-                key, digest = item["img_name"], hashlib.sha256(item["img"]).digest()
-                if key not in images:
-                    size = image_size(item["img"], f"{where}, image {key}", remedy)
-                elif images[key][1] != digest:
-                    raise UserError(
-                        f"{where} has another image {key} than an earlier entry: {remedy}"
-                    )
-                else:
-                    size = images[key][0]
+                item = read_as(_RELEASE_ITEM, _unpickle(data, where, REPACK), where, REPACK)
+                key, number, texts = item["img_name"], item["seg_id"], tuple(item["sents"])
+                size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", remedy)
                 mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
-                refuse_seen(seen, [f"seg_id {item['seg_id']}"], where, remedy)
+                refuse_seen(seen, [f"seg_id {number}"], where, remedy)
                 whitened += mask != item["mask"]
-                sentences = [
-                    Sentence(sent=text, sent_id=i) for i, text in enumerate(item["sents"], count)
-                ]
-                images[key] = size, digest
+                sizes[key] = size
                 writer.add_image(key, item["img"])
-                entry = Entry(
-                    segment_id=item["seg_id"], img_name=key, cat=item["cat"], sentences=sentences
-                )
-                add_ref(writer, entry, size, mask)
-                count += len(sentences)
+                sent_ids = tuple(range(count, count + len(texts)))
+                fields = key, image_id_of(key), item["cat"], *size, mask, texts, sent_ids
+                writer.add_ref(RefRecord(number, *fields), token_lengths(texts))
+                count += len(texts)
         odd.settle()
         writer.left_out = len(odd.of_split(source.stem))
     _note_whitened(whitened, len(seen))
@@ -331,53 +280,34 @@ def release_items(path: Path) -> Iterator[bytes | None]:
     """
     if not path.exists():
         raise UserError(f"--from-lmdb {path} does not exist")
-    remedy = REPACK
     with open_lmdb(path / "data.mdb" if path.is_dir() else path).begin() as txn:
         if txn.get(META_KEY) is not None:
             raise UserError(f"{path} is in this repository's format already: use it as it is")
         if txn.get(RELEASE_KEY) is None:
-            raise UserError(f"{path} is no LMDB of the release: {remedy}")
-        count = _unpickle(txn.get(b"__len__"), f"{path}: __len__", remedy)
-        for number in range(read_as(TypeAdapter(int), count, f"{path}: __len__", remedy)):
+            raise UserError(f"{path} is no LMDB of the release: {REPACK}")
+        count = _unpickle(txn.get(b"__len__"), f"{path}: __len__", REPACK)
+        for number in range(read_as(TypeAdapter(int), count, f"{path}: __len__", REPACK)):
             yield txn.get(b"%d" % number)
-
-
-def _release_item(data: bytes | None, where: str, remedy: str) -> ReleaseItem:
-    """Unpickle and check an item of the release, which holds nothing but plain containers."""
-    item = read_as(_RELEASE_ITEM, _unpickle(data, where, remedy), where, remedy)
-    if len(item["sents"]) != item["num_sents"]:
-        raise UserError(f"{where} has not num_sents {item['num_sents']} sents: {remedy}")
-    return item
 
 
 def _unpickle(data: bytes | None, where: str, remedy: str) -> object:
     if data is None:
         raise UserError(f"{where} is missing: {remedy}")
     if data[:1] != b"\x80":  # how every pickle begins since protocol 2
-        raise UserError(
-            f"{where} is no pickle; written with pyarrow.serialize, it cannot be read any more: "
-            f"{remedy}"
-        )
-    return load_plain(io.BytesIO(data), where)
+        reason = "is no pickle; written with pyarrow.serialize, it cannot be read any more"
+        raise UserError(f"{where} {reason}: {remedy}")
+    return load_plain(data, where)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
-    add(
-        *("-j", "--json"),
-        type=Path,
-        nargs="+",
-        help="anns/<dataset>/<split>.json; several are packed as one split, <a>+<b>",
-    )
+    several = "anns/<dataset>/<split>.json; several are packed as one split, <a>+<b>"
+    add("-j", "--json", type=Path, nargs="+", help=several)
     add("-i", "--images", "--img-dir", dest="img_dir", type=Path, help="folder of the images")
     add("-m", "--mask-dir", type=Path, help="folder of the masks")
-    add(
-        "--from-lmdb",
-        type=Path,
-        metavar="OLD.lmdb",
-        help="convert an LMDB that the release pickled, instead of -j, -i and -m",
-    )
+    old = "convert an LMDB that the release pickled, instead of -j, -i and -m"
+    add("--from-lmdb", type=Path, metavar="OLD.lmdb", help=old)
     add("-o", "--output-dir", type=Path, required=True, help="folder for <split>.lmdb")
     add("--skip-odd", action="store_true", help="leave out refs that cannot be packed")
     add("--dataset", help="name stored in the file (that of the folder of the JSON or old LMDB)")

@@ -6,8 +6,8 @@ Everything is checked before anything is written, and all problems are listed wi
 import argparse
 import posixpath
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,21 +27,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
-from tools.folder2lmdb import (
-    Entry,
-    Sentence,
-    add_ref,
-    check_mask,
-    image_size,
-    packed_summary,
-)
-from tools.refer import ImageKey, draw_segmentation, must, read_file
+from tools.folder2lmdb import check_mask, image_id_of, image_size, packed_summary
+from tools.odd_records import MISSING_PHOTO
+from tools.refer import ImageKey, draw_segmentation, join_masks, must, read_file
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import is_plain_name
 from utils.photos import read_mask
-from utils.records import LARGEST, LONGEST_KEY, RecordWriter
-from utils.tokenizer import has_words
+from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
+from utils.tokenizer import has_words, token_lengths
 
 EPILOG = """a line, an object of one image (spread out here):
   {"image": "photos/7.jpg",
@@ -49,18 +43,15 @@ EPILOG = """a line, an object of one image (spread out here):
    "sentences": ["the red mug", "mug on the left"],
    "split": "train"}
 
-image      path of a JPEG or PNG; relative ones start at the folder of the file (or --images)
-mask       path of a PNG (0, index 0 or transparent: background), or a COCO run-length mask
-           {"size": [height, width], "counts": ...}, or polygons [[x, y, x, y, ...], ...];
-           a list of masks joins several objects; null: the sentences are true of nothing there
-sentences  one or more, each true of this object alone
-split      train, val, or any other name; each becomes OUTPUT/<split>.lmdb
-and, if you like, on all lines or on none: ref_id (unique); on any line: image_id, category
+A mask may also be polygons, run lengths, a list of masks, or null for nothing. docs/own_data.md
+describes all fields and has a worked example."""
 
-docs/own_data.md has a worked example."""
-
-Text = Annotated[str, StringConstraints(strip_whitespace=True)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Text = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True),
+    must(has_words, "texts with words in each"),
+]
+Count = Annotated[int | None, Field(ge=0, le=LARGEST, description="a whole number from 0")]
 Polygons = Annotated[list[list[float]], Field(min_length=1)]
 Mask = Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons
 
@@ -101,33 +92,26 @@ class Line(BaseModel):
         description="a path, {size: [height, width], counts: ...}, null, a list of masks, or a "
         "list of polygons in pixels: [[x, y, ...], ...] even for one"
     )
-    sentences: Annotated[
-        list[Text],
-        Field(min_length=1, description="a list of one or more texts"),
-        must(lambda texts: all(map(has_words, texts)), "texts with words in each"),
-    ]
+    sentences: list[Text] = Field(min_length=1, description="a list of one or more texts")
     split: Annotated[str, must(is_plain_name)] = Field(description="a name such as train")
-    ref_id: Count = Field(default=None, description="a whole number from 0")
-    image_id: Count | None = Field(default=None, description="a whole number from 0")
-    category: Count | None = Field(default=None, description="a whole number from 0")
+    ref_id: Count = None
+    image_id: Count = None
+    category: Count = None
 
 
 @dataclass
 class Contents:
-    """Holds what has been read so far.
-
-    `sizes` has (height, width), None for an unusable image; `image_ids` and `ref_ids` know the
-    lines that first gave them; `missing` names images that are not there; `odd_masks` has the
-    lines of what a mask seldom is.
-    """
+    """Holds what has been read so far, below two folders."""
 
     images: Path
     masks: Path
-    entries: list[Line] = field(default_factory=list)
-    sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    entries: list[tuple[int, Line]] = field(default_factory=list)  # lines of sound fields
+    sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # None: unusable
+    missing: int = 0  # images
+    # An image's id, and the line that first gave it; the line of a ref's id.
     image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
     ref_ids: dict[int, int] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    # What a mask seldom is, and its lines.
     odd_masks: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -140,22 +124,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem in problems:
             print(f"{args.jsonl}:{problem}", file=sys.stderr)
         raise UserError(f"{args.jsonl}: {len(problems)} problems, listed above; nothing written")
-    for what, numbers in contents.odd_masks.items():
-        lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
-        print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
-    _note_shared_images(contents.entries)
+    _print_notes(contents)
     if args.check:
         print(f"{args.jsonl}: {len(contents.entries)} refs, no problem; nothing written")
         return
-    there = [path for path in output_paths(contents, args.output) if path.exists()]
+    paths = {entry.split: args.output / f"{entry.split}.lmdb" for _, entry in contents.entries}
+    there = [path for path in paths.values() if path.exists()]
     if there and not args.force:
-        raise UserError(
-            f"{there[0]} is there already: choose another -o, or replace it with --force; "
-            "nothing written"
-        )
-    for path in pack(contents, args.output, args.output.resolve().name):
+        remedy = "choose another -o, or replace it with --force; nothing written"
+        raise UserError(f"{there[0]} is there already: {remedy}")
+    pack(contents, paths, args.output.resolve().name)
+    for path in paths.values():
         print(packed_summary(path))
-    print("next: python tools/inspect_lmdb.py on each, and look at the picture that it writes")
 
 
 def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
@@ -178,23 +158,18 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
     if not lines:
         raise UserError(f"{path} is empty: a line of it is one object (--help shows one)")
     contents, problems = Contents(images, masks), []
-    has_ref_ids = None  # as the first sound line says
     for number, line in tqdm(lines, desc="check", unit="ref", disable=None, leave=False):
         try:
             entry = Line.model_validate_json(line)
+            contents.entries.append((number, entry))
+            found = _content_problems(entry, number, contents)
         except ValidationError as error:
-            problems += [f"{number}: {problem}" for problem in _field_problems(error, line)]
-            continue
-        has_ref_id = entry.ref_id is not None
-        has_ref_ids = has_ref_id if has_ref_ids is None else has_ref_ids
-        found = list(_content_problems(entry, number, contents))
-        if has_ref_id != has_ref_ids:
-            found.append("ref_id is on some lines only: put it on all of them or on none")
+            found = _field_problems(error, line)
         problems += [f"{number}: {problem}" for problem in found]
-        entry.ref_id = entry.ref_id if has_ref_id else number
-        contents.entries.append(entry)
-    if (count := len(contents.missing)) > 1:
+    if (count := contents.missing) > 1:
         problems.append(f" {count} images are not below {images}: name their folder with --images")
+    if contents.ref_ids and any(entry.ref_id is None for _, entry in contents.entries):
+        problems.append(" ref_id is on some lines only: put it on all of them or on none")
     return contents, problems
 
 
@@ -226,21 +201,19 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
     key = entry.image
     if key not in contents.sizes:
         contents.sizes[key] = None
+        path, remedy = contents.images / key, "check image"
         try:
-            path, remedy = contents.images / key, "check image"
-            contents.sizes[key] = image_size(read_file(path, remedy), str(path), remedy)
+            data = read_file(path, remedy, MISSING_PHOTO)
+            contents.sizes[key] = image_size(data, str(path), remedy)
         except (UserError, OSError) as error:
-            if not path.exists():
-                contents.missing.append(key)
-            if key not in contents.missing[1:]:
+            is_missing = getattr(error, "kind", None) == MISSING_PHOTO
+            contents.missing += is_missing
+            if not is_missing or contents.missing == 1:
                 yield str(error)
-    elif contents.sizes[key] is None and key not in contents.missing[1:]:
-        yield f"its image {key} cannot be used, see above"
-    if contents.sizes[key] is not None:
+    if (size := contents.sizes[key]) is not None:
         try:
-            parts = load_masks(entry.mask, contents.sizes[key], contents.masks)
-            joined = join(parts, contents.sizes[key])
-            if np.count_nonzero(joined) >= 0.99 * joined.size:
+            parts = [load_mask(mask, size, contents.masks) for mask in entry.mask]
+            if np.mean(join_masks(parts, size) > 0) >= 0.99:
                 contents.odd_masks["cover 99 % of their photo or more"].append(number)
             if any(map(_has_several_values, parts)):
                 contents.odd_masks["have several values, all taken for the object"].append(number)
@@ -260,65 +233,53 @@ def _has_several_values(codes: np.ndarray) -> bool:
     return len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}) > 1
 
 
-def output_paths(contents: Contents, output: Path) -> dict[Path, str]:
-    """Return the file of each split that occurs, and the split's name."""
-    return {output / f"{entry.split}.lmdb": entry.split for entry in contents.entries}
+def _print_notes(contents: Contents) -> None:
+    """Tell of odd masks, and of images in several splits, which flatter scores."""
+    for what, numbers in contents.odd_masks.items():
+        lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+        print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
+    places = {(entry.image, entry.split) for _, entry in contents.entries}
+    splits = Counter(image for image, _ in places)
+    if shared := sorted(image for image, count in splits.items() if count > 1):
+        print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
 
 
-def pack(contents: Contents, output: Path, dataset: str) -> list[Path]:
-    """Write <split>.lmdb for each split below `output`; all of them appear, or none.
+def pack(contents: Contents, paths: Mapping[str, Path], dataset: str) -> None:
+    """Write the file of each split; all of them appear, or none.
 
     Raises:
         UserError: an image or mask has changed since it was checked.
     """
-    paths, sent_id = output_paths(contents, output), 0
+    count = 0  # of sentences
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(RecordWriter(path, dataset, split))
-            for path, split in paths.items()
+            for split, path in paths.items()
         }
-        stored = set()
-        for entry in tqdm(contents.entries, desc=f"pack {dataset}", unit="ref", disable=None):
-            writer = writers[entry.split]
-            if (entry.split, entry.image) not in stored:
-                stored.add((entry.split, entry.image))
-                writer.add_image(entry.image, (contents.images / entry.image).read_bytes())
-            size = contents.sizes[entry.image]
-            mask = encode_mask(join(load_masks(entry.mask, size, contents.masks), size))
-            packed = Entry(
-                segment_id=entry.ref_id,
-                img_name=entry.image,
-                cat=entry.category,
-                sentences=[
-                    Sentence(sent=text, sent_id=i)
-                    for i, text in enumerate(entry.sentences, sent_id)
-                ],
-                num_targets=len(entry.mask),
-            )
-            sent_id += len(entry.sentences)
-            add_ref(writer, packed, size, mask, entry.image_id)
-    return list(paths)
+        for number, entry in tqdm(contents.entries, desc="pack", unit="ref", disable=None):
+            writer, key, size = writers[entry.split], entry.image, contents.sizes[entry.image]
+            writer.add_image(key, (contents.images / key).read_bytes())
+            parts = [load_mask(mask, size, contents.masks) for mask in entry.mask]
+            mask = encode_mask(join_masks(parts, size))
+            ref_id = number if entry.ref_id is None else entry.ref_id
+            image_id = image_id_of(key) if entry.image_id is None else entry.image_id
+            texts = tuple(entry.sentences)
+            sent_ids = tuple(range(count, count + len(texts)))
+            fields = key, image_id, entry.category, *size, mask, texts, sent_ids, len(entry.mask)
+            writer.add_ref(RefRecord(ref_id, *fields), token_lengths(texts))
+            count += len(texts)
 
 
-def join(parts: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Join masks of a size (height, width): uint8, 255 where any of them is not 0."""
-    return np.uint8(255) * np.any([np.zeros(size, bool), *parts], axis=0)
-
-
-def load_masks(masks: Sequence[Mask], size: tuple[int, int], folder: Path) -> list[np.ndarray]:
-    """Read or draw each mask of a line: (height, width), 0 in the background.
+def load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
+    """Read or draw one mask of a line: (height, width), 0 in the background.
 
     Args:
-        masks: each the path of a PNG, a COCO run-length mask, or polygons.
+        mask: the path of a PNG, a COCO run-length mask, or polygons.
         size: (height, width) of the image.
         folder: where a relative path starts.
     Raises:
-        UserError: one cannot be read, is no PNG, is of another size, or is empty.
+        UserError: it cannot be read, is no PNG, is of another size, or is empty.
     """
-    return [_load_mask(mask, size, folder) for mask in masks]
-
-
-def _load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
     if isinstance(mask, str):
         path, remedy = folder / mask, "check mask"
         codes = read_mask(read_file(path, remedy), str(path), remedy)
@@ -330,16 +291,6 @@ def _load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
         raise UserError(f"its mask is {error}") from None
     check_mask(drawn, size, "its mask", "it covers no pixel")
     return drawn
-
-
-def _note_shared_images(entries: Sequence[Line]) -> None:
-    """Say how many images are in several splits, where scores would be too good to be true."""
-    splits: dict[str, set[str]] = {}
-    for entry in entries:
-        splits.setdefault(entry.image, set()).add(entry.split)
-    shared = sorted(key for key, names in splits.items() if len(names) > 1)
-    if shared:
-        print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,10 +11,10 @@ import io
 import json
 import pickle
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn, NotRequired, TypeVar
+from typing import Annotated, Any, NoReturn, NotRequired, TypeVar
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -25,18 +25,16 @@ from tools.odd_records import EMPTY, OddError, OddRecords
 from utils.errors import UserError
 from utils.files import is_plain_name
 from utils.records import LARGEST, LONGEST_KEY
+from utils.tokenizer import has_words
 
 T = TypeVar("T")
-
-_SHORT = reprlib.Repr()  # shared lists can be endless
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 NO_TARGET = [-1]  # gRefCOCO's ann_id of a ref whose sentences are true of nothing in the image
 _COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 def must(holds: Callable[[Any], bool], what: str = "") -> AfterValidator:
-    """Make a validator that refuses all values but those for which `holds`; they must be `what`."""
+    """Make a validator that refuses what `holds` is false for; the values must be `what`."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -51,8 +49,6 @@ def _are_ids(value: Any) -> bool:
 
 
 _Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
-
-
 Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 ImageKey = Annotated[
     str,
@@ -63,13 +59,18 @@ ImageKey = Annotated[
     ),
 ]
 
+# With a limit of its length, a text is refused that holds half a character (a lone surrogate).
+Text = Annotated[str, Field(min_length=0), must(has_words, "a text with words")]
+
 
 class Sentence(TypedDict):
     """Describe one sentence of a ref."""
 
-    # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
-    sent: Annotated[str, Field(min_length=0)]
+    sent: Text
     sent_id: Number
+
+
+Sentences = Annotated[list[Sentence], must(bool, "one or more")]
 
 
 class Ref(TypedDict):
@@ -80,7 +81,7 @@ class Ref(TypedDict):
     image_id: int
     category_id: _Ids
     split: Annotated[str, must(is_plain_name, "a plain name")]
-    sentences: Annotated[list[Sentence], must(bool, "one or more")]
+    sentences: Sentences
 
 
 class _Image(TypedDict):
@@ -133,16 +134,15 @@ class Refer:
         self.refs_path = find_refs(folder, split_by)
         self.instances_path = folder / "instances.json"
         if not self.refs_path.is_file():
-            found = (p for n in ("refs(*).p", "grefs(*).*") for p in Path(data_root).glob(f"*/{n}"))
-            there = sorted(map(str, found))
+            there = ", ".join(sorted(map(str, Path(data_root).glob("*/*refs(*).*"))))
             raise UserError(
-                f"{self.refs_path} does not exist; found {', '.join(there) or 'no such file'} "
+                f"{self.refs_path} does not exist; found {there or 'no such file'} "
                 f"in the folders of {data_root} (tools/prepare_datasets.md)"
             )
-        # In the order of the file.
-        self.refs = load_refs(self.refs_path, self._remedy(), odd)
-        content = read_file(self.instances_path, self._remedy())
-        instances = read_as(_INSTANCES, content, str(self.instances_path), self._remedy())
+        self._remedy = f"correct it, or unpack the folder {folder} again from its REFER archive"
+        self.refs = load_refs(self.refs_path, self._remedy, odd)  # in the order of the file
+        content = read_file(self.instances_path, self._remedy)
+        instances = read_as(_INSTANCES, content, str(self.instances_path), self._remedy)
         self._images = _by_id(instances["images"])
         self._annotations = _by_id(instances["annotations"])
         category_ids = {item["id"] for item in instances["categories"]}
@@ -160,8 +160,11 @@ class Refer:
         takes every name with "test" in it, any other name is matched exactly. So are all names
         of gRefCOCO.
         """
-        is_in = str.__eq__ if self.refs_path.name.startswith("grefs") else _is_in_split
-        return [ref for ref in self.refs if is_in(ref["split"], split)]
+        is_gref = self.refs_path.name.startswith("grefs")
+        if not is_gref and split in ("test", "testA", "testB", "testC"):
+            part = split.removeprefix("test") or split
+            return [ref for ref in self.refs if part in ref["split"]]
+        return [ref for ref in self.refs if ref["split"] == split]
 
     def annotations(self, ref: Ref) -> list[_Annotation]:
         """Return the objects of a ref, none if it has no target; crowds in a list do not count.
@@ -207,7 +210,7 @@ class Refer:
         }
         return known.pop() if len(known) == 1 else None
 
-    def mask(self, ref: Ref) -> np.ndarray:
+    def mask(self, ref: Ref, may_be_empty: bool = False) -> np.ndarray:
         """Draw a ref's object: (height, width) uint8, 0 outside, non-zero inside.
 
         Parts are summed in uint8 times 255 as in the release, so a pixel under two
@@ -215,64 +218,47 @@ class Refer:
         polygons of fewer than six numbers or of an odd number.
 
         Raises:
-            OddError: there is no segmentation, or none that can be read, or it covers no pixel.
+            OddError: there is no segmentation, or none that can be read, or it covers no pixel
+                and may not.
         """
-        image, annotations = self.image(ref), self.annotations(ref)
-        size = image["height"], image["width"]
-        if isinstance(ref["ann_id"], int):
-            mask = self._draw(annotations[0], annotations[0].get("segmentation"), ref, size)
-        else:
-            sound = [(item, _sound_parts(item.get("segmentation"))) for item in annotations]
-            drawn = [self._draw(item, parts, ref, size) > 0 for item, parts in sound if parts]
-            if annotations and not drawn:
-                raise OddError(
-                    "only invalid polygons",
-                    f"{self.refs_path}: ref {ref['ref_id']}: its annotations {ref['ann_id']} have "
-                    "no polygon of three points or more",
-                )
-            mask = np.uint8(255) * np.any([np.zeros(size, bool), *drawn], axis=0)
-        if annotations and not mask.any():
-            what = f"{self.instances_path}: annotation {ref['ann_id']} (ref {ref['ref_id']})"
-            raise OddError(EMPTY, f"{what} covers no pixel: --empty says what that means")
+        image, ids, drawn = self.image(ref), ref["ann_id"], []
+        size, annotations = (image["height"], image["width"]), self.annotations(ref)
+        where, of_ref = f"{self.instances_path}: annotation", f"(ref {ref['ref_id']})"
+        for item in annotations:
+            parts = item.get("segmentation")
+            if isinstance(ids, list) and isinstance(parts, list):
+                parts = [p for p in parts if not isinstance(p, list) or _has_points(p)]
+            try:
+                drawn += [draw_segmentation(parts, *size)] if parts else []
+            except UserError as error:
+                kind = getattr(error, "kind", "unreadable segmentation")
+                raise OddError(kind, f"{where} {item['id']} {of_ref} has {error}") from None
+        if annotations and not drawn:
+            reason = f"no segmentation (a polygon has three points or more): {self._remedy}"
+            raise OddError("no segmentation", f"{where} {ids} {of_ref} has {reason}")
+        mask = drawn[0] if isinstance(ids, int) else join_masks(drawn, size)
+        if annotations and not (may_be_empty or mask.any()):
+            reason = "covers no pixel: --empty says what that means"
+            raise OddError(EMPTY, f"{where} {ids} {of_ref} {reason}")
         return mask
-
-    def _draw(
-        self, annotation: _Annotation, segmentation: Any, ref: Ref, size: tuple[int, int]
-    ) -> np.ndarray:
-        what = f"{self.instances_path}: annotation {annotation['id']} (ref {ref['ref_id']})"
-        if not segmentation:
-            raise OddError("no segmentation", f"{what} has no segmentation: {self._remedy()}")
-        try:
-            return draw_segmentation(segmentation, *size)
-        except UserError as error:
-            kind = getattr(error, "kind", "unreadable segmentation")
-            raise OddError(kind, f"{what} has {error}") from None
 
     def _look_up(
         self, table: dict, kind: str, key: int, ref: Ref, form: TypeAdapter | None = None
     ) -> Any:
         """Return an entry of instances.json, checked if a form is given."""
         if key not in table:
-            raise OddError(
-                f"missing {kind}",
-                f"{self.instances_path} has no {kind} {key}, which ref {ref['ref_id']} of "
-                f"{self.refs_path.name} names: {self._remedy()}",
-            )
-        if form is None:
-            return table[key]
-        place, item = table[key]
-        where = f"{self.instances_path}: {kind}s[{place}]"
-        return read_as(form, item, where, self._remedy())
-
-    def _remedy(self) -> str:
-        return f"unpack the folder {self.refs_path.parent} again from its REFER archive"
+            named = f"which ref {ref['ref_id']} of {self.refs_path.name} names"
+            what = f"{self.instances_path} has no {kind} {key}, {named}: {self._remedy}"
+            raise OddError(f"missing {kind}", what)
+        where = f"{self.instances_path}: {kind} {key}"
+        return read_as(form, table[key], where, self._remedy) if form else table[key]
 
 
 def find_refs(folder: Path, split_by: str) -> Path:
     """Return the file of a folder's refs; it may be missing."""
     names = f"refs({split_by}).p", f"grefs({split_by}).json", f"grefs({split_by}).p"
-    names = names[1:] + names[:1] if folder.name == "grefcoco" else names
-    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    usual = folder / names[folder.name == "grefcoco"]
+    return next((folder / name for name in names if (folder / name).is_file()), usual)
 
 
 def load_refs(
@@ -286,7 +272,7 @@ def load_refs(
         UserError: the file cannot be loaded, or is not a list of refs with an id each.
     """
     content = path.read_bytes()
-    content = content if path.suffix == ".json" else load_plain(io.BytesIO(content), str(path))
+    content = content if path.suffix == ".json" else load_plain(content, str(path))
     refs: list[Ref] = []
     seen: set[str] = set()
     for place, item in enumerate(read_as(_REFS, content, str(path), remedy)):
@@ -298,7 +284,7 @@ def load_refs(
     return refs
 
 
-def load_plain(file: BinaryIO, where: str) -> Any:
+def load_plain(data: bytes, where: str) -> Any:
     """Read a pickle of plain containers, strings and numbers, and nothing else.
 
     The byte strings that Python 2 wrote become str: UTF-8 where that is valid, else Latin-1.
@@ -308,7 +294,7 @@ def load_plain(file: BinaryIO, where: str) -> Any:
             `where`.
     """
     try:
-        return _PlainUnpickler(file, where).load()
+        return _PlainUnpickler(data, where).load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can fail with almost anything
@@ -346,19 +332,17 @@ def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:
         raise UserError(f"{where} is not readable JSON ({error}): {remedy}") from None
     place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
     text = fault["msg"].replace("Input should", "must").replace("Value error,", "must be")
-    if fault["type"] == "missing":
-        text = "is missing"
-    else:
-        text += f", not {_SHORT.repr(fault['input']):.80}"
+    found = f", not {reprlib.repr(fault['input']):.80}"  # shared lists can be endless
+    text = "is missing" if fault["type"] == "missing" else text + found
     raise UserError(f"{where}{place}: {text}: {remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
-    def __init__(self, file: BinaryIO, where: str) -> None:
+    def __init__(self, data: bytes, where: str) -> None:
         codecs.register_error("rest as latin-1", _decode_rest)
-        super().__init__(file, encoding="utf-8", errors="rest as latin-1")
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors="rest as latin-1")
         self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -373,28 +357,20 @@ def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
     return error.object[error.start :].decode("latin-1"), len(error.object)
 
 
-def _by_id(items: Iterable[Any]) -> dict[int, tuple[int, dict]]:
-    """Return the items that have an id, each with its place."""
-    return {
-        item["id"]: (place, item)
-        for place, item in enumerate(items)
-        if isinstance(item, dict) and isinstance(item.get("id"), int)
-    }
+def _by_id(items: list) -> dict[int, dict]:
+    """Return the items that have an id."""
+    found = (item for item in items if isinstance(item, dict))
+    return {item["id"]: item for item in found if isinstance(item.get("id"), int)}
 
 
-def _sound_parts(segmentation: Any) -> Any:
-    """Return a segmentation without polygons of fewer than six numbers, or of an odd number."""
-    if not isinstance(segmentation, list):
-        return segmentation
-    return [p for p in segmentation if not isinstance(p, list) or (len(p) >= 6 and not len(p) % 2)]
+def _has_points(polygon: list) -> bool:
+    """Tell whether a polygon has three points or more, each of two numbers."""
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
-def _is_in_split(name: str, split: str) -> bool:
-    if split in ("testA", "testB", "testC"):
-        return split[-1] in name
-    if split == "test":
-        return "test" in name
-    return name == split
+def join_masks(masks: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Join masks of a size (height, width): uint8, 255 where any of them is not 0."""
+    return np.uint8(255) * np.any([np.zeros(size, bool), *masks], axis=0)
 
 
 def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -427,36 +403,23 @@ def _run_lengths(part: list | dict, height: int, width: int) -> dict:
     with all the memory there is, so neither gets that far.
     """
     if isinstance(part, list):
-        if len(part) < 6 or len(part) % 2 or not np.isfinite(part).all():
-            raise UserError(
-                "an unreadable segmentation (a polygon is three or more pairs of finite numbers "
-                f"x, y, not {part!r:.60})"
-            )
-        points = np.reshape(part, (-1, 2)) / (width, height)
-        if np.abs(points).max() > 10:
+        if not (_has_points(part) and np.isfinite(part).all()):
+            what = f"three or more pairs of finite numbers x, y, not {part!r:.60}"
+            raise UserError(f"an unreadable segmentation (a polygon is {what})")
+        if np.abs(np.reshape(part, (-1, 2)) / (width, height)).max() > 10:
             raise UserError(f"a polygon far outside its image of {height} x {width}: {part!r:.60}")
         return coco_mask.frPyObjects([part], height, width)[0]
     rows, columns = part["size"]
     if (rows, columns) != (height, width):
-        raise OddError(
-            "mask of another size",
-            f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}",
-        )
+        what = f"a segmentation of {rows} x {columns} pixels on an image of {height} x {width}"
+        raise OddError("mask of another size", what)
     counts = part["counts"]
     if isinstance(counts, list):
         if not all(isinstance(run, int) and run >= 0 for run in counts):
             raise UserError("an unreadable segmentation (its runs are no whole numbers from 0)")
         counts = coco_mask.frPyObjects(part, height, width)["counts"]
-    # Runs that fill the image are too long for one of a pixel less.
-    if _fit(counts, height * width - 1) or not _fit(counts, height * width):
-        raise UserError(f"a segmentation whose runs do not fill its image of {height} x {width}")
-    return {"size": [height, width], "counts": counts}
-
-
-def _fit(counts: str | bytes, pixels: int) -> bool:
-    """Return whether compressed run lengths are not too long for a number of pixels."""
-    try:
-        coco_mask.decode({"size": [pixels, 1], "counts": counts})
+    try:  # runs that fill the image are too long for one of a pixel less
+        coco_mask.decode({"size": [height * width - 1, 1], "counts": counts})
     except ValueError:
-        return False
-    return True
+        return {"size": [height, width], "counts": counts}
+    raise UserError(f"a segmentation whose runs do not fill its image of {height} x {width}")

@@ -49,13 +49,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def staging_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, to move what is whole out of it; it is removed.
 
-    So is what killed processes left there for `path`.
+    So is what killed processes left there for `path`. An error of the system's that names no file
+    names `path`.
     """
     _remove_leftovers(path)
     staging = _partial(path, os.getpid())
     staging.mkdir(parents=True)
     try:
         yield staging
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing names no file
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
