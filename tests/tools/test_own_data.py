@@ -240,10 +240,7 @@ def test_missing_images_are_counted_once_and_their_folder_is_asked_for(data):
         ({"mask": []}, r"mask must be a path, .* even for one, not \[\]"),
         ({"mask": "masks/9.png"}, r"masks/9\.png does not exist: check mask"),
         ({"mask": POLYGON}, r"a list of polygons in pixels: .* even for one, not"),
-        (
-            {"mask": [[1, 2, 3, 4]]},
-            r"its mask is an unreadable .*\(a polygon is three or more pairs",
-        ),
+        ({"mask": [[1, 2, 3, 4]]}, "its mask is an unreadable .* three or more pairs"),
         ({"mask": [[1, 2, 3, 4, 5, "6"]]}, "mask must be .* or a list of polygons in pixels"),
         ({"mask": [[1, 2, 3, 4, 5, 10**400]]}, "a polygon is three or more pairs"),
         ({"mask": [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]}, r"must be in pixels \(these polygons lie in"),
@@ -283,19 +280,16 @@ def test_a_line_that_is_no_object_is_named(data, capsys, text, message):
     assert re.search(rf"^1: {message}", found)
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (line(ref_id=7), "2: ref_id 7 is that of line 1 as well"),
-        (line(), " ref_id is on some lines only: put it on all of them or on none"),
-        (line(ref_id=8, image_id=9), r"2: its image photos/1.jpg has image_id 9, but 5 on line 1"),
-    ],
-    ids=["twice", "some", "image_id"],
-)
-def test_ids_that_contradict_each_other_are_named(data, capsys, second, message):
-    first = line(ref_id=7, image_id=5)
-    found = problems(data, capsys, first, {"image_id": 5} | second)
-    assert found == [message]
+def test_ids_that_contradict_each_other_are_named(data, capsys):
+    ids = ((7, 5), (7, 5), (None, 5), (8, 9))
+    assert problems(data, capsys, *(line(ref_id=i, image_id=j) for i, j in ids)) == [
+        "2: ref_id 7 is that of line 1 as well",
+        "4: its image photos/1.jpg has image_id 9, but 5 on line 1",
+        " ref_id is on some lines only: put it on all of them or on none",
+    ]
+
+
+NARROW = encoded(np.ones((HEIGHT, 50), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -305,16 +299,7 @@ def test_ids_that_contradict_each_other_are_named(data, capsys, second, message)
         ("masks/1.png", b"PNG", r"masks/1\.png cannot be decoded .*: check mask"),
         ("masks/1.png", encoded(np.uint8(255) * DRAWN, ".jpg"), r"masks/1\.png is no PNG"),
         ("masks/1.png", encoded(np.uint8(0) * DRAWN), r"masks/1\.png is an empty mask"),
-        (
-            "masks/1.png",
-            encoded(np.ones((HEIGHT, 50), np.uint8)),
-            r"masks/1\.png is 40 x 50 pixels, its image 40 x 60: check mask$",
-        ),
-        (
-            "masks/1.png",
-            encoded(np.ones((WIDTH, HEIGHT), np.uint8)),
-            r"is 60 x 40 pixels, its image 40 x 60 \(turned by its EXIF",
-        ),
+        ("masks/1.png", NARROW, r"is 40 x 50 pixels, its image 40 x 60: check mask$"),
     ],
 )
 def test_a_bad_photo_or_mask_is_named_with_its_line(data, capsys, name, content, message):
@@ -323,16 +308,14 @@ def test_a_bad_photo_or_mask_is_named_with_its_line(data, capsys, name, content,
     assert re.search(f"^2: .*{message}", found)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "does not exist"), (b"\n \n", "is empty"), (b"\xff\xfe{", "is not UTF-8 text")],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"data\.jsonl {message}"):
-        own_data.main([str(path), "-o", str(tmp_path / "lmdb")])
+    messages = {None: "does not exist", b"\n \n": "is empty", b"\xff\xfe{": "is not UTF-8 text"}
+    for content, message in messages.items():
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"data\.jsonl {message}"):
+            own_data.main([str(path), "-o", str(tmp_path / "lmdb")])
     assert not (tmp_path / "lmdb").exists()
 
 
