@@ -243,7 +243,6 @@ def convert(args: argparse.Namespace) -> Path:
     path = args.output_dir / f"{source.stem}.lmdb"
     if path.resolve() == source.resolve():
         raise UserError(f"{path} is the file to convert: give another folder as -o")
-    remedy = f"{source} is damaged, {REPACK}"
     sizes: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
@@ -253,11 +252,11 @@ def convert(args: argparse.Namespace) -> Path:
         for place, data in tqdm(items, desc=str(source), unit="ref", disable=None):
             where = f"{source}: entry {place}"
             with odd.catch("unreadable entry", source.stem, place):
-                item = read_as(_RELEASE_ITEM, _unpickle(data, where, REPACK), where, REPACK)
+                item = read_as(_RELEASE_ITEM, _unpickle(data, where), where, REPACK)
                 key, number, texts = item["img_name"], item["seg_id"], tuple(item["sents"])
-                size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", remedy)
-                mask = whiten_mask(item["mask"], size, f"{where}, mask", remedy)
-                refuse_seen(seen, [f"seg_id {number}"], where, remedy)
+                size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", REPACK)
+                mask = whiten_mask(item["mask"], size, f"{where}, mask", REPACK)
+                refuse_seen(seen, [f"seg_id {number}"], where, REPACK)
                 whitened += mask != item["mask"]
                 sizes[key] = size
                 writer.add_image(key, item["img"])
@@ -285,17 +284,17 @@ def release_items(path: Path) -> Iterator[bytes | None]:
             raise UserError(f"{path} is in this repository's format already: use it as it is")
         if txn.get(RELEASE_KEY) is None:
             raise UserError(f"{path} is no LMDB of the release: {REPACK}")
-        count = _unpickle(txn.get(b"__len__"), f"{path}: __len__", REPACK)
+        count = _unpickle(txn.get(b"__len__"), f"{path}: __len__")
         for number in range(read_as(TypeAdapter(int), count, f"{path}: __len__", REPACK)):
             yield txn.get(b"%d" % number)
 
 
-def _unpickle(data: bytes | None, where: str, remedy: str) -> object:
+def _unpickle(data: bytes | None, where: str) -> object:
     if data is None:
-        raise UserError(f"{where} is missing: {remedy}")
+        raise UserError(f"{where} is missing: {REPACK}")
     if data[:1] != b"\x80":  # how every pickle begins since protocol 2
         reason = "is no pickle; written with pyarrow.serialize, it cannot be read any more"
-        raise UserError(f"{where} {reason}: {remedy}")
+        raise UserError(f"{where} {reason}: {REPACK}")
     return load_plain(data, where)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from helpers import all_refs, blob, encoded
+from helpers import all_refs, blob, encoded, put
 
 from tools import folder2lmdb
 from utils import records
@@ -158,12 +158,7 @@ def test_a_file_of_the_release_that_would_run_code_is_refused_and_runs_none(tmp_
 
 
 def with_entry(key: bytes, value: bytes | None) -> Callable[[Path], object]:
-    def damage(path: Path) -> None:
-        env = lmdb.open(str(path), subdir=False, map_size=1 << 30)
-        with env, env.begin(write=True) as txn:
-            txn.delete(key) if value is None else txn.put(key, value)
-
-    return damage
+    return lambda path: put(path, {key: value})
 
 
 @pytest.mark.parametrize(
