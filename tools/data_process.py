@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = convert(refer, _refs_by_split(refer, args, odd), args, odd)
     anns = args.output_dir / "anns" / args.name
     files = {anns / f"{split}.json": json.dumps(items) for split, items in entries.items() if items}
-    files |= {anns / f"{s}.odd": "\n".join(lines) for s in entries if (lines := odd.of_split(s))}
+    lists = {anns / f"{split}.odd": "\n".join(odd.of_split(split)) for split in entries}
+    files |= {path: lines for path, lines in lists.items() if lines}
     for path in sorted({*anns.glob("*.json"), *anns.glob("*.odd")} - files.keys()):
         path.unlink()
         print(f"removed {path}: of an earlier run, whose masks are not those of this one")

@@ -46,11 +46,8 @@ EPILOG = """a line, an object of one image (spread out here):
 A mask may also be polygons, run lengths, a list of masks, or null for nothing. docs/own_data.md
 describes all fields and has a worked example."""
 
-Text = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True),
-    must(has_words, "texts with words in each"),
-]
+Stripped = StringConstraints(strip_whitespace=True)
+Text = Annotated[str, Stripped, must(has_words, "texts with words in each")]
 Count = Annotated[int | None, Field(ge=0, le=LARGEST, description="a whole number from 0")]
 Polygons = Annotated[list[list[float]], Field(min_length=1)]
 Mask = Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons

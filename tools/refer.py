@@ -227,7 +227,7 @@ class Refer:
         for item in annotations:
             parts = item.get("segmentation")
             if isinstance(ids, list) and isinstance(parts, list):
-                parts = [p for p in parts if not isinstance(p, list) or _has_points(p)]
+                parts = [part for part in parts if not isinstance(part, list) or _has_points(part)]
             try:
                 drawn += [draw_segmentation(parts, *size)] if parts else []
             except UserError as error:
@@ -386,7 +386,7 @@ def draw_segmentation(segmentation: list | dict, height: int, width: int) -> np.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
     # After a polygon, pycocotools draws nothing for a point or a line.
-    parts = parts[:1] + [p for p in parts[1:] if not (isinstance(p, list) and len(p) < 6)]
+    parts = parts[:1] + [part for part in parts[1:] if not isinstance(part, list) or len(part) >= 6]
     try:
         masks = coco_mask.decode([_run_lengths(part, height, width) for part in parts])
     except UserError:
