@@ -197,20 +197,11 @@ def write_report(
 ) -> None:
     """Write a page for each result of a split; they share their photos."""
     folder = cfg.run_folder / REPORT
-    models = [
-        pages.Scored(result["protocol"], result, [line.record() for line in lines])
-        for result, lines in zip(results, scores, strict=True)
-    ]
-    shown = [pages.choose_shown(model.lines, cfg.TEST.report_limit) for model in models]
-    wanted = [m.lines[i] for m, places in zip(models, shown, strict=True) for i in places]
-    pictures = pages.write_pictures(
-        reader, wanted, folder / pages.PHOTOS, cfg.TEST.report_photo_size
-    )
-    for model, places in zip(models, shown, strict=True):
-        page = stem_of(model.result)
-        data = pages.report_data([model], places, pictures)
-        data |= {"page": page, "results": "../results.js"}
-        pages.write_page(folder / page, data, pages.mask_data([model], places, pictures))
+    look = folder / pages.PHOTOS, cfg.TEST.report_limit, cfg.TEST.report_photo_size
+    for result, lines in zip(results, scores, strict=True):
+        model = pages.Scored(result["protocol"], result, [line.record() for line in lines])
+        links = {"page": stem_of(result), "results": "../results.js"}
+        pages.write_page(folder / links["page"], reader, [model], *look, **links)
     pages.write_results(folder)
 
 

@@ -6,21 +6,20 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import target_summary, token_length_summary
 from tools.folder2lmdb import check_mask
-from utils.arguments import text_parser
+from utils.arguments import check_at_least, text_parser
 from utils.errors import UserError, run_entry_point
+from utils.logger import progress
 from utils.records import RecordReader, RefRecord
-from utils.tokenizer import has_words, token_lengths
+from utils.tokenizer import has_words
 from utils.transforms import decode_image, decode_mask
 from utils.visualize import TRUTH_COLOR, grid, overlay, save_picture
 
@@ -32,34 +31,24 @@ RefCOCO, RefCOCO+ and G-Ref are compared with the published ones. Faults are lis
 code is 1 if there are any."""
 
 
-class Published(NamedTuple):
-    """Holds a split's published counts; `sentences` is None where none is published."""
-
-    refs: int
-    sentences: int | None = None
-
-
-# By the names that the configs use; the order of the splits is that of the papers' tables.
+# Refs and sentences (None where none are published) by the names that the configs use; the order of
+# the splits is that of the papers' tables.
 PUBLISHED = {
     "refcoco": {
-        "train": Published(42404),
-        "val": Published(3811, 10834),
-        "testA": Published(1975, 5657),
-        "testB": Published(1810, 5095),
+        "train": (42404, None),
+        "val": (3811, 10834),
+        "testA": (1975, 5657),
+        "testB": (1810, 5095),
     },
     "refcoco+": {
-        "train": Published(42278),
-        "val": Published(3805, 10758),
-        "testA": Published(1975, 5726),
-        "testB": Published(1798, 4889),
+        "train": (42278, None),
+        "val": (3805, 10758),
+        "testA": (1975, 5726),
+        "testB": (1798, 4889),
     },
-    "refcocog_u": {
-        "train": Published(42226),
-        "val": Published(2573, 4896),
-        "test": Published(5023, 9602),
-    },
-    "refcocog_g": {"train": Published(44822), "val": Published(5000, 9536)},
-    "refcoco-m": {"val": Published(2080, 5598)},
+    "refcocog_u": {"train": (42226, None), "val": (2573, 4896), "test": (5023, 9602)},
+    "refcocog_g": {"train": (44822, None), "val": (5000, 9536)},
+    "refcoco-m": {"val": (2080, 5598)},
 }
 
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
@@ -67,19 +56,12 @@ CELL, COLUMNS, GAP = (384, 380), 4, 16  # of the contact sheet; (width, height) 
 HEAD = 92  # of a cell, above the photo
 
 
-@dataclass
-class Check:
-    """Holds the faults and the counts of all records."""
+class Inspection(NamedTuple):
+    """Hold what was found in a file: refs without a fault by position, and all faults."""
 
-    faults: list[str] = field(default_factory=list)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of an image
-    image_ids: dict[str, int | None] = field(default_factory=dict)  # of every image that refs name
-    num_targets: dict[int, int] = field(default_factory=dict)  # by the position of the ref
-    pale: list[int] = field(default_factory=list)  # ids of refs whose masks have 1 to 252
-    shares: list[float] = field(default_factory=list)  # of the image that a mask covers, (0, 1]
-    token_lengths: Counter[int] = field(default_factory=Counter)
-    categories: Counter[int | None] = field(default_factory=Counter)
-    seen: Counter[tuple[str, int]] = field(default_factory=Counter)  # ids
+    sound: dict[int, RefRecord]
+    shares: list[float]  # of the photo that each of their masks covers
+    faults: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,21 +100,21 @@ def inspect(
     )
     if "left_out" in meta:
         print(f"  left out {meta['left_out']:,} odd refs, when it was packed")
-    check = check_records(reader)
-    for line in statistics(check, word_len):
+    found = check_records(reader)
+    for line in statistics(meta, found, word_len):
         print(f"  {line}")
     if not is_subset and meta["dataset"] in PUBLISHED:
         differing = differences(meta)
-        check.faults += differing
+        found.faults.extend(differing)
         print(f"  published {'differs' if differing else 'the same numbers'}")
     if samples:
-        save_sheet(reader, sheet, samples, seed, check.num_targets)
+        save_sheet(reader, sheet, samples, seed, found.sound)
         print(f"  to look at: {sheet}")
-    for fault in check.faults:
+    for fault in found.faults:
         print(f"  FAULT    {fault}")
-    if not check.faults:
+    if not found.faults:
         print("  checked  every record: no fault")
-    return check.faults
+    return found.faults
 
 
 def differences(meta: Mapping) -> list[str]:
@@ -144,175 +126,121 @@ def differences(meta: Mapping) -> list[str]:
     """
     known = PUBLISHED.get(meta["dataset"], {})
     parts = [known.get(name) for name in meta["split"].split("+")]
-    if not known or None in parts:
+    if None in parts:
         return []
-    found = []
-    left_out = meta.get("left_out", 0)
-    for what in ("refs", "sentences")[: 1 if left_out else 2]:
-        counts = [getattr(part, what) for part in parts]
-        if None not in counts and sum(counts) != meta[what] + left_out:
+    found, left_out = [], meta.get("left_out", 0)
+    for what, counts in zip(("refs", "sentences"), zip(*parts, strict=True), strict=True):
+        is_known = None not in counts and not (left_out and what == "sentences")
+        if is_known and sum(counts) != meta[what] + left_out:
             found.append(f"{meta[what]:,} {what}, where {sum(counts):,} are published")
     return found
 
 
-def check_records(reader: RecordReader) -> Check:
-    """Read every record, decode its photo and mask, and compare and count them."""
-    check = Check()
-    for position in tqdm(range(len(reader)), desc="check", unit="ref", disable=None, leave=False):
+def check_records(reader: RecordReader) -> Inspection:
+    """Read every record, and decode each photo and mask."""
+    found, ids, pale = Inspection({}, [], []), set(), []
+    images: dict[str, tuple | None] = {}  # height, width and image_id; None: it cannot be decoded
+    for position in progress(range(len(reader)), len(reader), "check"):
+        where, problems = f"position {position}", []
         try:
             ref = reader.ref(position)
+            where, key = f"ref {ref.ref_id} (position {position})", ref.image_key
+            if key not in images:
+                images[key] = None
+                photo = decode_image(reader.image(key), f"image {key}")
+                images[key] = *photo.shape[:2], ref.image_id
+            problems.extend(_problems(ref, images[key], ids))
+            mask = decode_mask(ref.mask, "mask")
+            check_mask(mask, (ref.height, ref.width), "its mask", "replace it", ref.num_targets)
         except UserError as error:
-            check.faults.append(f"position {position}: {error}")
+            problems.append(str(error))
+        found.faults.extend(f"{where}: {problem}" for problem in problems)
+        if problems or images[key] is None:
             continue
-        problems = [
-            *_index_problems(reader, position, ref),
-            *_image_problems(reader, ref, check),
-            *_mask_problems(ref, check),
-            *_sentence_problems(ref, check),
-        ]
-        check.categories[ref.category] += 1
-        check.num_targets[position] = ref.num_targets
-        check.faults += [f"ref {ref.ref_id} (position {position}): {p}" for p in problems]
-    check.faults += _count_problems(reader.meta, check)
-    return check
-
-
-def _index_problems(reader: RecordReader, position: int, ref: RefRecord) -> Iterator[str]:
-    index = reader.index
-    for what, kept, own in (
-        ("ref_id", index.ref_ids, ref.ref_id),
-        ("image", index.image_keys, ref.image_key),
-        ("image_id", index.image_ids, ref.image_id),
-        ("number of sentences", index.num_sentences, len(ref.sentences)),
-    ):
-        if kept[position] != own:
-            yield f"the index says {what} {kept[position]}, the record {own}"
-
-
-def _image_problems(reader: RecordReader, ref: RefRecord, check: Check) -> Iterator[str]:
-    key = ref.image_key
-    if key not in check.image_ids:
-        check.image_ids[key] = ref.image_id
-        try:
-            check.sizes[key] = decode_image(reader.image(key), f"image {key}").shape[:2]
-        except UserError as error:
-            yield str(error)
-    if check.image_ids[key] != ref.image_id:
-        yield f"another ref gives its image {key} another image_id"
-    height, width = check.sizes.get(key, (ref.height, ref.width))
-    if (height, width) != (ref.height, ref.width):
-        yield f"says {ref.height} x {ref.width} pixels, its image has {height} x {width}"
-
-
-def _mask_problems(ref: RefRecord, check: Check) -> Iterator[str]:
-    try:
-        mask = decode_mask(ref.mask, "mask")
-        check_mask(mask, (ref.height, ref.width), "its mask", "replace it", ref.num_targets)
-        if ref.num_targets:
-            check.shares.append(float((mask > 0).mean()))
+        found.sound[position] = ref
+        found.shares.append(float((mask > 0).mean()))
         if ((mask > 0) & (mask < 253)).any():
-            check.pale.append(ref.ref_id)
-    except UserError as error:
-        yield str(error)
+            pale.append(ref.ref_id)
+    if pale:
+        found.faults.append(
+            f"{len(pale):,} masks, such as that of ref {pale[0]}, have values from 1 to 252, which "
+            "training takes for background in part: pack the split again"
+        )
+    return found
 
 
-def _sentence_problems(ref: RefRecord, check: Check) -> Iterator[str]:
-    for kind, ids in (("ref_id", [ref.ref_id]), ("sent_id", ref.sent_ids)):
-        for number in ids:
-            check.seen[kind, number] += 1
-            if check.seen[kind, number] > 1:
-                yield f"{kind} {number} is there twice"
-    if not ref.sentences or len(ref.sentences) != len(ref.sent_ids):
-        yield f"it has {len(ref.sentences)} sentences and {len(ref.sent_ids)} sentence ids"
-    check.token_lengths.update(token_lengths(ref.sentences))
+def _problems(ref: RefRecord, image: tuple | None, ids: set[tuple[str, int]]) -> Iterator[str]:
+    """Say what is wrong with a ref beside its mask; `ids` are those of earlier refs and grow."""
+    if image is not None and image[:2] != (ref.height, ref.width):
+        yield f"says {ref.height} x {ref.width} pixels, its image has {image[0]} x {image[1]}"
+    if image is not None and image[2] != ref.image_id:
+        yield f"another ref gives its image {ref.image_key} another image_id"
+    for own in [("ref_id", ref.ref_id), *(("sent_id", number) for number in ref.sent_ids)]:
+        if own in ids:
+            yield f"{own[0]} {own[1]} is there twice"
+        ids.add(own)
     for sentence in ref.sentences:
         if not has_words(sentence):
             yield f"its sentence {sentence!r} has no words"
 
 
-def _count_problems(meta: Mapping, check: Check) -> Iterator[str]:
-    found = {"sentences": check.token_lengths.total(), "images": len(check.image_ids)}
-    for what, count in found.items():
-        if meta[what] != count:
-            yield f"the file says that it holds {meta[what]:,} {what}, but {count:,} were found"
-    if meta["token_length"] != dict(check.token_lengths):
-        yield "the file's histogram of sentence lengths is not that of its sentences"
-    if check.pale:
+def statistics(meta: Mapping, found: Inspection, word_len: int) -> Iterator[str]:
+    """Yield the statistics of a file, a line each; of the refs, those without a fault count."""
+    refs = found.sound.values()
+    if refs:
+        sizes = {ref.image_key: (ref.height, ref.width) for ref in refs}.values()
+        heights, widths = zip(*sizes, strict=True)
+        (((height, width), _),) = Counter(sizes).most_common(1)
         yield (
-            f"{len(check.pale):,} masks, such as that of ref {check.pale[0]}, have values from 1 "
-            "to 252, which training takes for background in part: pack the split again"
-        )
-
-
-def statistics(check: Check, word_len: int) -> list[str]:
-    """Return the statistics of a file, a line each."""
-    lines = []
-    if check.sizes:
-        heights, widths = zip(*check.sizes.values(), strict=True)
-        (height, width), _ = Counter(check.sizes.values()).most_common(1)[0]
-        lines.append(
             f"photos   {min(heights)}-{max(heights)} high, {min(widths)}-{max(widths)} wide, "
             f"mostly {height} x {width}"
         )
-    if check.shares:
-        shares = np.quantile(check.shares, QUANTILES, method="nearest")
-        values = "  ".join(f"{100 * share:.1f}" for share in shares)
+        shares = [share for share in found.shares if share]  # of those with a target
+        quantiles = np.quantile(shares or [0], QUANTILES, method="nearest")
+        values = "  ".join(f"{100 * share:.1f}" for share in quantiles)
         names = " ".join(f"{100 * q:g}" for q in QUANTILES)
-        lines.append(f"masks    % of the photo they cover, at quantiles {names} %: {values}")
-    lines += [f"targets  {line}" for line in target_summary(check.num_targets.values())]
-    known = [category for category in check.categories if category is not None]
-    lines.append(f"classes  {len(known)} categories" if known else "classes  no categories")
-    cut = sum(n for length, n in check.token_lengths.items() if length > word_len)
-    total = check.token_lengths.total()
-    histogram = token_length_summary(check.token_lengths).splitlines()[0]
-    lines.append(textwrap.fill(f"tokens   {histogram}", 97, subsequent_indent=" " * 11))
-    lines.append(f"         {cut:,} of {total:,} sentences are cut at word_len {word_len}")
-    return lines
+        yield f"masks    % of the photo they cover, at quantiles {names} %: {values}"
+    yield from (f"targets  {line}" for line in target_summary(ref.num_targets for ref in refs))
+    yield f"classes  {len({ref.category for ref in refs} - {None}) or 'no'} categories"
+    lengths = meta["token_length"]
+    histogram = token_length_summary(lengths).splitlines()[0]
+    yield textwrap.fill(f"tokens   {histogram}", 97, subsequent_indent=" " * 11)
+    cut = sum(count for length, count in lengths.items() if length > word_len)
+    yield f"         {cut:,} of {meta['sentences']:,} sentences are cut at word_len {word_len}"
 
 
 def save_sheet(
-    reader: RecordReader, path: Path, samples: int, seed: int, num_targets: Mapping[int, int]
+    reader: RecordReader, path: Path, samples: int, seed: int, sound: Mapping[int, RefRecord]
 ) -> None:
-    """Write a picture of random refs: mask on photo, sentences above; unreadable ones say so.
+    """Write a picture of random refs: mask on photo, sentences above.
 
-    Where there are refs of no, one or several targets (`num_targets`, by position), one of each
-    is on it.
+    Where there are refs of no, one or several targets, one of each is on it.
     """
-    count, rng = min(samples, len(reader)), random.Random(seed)
-    chosen = rng.sample(range(len(reader)), count)
-    kinds = {min(number, 2): place for place, number in num_targets.items()}
+    count = min(samples, len(sound))
+    chosen = random.Random(seed).sample(list(sound), count)
+    kinds = {min(ref.num_targets, 2): position for position, ref in sound.items()}
     if len(kinds) > 1:
         chosen = list(dict.fromkeys([*kinds.values(), *chosen]))[:count]
-    chosen.sort()
-    cells = [_cell(reader, position) for position in chosen]
-    save_picture(grid(cells, CELL, min(COLUMNS, count), GAP), path)
+    cells = [draw_cell(reader, sound[position]) for position in sorted(chosen)]
+    save_picture(grid(cells, CELL, min(COLUMNS, max(count, 1)), GAP), path)
 
 
-def _cell(reader: RecordReader, position: int) -> Image.Image:
+def draw_cell(reader: RecordReader, ref: RefRecord) -> Image.Image:
     """Draw one ref as a picture of size `CELL`."""
     cell = Image.new("RGB", CELL, "white")
+    photo = decode_image(reader.image(ref.image_key), ref.image_key)
+    mask = decode_mask(ref.mask, "mask") > 0
+    room = CELL[0], CELL[1] - HEAD
+    small = (np.array(ImageOps.contain(Image.fromarray(p), room)) for p in (photo, mask))
+    picture = overlay(*small, TRUTH_COLOR, is_tinted=False)
+    cell.paste(Image.fromarray(picture), (0, HEAD))
     draw = ImageDraw.Draw(cell)
-    small, normal = ImageFont.load_default(13), ImageFont.load_default(17)
-    try:
-        ref = reader.ref(position)
-        photo = decode_image(reader.image(ref.image_key), ref.image_key)
-        mask = decode_mask(ref.mask, "mask") > 0
-        room = CELL[0], CELL[1] - HEAD
-        small_photo, small_mask = (
-            np.array(ImageOps.contain(Image.fromarray(pixels), room)) for pixels in (photo, mask)
-        )
-        picture = overlay(small_photo, small_mask, TRUTH_COLOR, is_tinted=False)
-    except Exception as error:  # the fault itself is in the list
-        draw.text((0, HEAD), "\n".join(textwrap.wrap(f"{error!r}", 50)), "crimson", small)
-        return cell
     text = " ".join(f"“{sentence}”" for sentence in ref.sentences)
     lines = textwrap.wrap(text, 42, max_lines=3, placeholder=" …")
-    draw.text((0, 0), "\n".join(lines), "black", normal)
-    share = f"{100 * mask.mean():.1f} % of {ref.image_key[-36:]}"
-    if ref.num_targets != 1:
-        share = f"{ref.num_targets} targets, {share}"
-    draw.text((0, 68), f"ref {ref.ref_id}, {share}", "dimgray", small)
-    cell.paste(Image.fromarray(picture), (0, HEAD))
+    draw.text((0, 0), "\n".join(lines), "black", ImageFont.load_default(17))
+    targets = "" if ref.num_targets == 1 else f"{ref.num_targets} targets, "
+    share = f"{targets}{100 * mask.mean():.1f} % of {ref.image_key[-36:]}"
+    draw.text((0, 68), f"ref {ref.ref_id}, {share}", "dimgray", ImageFont.load_default(13))
     return cell
 
 
@@ -320,18 +248,14 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = text_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("lmdb", type=Path, help="a file of tools/folder2lmdb.py or tools/own_data.py")
-    add("--samples", type=_count, default=12, metavar="N", help="refs on the sheet (%(default)s)")
-    add("--seed", type=_count, default=0, metavar="S", help="chooses them (%(default)s)")
+    add("--samples", type=int, default=12, metavar="N", help="refs on the sheet (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="chooses them (%(default)s)")
     add("-o", "--output", type=Path, help="the contact sheet, PNG or JPEG (X.jpg beside X.lmdb)")
-    add("--word-len", type=_count, default=17, help="TRAIN.word_len to try (%(default)s)")
+    add("--word-len", type=int, default=17, help="TRAIN.word_len to try (%(default)s)")
     add("--subset", action="store_true", help="a part of a known data set: compare no counts")
-    return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)
+    args = parser.parse_args(argv)
+    check_at_least(parser, args, samples=0)
+    return args
 
 
 if __name__ == "__main__":

@@ -5,91 +5,91 @@
   const report = window.REPORT;
   const { models, rows, photos, groupings } = report;
   const isPair = models.length === 2;
+  const main = report.metrics[0]; // gIoU where some sentences have no target
   const PAGE_SIZE = 24;
   const TRUTH = [46, 204, 113], COLORS = [[255, 64, 129], [64, 128, 255]];
-  const $ = (id) => document.getElementById(id);
+  const PERFECT = "a perfect model at this input size and protocol";
 
   // ------------------------------------------------------------------------------------ small tools
 
+  const $ = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
   function fill(node, attributes, children) {
     for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-      else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+      if (name.startsWith("on")) node[name] = value;
+      else if (name === "style") Object.assign(node.style, value);
+      else if (value !== null) node.setAttribute(name, value);
     }
-    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+    node.append(...children.flat(Infinity));
     return node;
   }
-  const el = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
-  const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+  const el = (tag, attributes = {}, ...children) =>
+    fill(document.createElement(tag), attributes, children);
+  const svg = (tag, attributes = {}, ...children) =>
+    fill(document.createElementNS(SVG, tag), attributes, children);
   const percent = (value, digits = 2) => value === null ? "–" : (100 * value).toFixed(digits);
-  const main = report.metrics[0]; // gIoU where some sentences have no target
-  const signed = (value, digits = 2) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   const number = (value) => value.toLocaleString("en-GB");
   const plural = (count, one) => `${number(count)} ${one}${count === 1 ? "" : "s"}`;
-  const swatch = (model) => el("span", { class: `swatch m${model}`, "aria-hidden": "true" });
+  const swatch = (kind) => el("span", { class: `swatch ${kind}`, "aria-hidden": "true" });
+  const table = (attributes, head, body) =>
+    el("table", attributes, el("thead", {}, head), el("tbody", {}, body));
 
   // ------------------------------------------------------------------------------------------- head
 
-  const fact = (name, value) => el("span", {}, `${name} `, el("b", {}, String(value)));
-
-  function drawHead() {
-    const first = models[0];
-    document.title = `${report.title}: ${isPair ? "comparison" : first.protocol}`;
-    $("title").textContent = isPair ? `${report.title}: ${models[1].name} against ${models[0].name}` : report.title;
-    const facts = [fact("data set", first.dataset), fact("split", first.split), fact("refs", number(first.refs)),
-      fact("sentences", number(report.sentences)), ...(isPair ? [] : modelFacts(first))];
-    $("facts").append(...facts.flatMap((node) => [node, " "]));
+  function modelFacts(model) {
+    const facts = [["protocol", model.protocol], ["threshold", model.threshold]];
+    facts.push(["checkpoint", model.checkpoint]);
+    const swapped = ["sentences are", "swapped with those of another object of the photo"];
+    return model.swapped_sentences ? [...facts, swapped] : facts;
   }
 
-  function modelFacts(model) {
-    const facts = [fact("protocol", model.protocol), fact("threshold", model.threshold)];
-    facts.push(fact("checkpoint", model.checkpoint));
-    if (model.swapped_sentences) facts.push(fact("sentences are", "swapped with those of another object of the photo"));
-    return facts;
+  const factNodes = (facts) => facts.map(([name, value]) =>
+    [el("span", {}, `${name} `, el("b", {}, value)), "  "]);
+
+  function drawHead() {
+    const [first, second] = models, { title } = report;
+    document.title = `${title}: ${isPair ? "comparison" : first.protocol}`;
+    $("title").textContent = isPair ? `${title}: ${second.name} against ${first.name}` : title;
+    const facts = [["data set", first.dataset], ["split", first.split],
+      ["refs", number(first.refs)], ["sentences", number(report.sentences)]];
+    fill($("facts"), {}, factNodes([...facts, ...(isPair ? [] : modelFacts(first))]));
   }
 
   function drawScores() {
-    const title = (name) => name === "N-acc" ? `N-acc (none: ${models[0].no_target_rule})` : name;
-    const head = el("tr", {}, el("th", {}, "per cent"), report.metrics.map((name) => el("th", { scope: "col" }, title(name))));
-    const body = [];
-    models.forEach((model, m) => {
+    const heads = report.metrics.map((name) => el("th", { scope: "col" },
+      name === "N-acc" ? `N-acc (none: ${models[0].no_target_rule})` : name));
+    const row = (kind, label, value) => el("tr", { class: kind }, el("td", {}, label),
+      report.metrics.map((name) => el("td", { class: name === main ? "main" : "" }, value(name))));
+    const body = models.map((model, m) => {
       const label = isPair
-        ? [swatch(m), el("b", {}, model.name), el("small", {}, ...modelFacts(model).flatMap((node) => [node, "  "]))]
-        : ["this model"];
-      body.push(scoreRow("", label, (name) => percent(model[name])));
-      if (!isPair || JSON.stringify(model.ceiling) !== JSON.stringify(models[1 - m].ceiling) || m === 1) {
-        body.push(scoreRow("quiet", ["a perfect model at this input size and protocol"], (name) => percent(model.ceiling[name])));
-      }
+        ? [swatch(`m${m}`), el("b", {}, model.name), el("small", {}, factNodes(modelFacts(model)))]
+        : "this model";
+      return [row("", label, (name) => percent(model[name])),
+        row("quiet", PERFECT, (name) => percent(model.ceiling[name]))];
     });
     if (isPair) {
       const { intervals, level } = report.comparison;
-      const label = [`${models[1].name} − ${models[0].name}`, el("small", {}, `[${percent(level, 0)} % interval]`)];
-      body.push(scoreRow("difference", label, (name) => {
-        const [difference, low, high] = intervals[name].map((value) => 100 * value);
-        return [signed(difference), el("small", {}, `[${signed(low)}, ${signed(high)}]`)];
+      const interval = el("small", {}, `[${percent(level, 0)} % interval]`);
+      const label = [`${models[1].name} − ${models[0].name}`, interval];
+      body.push(row("difference", label, (name) => {
+        const [difference, low, high] = intervals[name].map((value) => signed(100 * value));
+        return [difference, el("small", {}, `[${low}, ${high}]`)];
       }));
     }
-    $("scores").append(el("table", {}, el("thead", {}, head), el("tbody", {}, body)));
+    $("scores").append(table({}, el("tr", {}, el("th", {}, "per cent"), heads), body));
     if (isPair) drawOutcome();
-  }
-
-  function scoreRow(kind, label, value) {
-    const cells = report.metrics.map((name) => el("td", { class: name === main ? "main" : null }, value(name)));
-    return el("tr", { class: kind }, el("td", {}, label), cells);
   }
 
   function drawOutcome() {
     const { won, lost, tied, margin, images, draws } = report.comparison;
-    const parts = [["lost", lost], ["tied", tied], ["won", won]].filter(([, count]) => count);
-    const bar = el("div", { class: "bar", "aria-hidden": "true" }, parts.map(([name, count]) => {
-      const part = el("span", { class: name, title: `${name}: ${number(count)}` });
-      part.style.flex = String(count);
-      return part;
-    }));
-    const text = `${models[1].name} won ${number(won)}, lost ${number(lost)}, tied ${number(tied)} ` +
-      `(IoU within ${margin}). Intervals: ${number(draws)} draws of ${plural(images, "photo")} with all their ` +
-      "sentences, since sentences of one photo are not independent; both models on the same draw.";
+    const parts = Object.entries({ lost, tied, won }).filter(([, count]) => count);
+    const bar = el("div", { class: "bar", "aria-hidden": "true" }, parts.map(([name, count]) =>
+      el("span", { class: name, title: `${name}: ${number(count)}`, style: { flex: count } })));
+    const text = `${models[1].name} won ${number(won)}, lost ${number(lost)}, tied ` +
+      `${number(tied)} (IoU within ${margin}). Intervals: ${number(draws)} draws of ` +
+      `${plural(images, "photo")} with all their sentences, since sentences of one photo are not ` +
+      "independent; both models on the same draw.";
     $("scores").append(el("div", { id: "outcomes" }, el("p", { class: "note" }, text), bar));
   }
 
@@ -98,125 +98,119 @@
   const WIDTH = 420, HEIGHT = 190, LEFT = 38, RIGHT = 6, TOP = 16, BOTTOM = 36;
   const x = (share) => LEFT + share * (WIDTH - LEFT - RIGHT);
   const y = (share) => HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM);
-
-  function frame(title, remark, ticks, label, axis, ...content) {
-    const lines = ticks.map(([share, text]) => [
-      svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }),
-      svg("text", { x: LEFT - 6, y: y(share) + 4, "text-anchor": "end" }, text),
-    ]);
-    const below = svg("text", { x: x(0.5), y: HEIGHT - 3, "text-anchor": "middle" }, axis);
-    const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": label }, lines, below, content);
-    return el("figure", { class: "chart" }, el("figcaption", {}, title, " ", el("span", {}, remark)), drawing);
-  }
-
-  const numbersBelow = (values) => values.map((value) =>
-    svg("text", { x: x(value), y: y(0) + 14, "text-anchor": "middle" }, value.toFixed(1)));
-
   const SHARE_TICKS = [0, 0.25, 0.5, 0.75, 1].map((share) => [share, percent(share, 0)]);
 
-  function niceTicks(most) {
-    const rough = Math.max(1, most / 4), power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
-    const top = Math.ceil(most / step) * step;
-    return { top, ticks: Array.from({ length: top / step + 1 }, (_, i) => [i * step / top, number(i * step)]) };
+  const write = (text, left, top, attributes = {}) =>
+    svg("text", { x: left, y: top, "text-anchor": "middle", ...attributes }, text);
+  const scale = (values) => values.map((value) => write(value.toFixed(1), x(value), y(0) + 14));
+
+  function chart(title, remark, ticks, axis, ...content) {
+    const lines = ticks.map(([share, text]) => [
+      svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }),
+      write(text, LEFT - 6, y(share) + 4, { "text-anchor": "end" }),
+    ]);
+    const frame = { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": title };
+    const drawing = svg("svg", frame, lines, write(axis, x(0.5), HEIGHT - 3), content);
+    const caption = el("figcaption", {}, title, " ", el("span", {}, remark));
+    return el("figure", { class: "chart" }, caption, drawing);
   }
 
   // One slot a label; a bar a model. `heights[model][slot]` in [0, 1] of the axis.
   function bars(heights, slots, tell, onPick) {
     const slot = 1 / slots, gap = slots > 12 ? 0.1 : 0.22;
     const width = slot * (1 - gap) / heights.length;
-    const marks = [];
-    for (let i = 0; i < slots; i++) {
-      heights.forEach((values, m) => {
-        const left = i * slot + slot * gap / 2 + m * width;
-        marks.push(svg("rect", {
-          class: `bar m${m}`, x: x(left), width: Math.max(1, x(left + width) - x(left) - 1),
-          y: y(values[i]), height: y(0) - y(values[i]), rx: 1.5,
-        }));
-      });
-      const pick = () => onPick(i);
-      marks.push(svg("rect", {
+    return Array.from({ length: slots }, (_, i) => {
+      const own = heights.map((values, m) => svg("rect", {
+        class: `bar m${m}`, x: x(i * slot + slot * gap / 2 + m * width), rx: 1.5,
+        width: Math.max(1, x(width) - x(0) - 1), y: y(values[i]), height: y(0) - y(values[i]),
+      }));
+      return [own, svg("rect", {
         class: "hit", x: x(i * slot), width: x(slot) - x(0), y: TOP, height: y(0) - TOP,
         tabindex: 0, role: "button", "aria-label": `${tell(i)}: show these sentences`,
-        onclick: pick, onkeydown: (event) => { if (event.key === "Enter") pick(); },
-      }, svg("title", {}, tell(i))));
-    }
-    return marks;
+        onclick: () => onPick(i), onkeydown: (event) => { if (event.key === "Enter") onPick(i); },
+      }, svg("title", {}, tell(i)))];
+    });
   }
 
   function histogramChart() {
-    const slots = report.histogram[0].length;
-    const { top, ticks } = niceTicks(Math.max(...report.histogram.flat()));
-    const range = (i) => [i / slots, (i + 1) / slots];
-    const tell = (i) => `IoU ${range(i).map((end) => end.toFixed(2)).join("–")}: ` +
+    const slots = report.histogram[0].length, most = Math.max(...report.histogram.flat());
+    const rough = Math.max(1, most / 4), power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+    const top = Math.ceil(most / step) * step;
+    const ticks = Array.from({ length: top / step + 1 }, (_, i) =>
+      [i * step / top, number(i * step)]);
+    const tell = (i) => `IoU ${(i / slots).toFixed(2)}–${((i + 1) / slots).toFixed(2)}: ` +
       report.histogram.map((counts) => plural(counts[i], "sentence")).join(" / ");
-    const labels = numbersBelow([0, 0.2, 0.4, 0.6, 0.8, 1]);
-    const content = bars(report.histogram.map((counts) => counts.map((count) => count / top)), slots, tell, (i) => {
-      const [low, high] = range(i);
-      apply({ low: String(+low.toFixed(4)), high: String(+high.toFixed(4)) });
-    });
-    return frame("Sentences by IoU", "", ticks, "Number of sentences by IoU", "IoU", labels, content);
+    const heights = report.histogram.map((counts) => counts.map((count) => count / top));
+    const content = bars(heights, slots, tell, (i) =>
+      choose({ low: +(i / slots).toFixed(4), high: +((i + 1) / slots).toFixed(4) }));
+    return chart("Sentences by IoU", "", ticks, "IoU", scale([0, 0.2, 0.4, 0.6, 0.8, 1]), content);
   }
 
   function curveChart() {
+    const line = (kind, places, ...children) => {
+      const points = places.map(([at, share]) => `${x(at).toFixed(1)},${y(share).toFixed(1)}`);
+      return svg("polyline", { class: kind, points: points.join(" ") }, children);
+    };
+    const at = report.metrics.filter((name) => name.startsWith("Pr@"))
+      .map((name) => [Number(name.slice(3)), name]);
     const steps = report.curve[0].length - 1;
-    const lines = report.curve.map((shares, m) => svg("polyline", {
-      class: `curve m${m}`, points: shares.map((share, i) => `${x(i / steps).toFixed(1)},${y(share).toFixed(1)}`).join(" "),
-    }));
-    const at = report.metrics.filter((name) => name.startsWith("Pr@")).map((name) => [Number(name.slice(3)), name]);
-    const dots = models.flatMap((model, m) => at.map(([place, name]) => svg("circle", {
-      class: `dot m${m}`, cx: x(place), cy: y(model[name]), r: 3.5,
-    }, svg("title", {}, `${isPair ? `${model.name}, ` : ""}${name}: ${percent(model[name])} %`))));
-    const ceilings = models.map((model) => svg("polyline", {
-      class: "mark", points: at.map(([place, name]) => `${x(place)},${y(model.ceiling[name])}`).join(" "),
-    }, svg("title", {}, "a perfect model at this input size and protocol")));
-    const labels = numbersBelow([0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]);
-    return frame("Pr@X", `% of sentences${main === "gIoU" ? " with a target" : ""}; dashed: perfect model`, SHARE_TICKS,
-      "Share of sentences with an IoU above X", "X", labels, ceilings, lines, dots);
+    const content = models.map((model, m) => [
+      line("mark", at.map(([place, name]) => [place, model.ceiling[name]]),
+        svg("title", {}, PERFECT)),
+      line(`curve m${m}`, report.curve[m].map((share, i) => [i / steps, share])),
+      at.map(([place, name]) => svg("circle", {
+        class: `dot m${m}`, cx: x(place), cy: y(model[name]), r: 3.5,
+      }, svg("title", {}, `${isPair ? `${model.name}, ` : ""}${name}: ${percent(model[name])} %`))),
+    ]);
+    const whose = main === "gIoU" ? "sentences with a target" : "sentences";
+    const remark = `% of ${whose}; dashed: perfect model`;
+    const labels = scale([0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]);
+    return chart("Pr@X", remark, SHARE_TICKS, "X", labels, content);
   }
 
-  function groupChart(grouping) {
-    const count = grouping.labels.length;
-    const heights = models.map((_, m) => grouping.rows.map((row) => row.models[m][main]));
-    const tell = (i) => `${grouping.labels[i]}: ${main} ` + heights.map((values) => percent(values[i])).join(" / ") +
-      ` %, ${plural(grouping.rows[i].sentences, "sentence")}`;
-    const labels = grouping.labels.map((label, i) => svg("text", {
-      x: x((i + 0.5) / count), y: y(0) + 14, "text-anchor": "middle",
-    }, label.replace(" %", "")));
-    const numbers = grouping.rows.map((row, i) => svg("text", {
-      class: "value", x: x((i + 0.5) / count), y: y(Math.max(...heights.map((values) => values[i]))) - 4, "text-anchor": "middle",
-    }, number(row.sentences)));
-    const content = bars(heights, count, tell, (i) => apply({ [grouping.key]: String(i) }));
-    const title = `${main} by ${grouping.title}`;
-    return frame(title, "in %, above: count", SHARE_TICKS, title, "", labels, content, numbers);
-  }
-
-  function drawCharts() {
-    const scales = groupings.filter((grouping) => grouping.is_scale).map(groupChart);
-    $("charts").append(histogramChart(), curveChart(), ...scales);
+  function groupChart({ key, title, labels, rows: groups }) {
+    const heights = models.map((_, m) => groups.map((group) => group.models[m][main]));
+    const tell = (i) => `${labels[i]}: ${main} ` +
+      `${heights.map((values) => percent(values[i])).join(" / ")} %, ` +
+      plural(groups[i].sentences, "sentence");
+    const texts = groups.map((group, i) => {
+      const middle = x((i + 0.5) / labels.length);
+      const top = y(Math.max(...heights.map((values) => values[i]))) - 4;
+      return [write(labels[i].replace(" %", ""), middle, y(0) + 14),
+        write(number(group.sentences), middle, top, { class: "value" })];
+    });
+    const content = bars(heights, labels.length, tell, (i) => choose({ [key]: i }));
+    return chart(`${main} by ${title}`, "in %, above: count", SHARE_TICKS, "", content, texts);
   }
 
   // ----------------------------------------------------------------------------------------- tables
 
+  function groupTable({ key, title, labels, rows: groups }) {
+    const names = Object.keys(groups[0].models[0]);
+    const heads = models.map((model, m) => names.map((name) =>
+      el("th", { scope: "col", title: model.name }, isPair ? swatch(`m${m}`) : [], name)));
+    const order = labels.map((_, i) => i);
+    if (key === "category") order.sort((a, b) => groups[b].sentences - groups[a].sentences);
+    const body = order.map((i) => {
+      const onclick = () => choose({ [key]: i });
+      const pick = el("button", { type: "button", onclick }, labels[i]);
+      const cells = groups[i].models.map((scores) =>
+        names.map((name) => el("td", {}, percent(scores[name]))));
+      return el("tr", {}, el("td", {}, pick), el("td", {}, number(groups[i].sentences)), cells);
+    });
+    const head = [title, "sentences"].map((name) => el("th", { scope: "col" }, name));
+    const rest = table({ id: `table-${key}` }, el("tr", {}, head, heads), body);
+    return el("div", { class: "scroll" }, rest);
+  }
+
   function drawTables() {
     const kinds = groupings.find((grouping) => grouping.key === "kind");
-    const brief = kinds.labels.map((label, i) => `${label} ${kinds.rows[i].models.map((scores) => percent(scores[main], 1)).join(" / ")}`);
+    const brief = kinds.rows.map((group, i) =>
+      `${kinds.labels[i]} ${group.models.map((scores) => percent(scores[main], 1)).join(" / ")}`);
     $("brief").textContent = `${main} by kind of sentence: ${brief.join(" · ")}`;
-    const names = Object.keys(groupings[0].rows[0].models[0]);
-    $("tables").querySelector(".columns").classList.toggle("pair", isPair);
-    $("tables").querySelector(".columns").append(...groupings.map((grouping) => {
-      const heads = models.flatMap((model, m) => names.map((name) => el("th", { scope: "col", title: model.name }, isPair ? swatch(m) : null, name)));
-      const head = el("tr", {}, el("th", { scope: "col" }, grouping.title), el("th", { scope: "col" }, "sentences"), heads);
-      const order = grouping.labels.map((_, i) => i);
-      if (grouping.key === "category") order.sort((a, b) => grouping.rows[b].sentences - grouping.rows[a].sentences);
-      const body = order.map((i) => {
-        const row = grouping.rows[i];
-        const pick = el("button", { type: "button", onclick: () => apply({ [grouping.key]: String(i) }) }, grouping.labels[i]);
-        const cells = row.models.flatMap((scores) => names.map((name) => el("td", {}, percent(scores[name]))));
-        return el("tr", {}, el("td", {}, pick), el("td", {}, number(row.sentences)), cells);
-      });
-      return el("div", { class: "scroll" }, el("table", { id: `table-${grouping.key}` }, el("thead", {}, head), el("tbody", {}, body)));
-    }));
+    $("columns").classList.toggle("pair", isPair);
+    $("columns").append(...groupings.map(groupTable));
   }
 
   // ------------------------------------------------------------------------------------------ masks
@@ -239,35 +233,28 @@
   }
 
   // Runs go down the columns. A pixel of the smaller picture is set if any of its pixels is.
-  function shrinkMask(runs, height, width, shownHeight, shownWidth) {
+  function shrinkMask(runs, [, height, width, shownHeight, shownWidth]) {
     const mask = new Uint8Array(shownHeight * shownWidth);
-    const down = shownHeight / height, across = shownWidth / width;
-    let start = 0, isSet = false;
-    for (const run of runs) {
-      for (let at = start; isSet && at < start + run;) {
-        const column = Math.floor(at / height), top = at - column * height;
-        const bottom = Math.min(height, top + start + run - at);
-        const X = Math.min(shownWidth - 1, Math.floor(column * across));
-        const last = Math.min(shownHeight - 1, Math.floor((bottom - 1) * down));
-        for (let Y = Math.floor(top * down); Y <= last; Y++) mask[Y * shownWidth + X] = 1;
-        at += bottom - top;
+    let end = 0;
+    runs.forEach((run, i) => {
+      end += run;
+      for (let pixel = i % 2 ? end - run : end; pixel < end; pixel++) {
+        const top = Math.floor(pixel % height * shownHeight / height);
+        const left = Math.floor(Math.floor(pixel / height) * shownWidth / width);
+        mask[top * shownWidth + left] = 1;
       }
-      start += run;
-      isSet = !isSet;
-    }
+    });
     return mask;
   }
 
-  function paint(pixels, mask, width, color, tint, line) {
+  function paint(pixels, mask, width, color, tint, hasLine) {
     const set = (i, alpha) => {
-      if (alpha <= pixels[4 * i + 3] && alpha < 255) return;
-      pixels.set(color, 4 * i);
-      pixels[4 * i + 3] = alpha;
+      if (alpha > pixels[4 * i + 3] || alpha === 255) pixels.set([...color, alpha], 4 * i);
     };
     for (let i = 0; i < mask.length; i++) {
       if (mask[i] && tint) set(i, tint);
       const right = (i + 1) % width ? i + 1 : i, below = i + width < mask.length ? i + width : i;
-      if (line && (mask[i] !== mask[right] || mask[i] !== mask[below])) {
+      if (hasLine && (mask[i] !== mask[right] || mask[i] !== mask[below])) {
         set(i, 255);
         set(mask[i] !== mask[right] ? right : below, 255);
       }
@@ -275,49 +262,46 @@
   }
 
   function drawMasks(canvas) {
-    const { row, layers } = canvas.drawing;
-    const [, height, width, shownHeight, shownWidth] = photos[rows.photo[row]];
-    canvas.width = shownWidth;
-    canvas.height = shownHeight;
+    const { row, layers } = canvas.drawing, photo = photos[rows.photo[row]];
+    [, , , canvas.height, canvas.width] = photo;
     const context = canvas.getContext("2d");
-    const image = context.createImageData(shownWidth, shownHeight);
-    for (const { model, tint, line } of layers) {
-      const text = model === null ? window.MASKS.truth[rows.ref_id[row]] : window.MASKS.predictions[model][row];
-      const mask = shrinkMask(decodeRuns(text), height, width, shownHeight, shownWidth);
-      paint(image.data, mask, shownWidth, model === null ? TRUTH : COLORS[model], tint, line);
+    const image = context.createImageData(canvas.width, canvas.height);
+    for (const { model, tint, hasLine } of layers) {
+      const { truth, predictions } = window.MASKS;
+      const text = model === null ? truth[rows.ref_id[row]] : predictions[model][row];
+      const mask = shrinkMask(decodeRuns(text), photo);
+      paint(image.data, mask, canvas.width, model === null ? TRUTH : COLORS[model], tint, hasLine);
     }
     context.putImageData(image, 0, 0);
     canvas.dataset.drawn = "";
   }
 
-  const waiting = new Set();
+  const load = (src, onload, onerror = null) =>
+    document.body.append(el("script", { src, onload, onerror }));
+  const masks = new Promise((resolve) => {
+    const complain = () => {
+      $("legend").textContent = "masks.js is not there: photos are shown without masks";
+    };
+    const start = () => setTimeout(() => load("masks.js", resolve, complain));
+    requestAnimationFrame(start); // after the page is seen
+  });
   const observer = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
       observer.unobserve(target);
-      if (window.MASKS) drawMasks(target);
-      else waiting.add(target);
+      masks.then(() => drawMasks(target));
     }
   }, { rootMargin: "400px" });
-
-  function loadMasks() {
-    const script = el("script", { src: "masks.js" });
-    script.onload = () => {
-      for (const canvas of waiting) drawMasks(canvas);
-      waiting.clear();
-    };
-    script.onerror = () => { $("legend").textContent = "masks.js is not there: photos are shown without masks"; };
-    document.body.append(script);
-  }
 
   // ------------------------------------------------------------------------------------------ cards
 
   function picture(row, layers, isPale) {
     const [file, , , shownHeight, shownWidth, key] = photos[rows.photo[row]];
-    const image = el("img", { src: report.photos_folder + encodeURIComponent(file), alt: `photo ${key}`, loading: "lazy", decoding: "async", class: isPale ? "pale" : null });
-    const box = el("div", { class: "picture" }, image);
-    image.onerror = () => box.classList.add("lost");
-    box.style.aspectRatio = `${shownWidth} / ${shownHeight}`;
+    const style = { aspectRatio: `${shownWidth} / ${shownHeight}` };
+    const box = el("div", { class: "picture", style }, el("img", {
+      src: report.photos_folder + encodeURIComponent(file), alt: `photo ${key}`, loading: "lazy",
+      decoding: "async", class: isPale ? "pale" : "", onerror: () => box.classList.add("lost"),
+    }));
     if (layers.length) {
       const canvas = el("canvas", { "aria-hidden": "true" });
       canvas.drawing = { row, layers };
@@ -327,43 +311,46 @@
     return box;
   }
 
-  const outline = { model: null, tint: 0, line: true };
+  const TINT = 145; // alpha of 255
   function panels(row, view) {
-    const predictions = models.map((_, model) => ({ model, tint: 145, line: false }));
-    const panel = (caption, box) => el("figure", { class: "panel" }, box, el("figcaption", {}, caption));
-    if (view === "overlay") return el("div", { class: "panels" }, picture(row, [...predictions.map((layer) => ({ ...layer, line: true })), outline], false));
-    return el("div", { class: "panels" },
-      panel("photo", picture(row, [], false)),
-      panel("ground truth", picture(row, [{ model: null, tint: 145, line: true }], true)),
-      models.map((model, m) => panel(isPair ? model.name : "prediction", picture(row, [predictions[m], outline], true))));
+    const isOverlay = view === "overlay", truth = { model: null, tint: 0, hasLine: true };
+    const predictions = models.map((_, model) => ({ model, tint: TINT, hasLine: isOverlay }));
+    if (isOverlay) {
+      return el("div", { class: "panels" }, picture(row, [...predictions, truth], false));
+    }
+    const panel = (caption, layers) => el("figure", { class: "panel" },
+      picture(row, layers, layers.length > 0), el("figcaption", {}, caption));
+    return el("div", { class: "panels" }, panel("photo", []),
+      panel("ground truth", [{ ...truth, tint: TINT }]), models.map((model, m) =>
+        panel(isPair ? model.name : "prediction", [predictions[m], truth])));
   }
 
-  function meter(row, m) {
-    const bar = el("i", { class: `m${m}` });
-    bar.style.width = `${100 * rows.iou[m][row]}%`;
-    return el("div", { class: "meter", "aria-hidden": "true" }, bar);
-  }
-
-  function verdict(row) {
-    const scores = models.map((_, m) => el("b", { class: isPair ? `m${m}` : null }, `IoU ${rows.iou[m][row].toFixed(2)}`));
+  function words(row) {
+    const meters = models.map((_, m) => el("div", { class: "meter", "aria-hidden": "true" },
+      el("i", { class: `m${m}`, style: { width: `${100 * rows.iou[m][row]}%` } })));
+    const scores = models.map((_, m) =>
+      el("b", { class: isPair ? `m${m}` : "" }, `IoU ${rows.iou[m][row].toFixed(2)}`));
     if (isPair) scores.push(el("b", {}, signed(difference(row))));
-    const groups = groupings.filter((grouping) => !grouping.is_scale).flatMap((grouping) =>
-      rows.groups[grouping.key][row].map((place) => grouping.labels[place]));
-    const details = [...groups, `${percent(rows.share[row], 1)} % of the photo`, `ref ${rows.ref_id[row]}`, `sentence ${rows.sent_id[row]}`];
-    return el("div", { class: "verdict" }, scores, el("small", {}, details.join(" · ")));
+    const groups = groupings.filter((grouping) => !grouping.is_scale).flatMap(({ key, labels }) =>
+      rows.groups[key][row].map((place) => labels[place]));
+    const details = [...groups, `${percent(rows.share[row], 1)} % of the photo`,
+      `ref ${rows.ref_id[row]}`, `sentence ${rows.sent_id[row]}`].join(" · ");
+    return [el("p", { class: "sentence" }, `“${rows.sentence[row]}”`), meters,
+      el("div", { class: "verdict" }, scores, el("small", {}, details))];
   }
-
-  const sentence = (row) => el("p", { class: "sentence" }, `“${rows.sentence[row]}”`);
 
   function card(row) {
-    const open = el("button", { type: "button", class: "open", "aria-label": `enlarge: ${rows.sentence[row]}`, onclick: () => enlarge(row) }, panels(row, state.view));
-    return el("article", { class: "card" }, open, sentence(row), models.map((_, m) => meter(row, m)), verdict(row));
+    const name = `enlarge: ${rows.sentence[row]}`, onclick = () => enlarge(row);
+    const open = { type: "button", class: "open", "aria-label": name, onclick };
+    const view = form.elements.view.value;
+    return el("article", { class: "card" }, el("button", open, panels(row, view)), words(row));
   }
 
   // ---------------------------------------------------------------------------------- filter and sort
 
-  const difference = (row) => rows.iou[1][row] - rows.iou[0][row];
+  const form = $("filters");
   const scored = models.length - 1; // the model that the IoU range and the order by IoU are about
+  const difference = (row) => rows.iou[1][row] - rows.iou[0][row];
   const SORTS = {
     ...(isPair ? {
       loss: ["largest loss first", difference],
@@ -381,96 +368,96 @@
     lost: (row) => difference(row) < -report.comparison.margin,
     tied: (row) => Math.abs(difference(row)) <= report.comparison.margin,
   };
-  const DEFAULTS = {
-    text: "", low: "0", high: "1", sort: Object.keys(SORTS)[0], view: "panels", page: "1",
-    ...(isPair ? { outcome: "" } : {}),
-    ...Object.fromEntries(groupings.map((grouping) => [grouping.key, ""])),
-  };
-  const state = { ...DEFAULTS };
-  let found = [];
+  const choices = () => Object.fromEntries(new FormData(form));
+  let defaults, address = "", found = [], page = 1;
 
   function drawControls() {
     const options = (entries) => entries.map(([value, text]) => el("option", { value }, text));
-    const choice = (key, title, entries) =>
-      el("label", {}, `${title} `, el("select", { id: key }, options([["", "all"], ...entries])));
-    const short = { kind: "kind", size: "size", length: "words" };
-    const selects = groupings.map((grouping) => choice(grouping.key, short[grouping.key] || grouping.title,
-      grouping.labels.map((label, i) => [i, `${label} (${number(grouping.rows[i].sentences)})`])));
+    const choice = (name, title, entries) =>
+      el("label", {}, `${title} `, el("select", { name }, options([["", "all"], ...entries])));
     if (isPair) {
-      selects.unshift(choice("outcome", "outcome", Object.keys(isOutcome).map((name) => [name, name])));
+      const outcomes = Object.keys(isOutcome).map((name) => [name, name]);
+      $("choices").append(choice("outcome", "outcome", outcomes));
       $("range").textContent = `IoU of ${models[1].name}`;
     }
-    $("choices").append(...selects);
-    $("sort").append(...options(Object.entries(SORTS).map(([value, [text]]) => [value, text])));
-    const truth = el("span", {}, el("span", { class: "swatch outline", "aria-hidden": "true" }), "ground truth");
-    $("legend").append(truth, ...models.map((model, m) => el("span", {}, swatch(m), isPair ? model.name : "prediction")));
-    for (const key of Object.keys(DEFAULTS)) {
-      if (key !== "page") $(key).addEventListener("input", () => apply({ [key]: $(key).value }, false));
-    }
-    $("filters").addEventListener("submit", (event) => event.preventDefault());
-    $("filters").addEventListener("reset", (event) => { event.preventDefault(); apply({ ...DEFAULTS }, false); });
-    const turn = (id, target) => $(id).addEventListener("click", () => apply({ page: String(target()) }, true, false));
+    const entries = ({ labels, rows: groups }) => labels.map((label, i) =>
+      [i, `${label} (${number(groups[i].sentences)})`]);
+    $("choices").append(...groupings.map((grouping) => choice(
+      grouping.key, grouping.key === "length" ? "words" : grouping.key, entries(grouping))));
+    const sorts = Object.entries(SORTS).map(([key, [text]]) => [key, text]);
+    form.elements.sort.append(...options(sorts));
+    const legend = (kind, text) => el("span", {}, swatch(kind), text);
+    $("legend").append(legend("outline", "ground truth"),
+      ...models.map((model, m) => legend(`m${m}`, isPair ? model.name : "prediction")));
+    form.oninput = () => show();
+    form.onsubmit = (event) => event.preventDefault();
+    $("clear").onclick = () => { form.reset(); show(); };
+    const turn = (id, target) => {
+      $(id).onclick = () => { show(target()); $("gallery").scrollIntoView(); };
+    };
     turn("first", () => 1);
-    turn("previous", () => Number(state.page) - 1);
-    turn("next", () => Number(state.page) + 1);
-    turn("last", () => numPages());
+    turn("previous", () => page - 1);
+    turn("next", () => page + 1);
+    turn("last", () => Infinity);
+    form.reset();
+    defaults = { ...choices(), page: "1" };
   }
-
-  const numPages = () => Math.max(1, Math.ceil(found.length / PAGE_SIZE));
 
   function search() {
-    const text = state.text.trim().toLowerCase();
-    const low = state.low === "" ? 0 : Number(state.low), high = state.high === "" ? 1 : Number(state.high);
-    const chosen = groupings.filter((grouping) => state[grouping.key] !== "")
-      .map((grouping) => [rows.groups[grouping.key], Number(state[grouping.key])]);
-    const outcome = isOutcome[state.outcome];
-    const keep = (row) => rows.iou[scored][row] >= low && rows.iou[scored][row] <= high &&
+    const { low, high, sort, outcome, ...chosen } = choices();
+    const text = chosen.text.trim().toLowerCase();
+    const groups = groupings.filter(({ key }) => chosen[key] !== "")
+      .map(({ key }) => [rows.groups[key], Number(chosen[key])]);
+    const keep = (row) => rows.iou[scored][row] >= Number(low || 0) &&
+      rows.iou[scored][row] <= Number(high || 1) &&
       (!text || rows.sentence[row].toLowerCase().includes(text)) &&
-      chosen.every(([members, place]) => members[row].includes(place)) && (!outcome || outcome(row));
-    const [, value] = SORTS[state.sort];
-    found = rows.sentence.map((_, row) => row).filter(keep).map((row) => [value(row), row])
-      .sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, row]) => row);
+      groups.every(([members, place]) => members[row].includes(place)) &&
+      (!outcome || isOutcome[outcome](row));
+    const [, value] = SORTS[sort]; // sorting keeps the order of equals
+    return rows.sentence.map((_, row) => row).filter(keep).sort((a, b) => value(a) - value(b));
   }
 
-  // Take new choices, draw what they leave, and keep them in the address, so that it can be shared.
-  function apply(changes, jump = true, restart = true) {
-    Object.assign(state, restart ? { page: "1" } : {}, changes);
-    for (const key of Object.keys(DEFAULTS)) {
-      if (key !== "page" && $(key).value !== state[key]) $(key).value = state[key];
-    }
-    search();
-    drawGallery();
-    const changed = Object.entries(state).filter(([key, value]) => value !== DEFAULTS[key]);
-    const address = new URLSearchParams(changed).toString();
-    if (address !== location.hash.slice(1)) location.replace(`#${address}`);
-    if (jump) $("gallery").scrollIntoView();
-  }
-
-  function readAddress() {
-    for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
-      const options = key in DEFAULTS && $(key).options;
-      const isValid = options ? [...options].some((option) => option.value === value)
-        : key === "text" || (["low", "high", "page"].includes(key) && Number.isFinite(Number(value)));
-      if (isValid) state[key] = value;
-    }
-  }
-
-  function drawGallery() {
-    const pages = numPages();
-    const page = Math.min(Math.max(1, Math.floor(Number(state.page)) || 1), pages);
-    state.page = String(page);
+  // Show a page of what the choices leave, and keep them in the address, so that it can be shared.
+  function show(wanted = 1) {
+    found = search();
+    const pages = Math.max(1, Math.ceil(found.length / PAGE_SIZE));
+    page = Math.min(Math.max(1, Math.floor(wanted) || 1), pages);
     observer.disconnect();
-    waiting.clear();
-    const part = found.slice((page - 1) * PAGE_SIZE, page * PAGE_SIZE);
-    const cards = part.map(card);
-    $("cards").className = state.view === "overlay" ? "overlay" : isPair ? "pair" : "";
-    $("cards").replaceChildren(...(cards.length ? cards : [el("p", { class: "empty" }, "no sentence fits; reset shows all")]));
+    const cards = found.slice((page - 1) * PAGE_SIZE, page * PAGE_SIZE).map(card);
+    const nothing = el("p", { class: "empty" }, "no sentence fits; reset shows all");
+    const isOverlay = form.elements.view.value === "overlay";
+    $("cards").className = isOverlay ? "overlay" : isPair ? "pair" : "";
+    $("cards").replaceChildren(...(cards.length ? cards : [nothing]));
     const ofAll = rows.sentence.length < report.sentences
       ? ` with a card, ${number(report.sentences)} scored, evenly from worst to best` : "";
-    $("count").textContent = `${number(found.length)} of ${plural(rows.sentence.length, "sentence")}${ofAll}`;
+    $("count").textContent =
+      `${number(found.length)} of ${plural(rows.sentence.length, "sentence")}${ofAll}`;
     $("page").textContent = `page ${page} of ${number(pages)}`;
     $("first").disabled = $("previous").disabled = page === 1;
     $("next").disabled = $("last").disabled = page === pages;
+    const changed = Object.entries({ ...choices(), page: String(page) })
+      .filter(([key, value]) => value !== defaults[key]);
+    address = new URLSearchParams(changed).toString();
+    if (address !== location.hash.slice(1)) location.replace(`#${address}`);
+  }
+
+  function choose(changes) {
+    for (const [key, value] of Object.entries(changes)) form.elements[key].value = value;
+    show();
+    $("gallery").scrollIntoView();
+  }
+
+  function readAddress() {
+    if (address && address === location.hash.slice(1)) return;
+    form.reset();
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    for (const [key, value] of wanted) {
+      const control = form.elements.namedItem(key);
+      if (!control || (control.type === "number" && isNaN(value))) continue;
+      control.value = value;
+      if (control.selectedIndex === -1) control.selectedIndex = 0; // there is no such choice
+    }
+    show(Number(wanted.get("page")));
   }
 
   // ----------------------------------------------------------------------------- one sentence, large
@@ -478,59 +465,51 @@
   let enlarged = null;
   function enlarge(row) {
     enlarged = row;
-    const photo = photos[rows.photo[row]];
-    $("enlarged").replaceChildren(panels(row, "panels"), sentence(row), ...models.map((_, m) => meter(row, m)), verdict(row),
-      el("p", { class: "small" }, `${photo[5]} · ${photo[2]}×${photo[1]} pixels`));
+    const [, height, width, , , key] = photos[rows.photo[row]];
+    const size = el("p", { class: "small" }, `${key} · ${width}×${height} pixels`);
+    $("enlarged").replaceChildren(panels(row, "panels"), ...words(row).flat(), size);
     const place = found.indexOf(row);
     $("before").disabled = place <= 0;
-    $("after").disabled = place < 0 || place === found.length - 1;
+    $("after").disabled = place === found.length - 1;
     if (!$("large").open) $("large").showModal();
   }
 
   function drawDialog() {
+    const large = $("large");
     const step = (by) => {
       const row = found[found.indexOf(enlarged) + by];
       if (row !== undefined) enlarge(row);
     };
-    $("before").addEventListener("click", () => step(-1));
-    $("after").addEventListener("click", () => step(1));
-    $("close").addEventListener("click", () => $("large").close());
-    $("large").addEventListener("click", (event) => { if (event.target === $("large")) $("large").close(); });
-    $("large").addEventListener("keydown", (event) => {
-      if (event.key === "ArrowLeft") step(-1);
-      if (event.key === "ArrowRight") step(1);
-    });
+    $("before").onclick = () => step(-1);
+    $("after").onclick = () => step(1);
+    $("close").onclick = () => large.close();
+    large.onclick = (event) => { if (event.target === large) large.close(); }; // beside it
+    large.onkeydown = ({ key }) => {
+      if (key === "ArrowLeft") step(-1);
+      if (key === "ArrowRight") step(1);
+    };
   }
 
   // ------------------------------------------------------------------------------ the other results
 
   function drawResults() {
-    if (!report.results) return;
-    const script = el("script", { src: report.results });
-    script.onload = () => {
-      const links = window.RESULTS.map((result) => el("a", {
-        href: `../${encodeURIComponent(result.page)}/index.html`,
-        "aria-current": result.page === report.page ? "page" : null,
-      }, `${result.split} ${result.protocol}${result.swapped_sentences ? " swapped" : ""} ${percent(result.gIoU ?? result.mIoU, 1)}`));
-      $("results").append(el("a", { href: "../index.html" }, "all results"), ...links);
-      $("results").hidden = links.length < 2;
-    };
-    document.body.append(script);
+    const links = window.RESULTS.map((result) => el("a", {
+      href: `../${encodeURIComponent(result.page)}/index.html`,
+      "aria-current": result.page === report.page ? "page" : null,
+    }, `${result.split} ${result.protocol}${result.swapped_sentences ? " swapped" : ""} ` +
+      percent(result.gIoU ?? result.mIoU, 1)));
+    $("results").append(el("a", { href: "../index.html" }, "all results"), ...links);
+    $("results").hidden = links.length < 2;
   }
 
   drawHead();
   drawScores();
-  drawCharts();
+  const scales = groupings.filter((grouping) => grouping.is_scale);
+  $("charts").append(histogramChart(), curveChart(), ...scales.map(groupChart));
   drawTables();
   drawControls();
   drawDialog();
   readAddress();
-  apply({ ...state }, false, false);
-  drawResults();
-  requestAnimationFrame(() => setTimeout(loadMasks)); // after the page is seen
-  window.addEventListener("hashchange", () => {
-    Object.assign(state, DEFAULTS);
-    readAddress();
-    apply({ ...state }, false, false);
-  });
+  window.onhashchange = readAddress;
+  if (report.results) load(report.results, drawResults);
 })();

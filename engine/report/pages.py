@@ -12,7 +12,7 @@ JSON and is set as text, never as HTML.
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,8 +23,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
+from engine.evaluator import encode_rle
 from engine.report import statistics
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -32,41 +32,61 @@ from utils.logger import progress
 from utils.machine import available_cores
 from utils.metrics import count_lines
 from utils.records import RecordReader
-from utils.transforms import decode_image, decode_mask
+from utils.transforms import decode_image, load_mask
 from utils.visualize import file_stem, save_picture
 
 TEMPLATES = Path(__file__).parent
-PHOTOS, INDEX, RESULTS = "photos", "index.html", "results.js"
-
+PHOTOS, INDEX = "photos", "index.html"
 
 Photo = tuple[str, int, int, int, int, str]  # file, height, width, both as shown, key in the LMDB
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Hold what is shown of some sentences: photos by key, ground truth (RLE counts) by ref."""
-
-    photos: dict[str, Photo]
-    masks: dict[int, str]
-
-
-@dataclass(frozen=True)
 class Scored:
-    """A model's result on a split: what is in the `.json`, and its records, those of the `.jsonl`.
-
-    `name`: what the page calls the model.
-    """
+    """Hold a model's name on the page, its `.json` on a split, and the records of its `.jsonl`."""
 
     name: str
     result: Mapping
     lines: Sequence[Mapping]
 
 
-# ----------------------------------------------------------------------------------------- pictures
+def write_page(
+    folder: Path,
+    reader: RecordReader,
+    models: Sequence[Scored],
+    photos: Path,
+    limit: int | None,
+    photo_size: int,
+    **more: object,
+) -> None:
+    """Write the page of a result, or of two side by side; the folder may hold an older one.
+
+    `index.html` is removed first and written last: it never stands beside files of two results.
+
+    Args:
+        reader: the LMDB that was scored.
+        models: one, or two with the same sentences in the same order.
+        photos: folder of the photos.
+        limit, photo_size: as TEST.report_limit and TEST.report_photo_size.
+        more: goes into the page's data.
+    Raises:
+        UserError: the LMDB lacks a photo or a ref, or holds one that cannot be decoded.
+    """
+    shown = choose_shown(models[-1].lines, limit)
+    shown_photos, truth = write_pictures(
+        reader, [models[0].lines[place] for place in shown], photos, photo_size
+    )
+    data = _report_data(models, shown, shown_photos)
+    data["photos_folder"] = f"{os.path.relpath(photos, folder)}/"
+    predictions = [[m.lines[place]["pred_rle"]["counts"] for place in shown] for m in models]
+    (folder / INDEX).unlink(missing_ok=True)
+    _write_script(folder / "masks.js", "MASKS", {"truth": truth, "predictions": predictions})
+    _write_script(folder / "data.js", "REPORT", data | more)
+    _write_templates(folder, "Report", "page.html", "page.js")
 
 
 def choose_shown(lines: Sequence[Mapping], limit: int | None) -> list[int]:
-    """Places of the sentences that get a card: all, or `limit` evenly spread from worst to best."""
+    """Return the places of sentences that get a card: all, or `limit` from worst to best."""
     if limit is None or limit >= len(lines):
         return list(range(len(lines)))
     ranking = sorted(range(len(lines)), key=lambda place: lines[place]["iou"])
@@ -76,37 +96,37 @@ def choose_shown(lines: Sequence[Mapping], limit: int | None) -> list[int]:
 
 def write_pictures(
     reader: RecordReader, lines: Sequence[Mapping], folder: Path, photo_size: int
-) -> Pictures:
+) -> tuple[list[Photo], dict[int, str]]:
     """Write the photos of these records, unless they are there, and read the refs' masks.
 
     Args:
-        reader: the LMDB that was scored.
         folder: where the photos go.
         photo_size: longest side in pixels; smaller photos stay as large as they are.
-    Raises:
-        UserError: the LMDB lacks a photo or a ref, or holds one that cannot be decoded.
+    Returns:
+        The photos in the order of the records, and ground truth (COCO's RLE) by ref.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     sizes = {line["image"]: (line["height"], line["width"]) for line in lines}
-    refs = list(dict.fromkeys(line["ref_id"] for line in lines))
     positions = {ref_id: place for place, ref_id in enumerate(reader.index.ref_ids)}
+    refs = list(dict.fromkeys(line["ref_id"] for line in lines))
     if missing := [ref_id for ref_id in refs if ref_id not in positions]:
         raise UserError(f"{reader.path} has no ref {missing[0]}: it is not what was scored")
+
+    def encode_mask(ref_id: int) -> str:
+        return encode_rle(load_mask(reader.ref(positions[ref_id])) > 0)
 
     # Decoding, shrinking and compressing let go of the interpreter, so threads use all cores.
     with ThreadPoolExecutor(available_cores()) as pool:
         write = partial(_write_photo, reader, folder, photo_size)
-        photos = progress(
-            pool.map(write, sizes, sizes.values()), len(sizes), "photos of the report"
-        )
-        masks = pool.map(lambda ref_id: _encode_mask(reader, positions[ref_id]), refs)
-        return Pictures({photo[-1]: photo for photo in photos}, dict(zip(refs, masks, strict=True)))
+        photos = pool.map(write, sizes, sizes.values())
+        masks = pool.map(encode_mask, refs)
+        photos = list(progress(photos, len(sizes), "photos of the report"))
+        return photos, dict(zip(refs, masks, strict=True))
 
 
 def _write_photo(
     reader: RecordReader, folder: Path, photo_size: int, key: str, size: tuple[int, int]
 ) -> Photo:
-    """Its content and size are in its name: what is there already is what would be written."""
+    """Write a photo whose name tells content and size: what is there already is the same."""
     scale = min(1.0, photo_size / max(size))
     shown = tuple(max(1, round(side * scale)) for side in size)
     data = reader.image(key)
@@ -119,38 +139,18 @@ def _write_photo(
     return (path.name, *size, *shown, key)
 
 
-def _encode_mask(reader: RecordReader, position: int) -> str:
-    ref = reader.ref(position)
-    mask = decode_mask(ref.mask, f"mask of ref {ref.ref_id}") > 0
-    return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-
-
-# --------------------------------------------------------------------------------------------- data
-
-
-def report_data(
-    models: Sequence[Scored],
-    shown: Sequence[int],
-    pictures: Pictures,
-    photos_folder: str = f"../{PHOTOS}/",
-) -> dict:
-    """Return what `page.js` draws, without masks: all in numbers, and rows of those shown.
-
-    Args:
-        models: one, or two with the same sentences in the same order.
-        shown: places of the sentences that have a card.
-        pictures: at least of these.
-        photos_folder: where the photos are, seen from the page.
-    """
+def _report_data(
+    models: Sequence[Scored], shown: Sequence[int], photos: Sequence[Photo]
+) -> dict[str, object]:
+    """Return what `page.js` draws, without masks: all in numbers, and rows of those shown."""
     lines = models[0].lines
     counts = [count_lines(model.lines) for model in models]
     dataset, split = (models[0].result[name] for name in ("dataset", "split"))
     groupings = statistics.group_sentences(lines, dataset)
     chosen = [lines[place] for place in shown]
-    keys = list(dict.fromkeys(line["image"] for line in chosen))
-    photo_places = {key: place for place, key in enumerate(keys)}
+    places = {photo[-1]: place for place, photo in enumerate(photos)}
     rows = {name: [line[name] for line in chosen] for name in ("ref_id", "sent_id", "sentence")}
-    rows["photo"] = [photo_places[line["image"]] for line in chosen]
+    rows["photo"] = [places[line["image"]] for line in chosen]
     rows["share"] = [round(statistics.object_share(line), 6) for line in chosen]
     rows["iou"] = [[model.lines[place]["iou"] for place in shown] for model in models]
     rows["groups"] = {g.key: [g.members[place] for place in shown] for g in groupings}
@@ -162,45 +162,13 @@ def report_data(
         "histogram": [statistics.histogram(count.ious) for count in counts],
         "curve": [statistics.precision_curve(count) for count in counts],
         "groupings": [
-            {
-                "key": grouping.key,
-                "title": grouping.title,
-                "is_scale": grouping.is_scale,
-                "labels": grouping.labels,
-                "rows": statistics.group_scores(grouping, counts),
-            }
+            {name: value for name, value in grouping._asdict().items() if name != "members"}
+            | {"rows": statistics.group_scores(grouping, counts)}
             for grouping in groupings
         ],
-        "photos_folder": photos_folder,
-        "photos": [pictures.photos[key] for key in keys],
+        "photos": photos,
         "rows": rows,  # the shown sentences as columns, a value a sentence
     }
-
-
-def mask_data(models: Sequence[Scored], shown: Sequence[int], pictures: Pictures) -> dict:
-    """Run lengths (COCO's compressed RLE) of the ground truth by ref and of the predictions."""
-    refs = dict.fromkeys(models[0].lines[place]["ref_id"] for place in shown)
-    return {
-        "truth": {ref_id: pictures.masks[ref_id] for ref_id in refs},
-        "predictions": [
-            [model.lines[place]["pred_rle"]["counts"] for place in shown] for model in models
-        ],
-    }
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-def write_page(folder: Path, data: Mapping, masks: Mapping) -> None:
-    """Write the page of a result to `folder`, which may hold an older one.
-
-    `index.html` is removed first and written last: it never stands beside files of two results.
-    """
-    (folder / INDEX).unlink(missing_ok=True)
-    _write_script(folder / "masks.js", "MASKS", masks)
-    _write_script(folder / "data.js", "REPORT", data)
-    _copy_templates(folder, "page.css", "page.js")
-    _write_html(folder / INDEX, "Report", "page.html")
 
 
 def write_results(folder: Path) -> None:
@@ -210,26 +178,23 @@ def write_results(folder: Path) -> None:
         if (folder / path.stem / INDEX).is_file():
             with suppress(ValueError):  # a foreign file
                 results.append({"page": path.stem, **json.loads(path.read_text())})
-    _write_script(folder / RESULTS, "RESULTS", results)
-    _copy_templates(folder, "page.css", "results_page.js")
-    _write_html(folder / INDEX, "Results", "results.html")
+    _write_script(folder / "results.js", "RESULTS", results)
+    _write_templates(folder, "Results", "results.html", "results_page.js")
 
 
-def _copy_templates(folder: Path, *names: str) -> None:
-    for name in names:
-        with atomic_path(folder / name) as partial_path:
-            shutil.copyfile(TEMPLATES / name, partial_path)
-
-
-def _write_html(path: Path, title: str, body: str) -> None:
-    """The head that all pages share, above the body in a file that lies here."""
+def _write_templates(folder: Path, title: str, body: str, script: str) -> None:
+    """Write style and script as they lie here, and last the index, of a body below the head."""
+    texts = {name: (TEMPLATES / name).read_text("utf-8") for name in ("page.css", script)}
     head, rest = ((TEMPLATES / name).read_text("utf-8") for name in ("head.html", body))
-    with atomic_path(path) as partial_path:
-        partial_path.write_text(head.replace("TITLE", title) + rest, encoding="utf-8")
+    for name, text in (texts | {INDEX: head.replace("TITLE", title) + rest}).items():
+        _write(folder / name, text)
 
 
 def _write_script(path: Path, name: str, value: object) -> None:
-    """JSON as a script: pages from the disk may load those, and nothing else."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    """Write JSON as a script in ASCII: pages from the disk may load those, and nothing else."""
+    _write(path, f"window.{name} = {json.dumps(value, separators=(',', ':'))};\n")
+
+
+def _write(path: Path, text: str) -> None:
     with atomic_path(path) as partial_path:
-        partial_path.write_text(f"window.{name} = {text};\n", encoding="ascii")
+        partial_path.write_text(text, encoding="utf-8")

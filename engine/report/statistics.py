@@ -37,7 +37,7 @@ KIND_PATTERNS = {
     "against|around|with|without|wearing|holding|riding|carrying|touching|facing",
 }
 OTHER_KIND = "other"
-NO_TARGET, SEVERAL = TARGET_KINDS = "no target", "several targets"  # of a sentence of any kind
+NO_TARGET, SEVERAL = "no target", "several targets"  # of a sentence of any kind
 _KINDS = {kind: re.compile(rf"\b(?:{words})\b") for kind, words in KIND_PATTERNS.items()}
 
 
@@ -85,13 +85,6 @@ def sentence_kinds(sentence: str) -> list[str]:
     return [kind for kind, pattern in _KINDS.items() if pattern.search(text)] or [OTHER_KIND]
 
 
-def line_kinds(line: Mapping) -> list[str]:
-    """Return the kinds of a record's sentence, and whether it has no target or several."""
-    number = line.get("num_targets", 1)
-    targets = [] if number == 1 else [SEVERAL if number else NO_TARGET]
-    return sentence_kinds(line["sentence"]) + targets
-
-
 def object_share(line: Mapping) -> float:
     """Share of the photo that the object covers."""
     return line["target_area"] / (line["height"] * line["width"])
@@ -103,36 +96,37 @@ def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
     Args:
         dataset: gives the categories their names.
     """
-    kinds = [line_kinds(line) for line in lines]
-    found = [_grouping("kind", "kind of sentence", [*_KINDS, OTHER_KIND, *TARGET_KINDS], kinds)]
     categories = sorted({line["category"] for line in lines} - {None})
-    names = {category: category_name(dataset, category) for category in categories}
-    if names:
-        given = [[names[c]] if (c := line["category"]) is not None else [] for line in lines]
-        found.append(_grouping("category", "category", list(names.values()), given))
-    shares = [object_share(line) if line.get("num_targets", 1) else None for line in lines]
-    lengths = [len(line["sentence"].split()) for line in lines]
-    found.append(_scale("size", "object size, % of the photo", SIZES, shares))
-    found.append(_scale("length", "words in the sentence", LENGTHS, lengths))
+    known = {
+        "kind": ("kind of sentence", [*_KINDS, OTHER_KIND, NO_TARGET, SEVERAL]),
+        "category": ("category", [category_name(dataset, category) for category in categories]),
+        "size": ("object size, % of the photo", SIZES.values()),
+        "length": ("words in the sentence", LENGTHS.values()),
+    }
+    labels, found = [_labels(line, dataset) for line in lines], []
+    for key, (title, order) in known.items():
+        given = [own[key] for own in labels]
+        used = set().union(*given)
+        if kept := [label for label in order if label in used]:
+            members = [tuple(kept.index(label) for label in own) for own in given]
+            found.append(Grouping(key, title, kept, members, key in ("size", "length")))
     return found
 
 
-def _scale(
-    key: str, title: str, bins: Mapping[float, str], values: Sequence[float | None]
-) -> Grouping:
-    labels, ends = list(bins.values()), list(bins)
-    given = [[] if v is None else [labels[np.digitize(v, ends) - 1]] for v in values]
-    return _grouping(key, title, labels, given, is_scale=True)
+def _labels(line: Mapping, dataset: str) -> dict[str, list[str]]:
+    """Return the groups that a record is in, by the keys of the groupings."""
+    number, category = line.get("num_targets", 1), line["category"]
+    targets = [] if number == 1 else [SEVERAL if number else NO_TARGET]
+    return {
+        "kind": sentence_kinds(line["sentence"]) + targets,
+        "category": [] if category is None else [category_name(dataset, category)],
+        "size": [_bin(SIZES, object_share(line))] if number else [],
+        "length": [_bin(LENGTHS, len(line["sentence"].split()))],
+    }
 
 
-def _grouping(
-    key: str, title: str, labels: list[str], given: list[list[str]], is_scale: bool = False
-) -> Grouping:
-    """Leave out labels without a sentence; `given` are those of each sentence."""
-    used = set().union(*given)
-    kept = [label for label in labels if label in used]
-    members = [tuple(kept.index(label) for label in own) for own in given]
-    return Grouping(key, title, kept, members, is_scale)
+def _bin(bins: Mapping[float, str], value: float) -> str:
+    return list(bins.values())[np.digitize(value, list(bins)) - 1]
 
 
 def group_scores(grouping: Grouping, models: Sequence[Counts]) -> list[dict]:
@@ -173,14 +167,12 @@ def paired_bootstrap(
         By metric that has a value, second minus first. A draw without one, as of N-acc if all its
         sentences have a target, does not count for it.
     """
-    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    num_clusters = owner.max() + 1
+    photos, owner = np.unique(np.asarray(clusters), return_inverse=True)
     generator = np.random.default_rng(seed)
-    shares = np.full(num_clusters, 1 / num_clusters)
-    rows = np.arange(len(owner))
+    rows, shares = np.arange(len(owner)), np.full(len(photos), 1 / len(photos))
     drawn = []
     for _ in range(draws):
-        chosen = np.repeat(rows, generator.multinomial(num_clusters, shares)[owner])
+        chosen = np.repeat(rows, generator.multinomial(len(photos), shares)[owner])
         drawn.append(_differences(first, second, chosen))
     ends = [(1 - level) / 2, (1 + level) / 2]
     return {

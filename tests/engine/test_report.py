@@ -99,48 +99,43 @@ def record(sentence: str, area: int, category: int | None = None) -> dict:
     return {"sentence": sentence, "category": category, **size}
 
 
+def groups_of(*lines: dict, dataset: str = "own") -> dict[str, tuple[list, list]]:
+    """Labels and members by key."""
+    return {g.key: (g.labels, g.members) for g in statistics.group_sentences(lines, dataset)}
+
+
 def test_sentences_are_grouped_by_kind_category_size_and_length():
     lines = [record("red man", 9, 5), record("it", 10, 0), record("man on the far left", 999, 5)]
-    groups = {g.key: g for g in statistics.group_sentences(lines, "refcoco")}
-    assert list(groups) == ["kind", "category", "size", "length"]
-    assert groups["kind"].labels == ["position", "colour", "other"]
-    assert groups["kind"].members == [(1,), (2,), (0,)]
-    assert groups["category"].labels == ["person", "bus"]
-    assert groups["category"].members == [(1,), (0,), (1,)]
-    assert groups["size"].labels == ["under 1 %", "1–2 %", "from 40 %"]
-    assert groups["size"].members == [(0,), (1,), (2,)]
-    assert groups["length"].labels == ["1", "2", "5–6"]
-    assert groups["length"].members == [(1,), (0,), (2,)]
+    assert groups_of(*lines, dataset="refcoco") == {
+        "kind": (["position", "colour", "other"], [(1,), (2,), (0,)]),
+        "category": (["person", "bus"], [(1,), (0,), (1,)]),
+        "size": (["under 1 %", "1–2 %", "from 40 %"], [(0,), (1,), (2,)]),
+        "length": (["1", "2", "5–6"], [(1,), (0,), (2,)]),
+    }
 
 
 def test_sentences_of_no_target_and_of_several_are_groups_and_nothing_has_no_size():
-    numbers = (0, 1, 3)
-    lines = [record("red man", 9 * n) | {"num_targets": n} for n in numbers]
-    groups = {g.key: g for g in statistics.group_sentences(lines, "own")}
-    assert groups["kind"].labels == ["colour", "no target", "several targets"]
-    assert groups["kind"].members == [(0, 1), (0,), (0, 2)]
-    assert groups["size"].members == [(), (0,), (1,)]
+    groups = groups_of(*(record("red man", 9 * n) | {"num_targets": n} for n in (0, 1, 3)))
+    labels = ["colour", "no target", "several targets"]
+    assert groups["kind"] == (labels, [(0, 1), (0,), (0, 2)])
+    assert groups["size"][1] == [(), (0,), (1,)]
 
 
 def test_without_categories_there_is_no_such_group_and_a_few_without_are_in_none():
-    lines = [record("a", 9), record("b", 9)]
-    assert [g.key for g in statistics.group_sentences(lines, "own")] == ["kind", "size", "length"]
-    groups = statistics.group_sentences([record("a", 9), record("b", 9, 7)], "own")
-    assert groups[1].labels == ["category 7"]
-    assert groups[1].members == [(), (0,)]
+    assert list(groups_of(record("a", 9), record("b", 9))) == ["kind", "size", "length"]
+    groups = groups_of(record("a", 9), record("b", 9, 7))
+    assert groups["category"] == (["category 7"], [(), (0,)])
 
 
 def test_scores_of_a_group_are_those_of_its_sentences():
     grouping = Grouping("kind", "kind", ["a", "b"], [(0,), (0, 1), (1,)])
     first = model((1, 4), (3, 4), (0, 8))
     second = model((4, 4), (4, 4), (4, 8))
-    rows = statistics.group_scores(grouping, [first, second])
-    assert [row["sentences"] for row in rows] == [2, 2]
-    names = ("mIoU", "oIoU", "Pr@0.5")
-    scores = [[[scores[name] for name in names] for scores in row["models"]] for row in rows]
-    assert scores[0][0] == pytest.approx([0.5, 0.5, 0.5])
-    assert scores[1][0] == pytest.approx([0.375, 0.25, 0.5])
-    assert scores[1][1] == pytest.approx([0.75, 8 / 12, 0.5], abs=1e-6)
+    a, b = statistics.group_scores(grouping, [first, second])
+    assert a["sentences"] == b["sentences"] == 2
+    assert a["models"][0] == pytest.approx({"mIoU": 0.5, "oIoU": 0.5, "Pr@0.5": 0.5})
+    assert b["models"][0] == pytest.approx({"mIoU": 0.375, "oIoU": 0.25, "Pr@0.5": 0.5})
+    assert b["models"][1] == pytest.approx({"mIoU": 0.75, "oIoU": 8 / 12, "Pr@0.5": 0.5}, abs=1e-6)
 
 
 def test_closer_than_the_margin_is_a_tie():
@@ -214,10 +209,13 @@ def test_the_interval_is_that_of_the_mean_where_photos_are_many():
 
 def test_more_sentences_of_the_same_photos_do_not_make_it_surer():
     first, second = random_models(50)
-    once = statistics.paired_bootstrap(first, second, range(50))
     copies = np.tile(np.arange(50), 9)
-    repeated = statistics.paired_bootstrap(first.of(copies), second.of(copies), copies)
-    alone = statistics.paired_bootstrap(first.of(copies), second.of(copies), range(450))
+    pairs = (first, second), *[(first.of(copies), second.of(copies))] * 2
+    clusters = range(50), copies, range(450)
+    once, repeated, alone = (
+        statistics.paired_bootstrap(*pair, photos, draws=2000)
+        for pair, photos in zip(pairs, clusters, strict=True)
+    )
     for name in once:
         # (The epsilon of the IoU counts once for all unions together.)
         assert repeated[name] == pytest.approx(once[name], abs=1e-9)
@@ -228,7 +226,7 @@ def test_more_sentences_of_the_same_photos_do_not_make_it_surer():
 def test_two_photos_give_the_interval_that_can_be_counted():
     # Both photos, either one twice: the mean difference is 0, 0.5 or 1.
     first, second = model((0, 10), (0, 10)), model((0, 10), (10, 10))
-    found = statistics.paired_bootstrap(first, second, ["a", "b"])["mIoU"]
+    found = statistics.paired_bootstrap(first, second, ["a", "b"], draws=1000)["mIoU"]
     assert found == pytest.approx((0.5, 0, 1), abs=1e-6)
 
 
@@ -242,7 +240,7 @@ def test_a_page_has_every_sentence_each_photo_once_and_the_numbers_of_its_result
     lines, refs = read_jsonl(jsonl), all_refs(shapes_lmdb)
     page = tmp_path / "run/report" / jsonl.stem
     data, masks = read_script(page / "data.js"), read_script(page / "masks.js")
-    rows = data["rows"]
+    rows, photos = data["rows"], tmp_path / "run/report/photos"
     for name in ("ref_id", "sent_id", "sentence"):
         assert rows[name] == [line[name] for line in lines]
     assert rows["iou"] == [[line["iou"] for line in lines]]
@@ -252,7 +250,6 @@ def test_a_page_has_every_sentence_each_photo_once_and_the_numbers_of_its_result
         rle = {"size": [ref.height, ref.width], "counts": masks["truth"][str(ref.ref_id)]}
         assert (coco_mask.decode(rle) > 0).tolist() == (decode_mask(ref.mask, "") > 0).tolist()
     files = [photo[0] for photo in data["photos"]]
-    photos = tmp_path / "run/report/photos"
     assert sorted(files) == sorted(p.name for p in photos.iterdir())
     assert len(files) == len({ref.image_key for ref in refs})
     for file, height, width, shown_height, shown_width, _ in data["photos"]:
@@ -338,20 +335,15 @@ def test_photos_are_shrunk_and_odd_names_and_sentences_survive(tmp_path):
 
 
 def test_another_photo_under_the_same_name_is_another_file(tmp_path, shapes_lmdb):
-    lines = [{"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 100}]
-    reader = RecordReader(shapes_lmdb)
-    names = set()
+    line = {"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 100}
+    reader, names = RecordReader(shapes_lmdb), set()
     for size in (384, 50, 384):
-        pictures = write_pictures(reader, lines, tmp_path, size)
-        names.add(pictures.photos["image_0.jpg"][0])
+        ((photo, *_),), _ = write_pictures(reader, [line], tmp_path, size)
+        names.add(photo)
     assert len(names) == 2
     assert sorted(names) == sorted(p.name for p in tmp_path.iterdir())
-
-
-def test_records_that_were_not_scored_are_refused(tmp_path, shapes_lmdb):
-    lines = [{"image": "image_0.jpg", "height": 72, "width": 110, "ref_id": 7}]
     with pytest.raises(UserError, match=r"train.lmdb has no ref 7: it is not what was scored"):
-        write_pictures(RecordReader(shapes_lmdb), lines, tmp_path, 384)
+        write_pictures(reader, [line | {"ref_id": 7}], tmp_path, 384)
 
 
 def test_pages_ask_for_nothing_beyond_their_folder():

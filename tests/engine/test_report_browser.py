@@ -65,14 +65,11 @@ def shown(visit: Visit) -> list[str]:
 
 
 def expected(
-    lines: list[dict],
-    keep: Callable[[dict], bool] = lambda line: True,
-    key: Callable[[dict], float] = lambda line: line["iou"],
-    page: int = 1,
+    lines: list[dict], key: Callable[[dict], float] = lambda line: line["iou"], page: int = 1
 ) -> list[str]:
-    """What has to be on a page, by the `.jsonl` alone."""
-    chosen = sorted(filter(keep, lines), key=key)
-    return [line["sentence"] for line in chosen[(page - 1) * PAGE : page * PAGE]]
+    """What has to be on a page of these lines of the `.jsonl`."""
+    chosen = sorted(lines, key=key)[(page - 1) * PAGE : page * PAGE]
+    return [line["sentence"] for line in chosen]
 
 
 def count(visit: Visit) -> int:
@@ -104,68 +101,61 @@ def test_the_worst_come_first_and_pages_turn(visit, result, lines):
 
 def test_filters_leave_what_fits_all_of_them(visit, result, lines):
     go(visit, page_of(result))
-    visit.page.fill("#low", "0.2")
-    visit.page.fill("#high", "0.8")
-
-    def middling(line: dict) -> bool:
-        return 0.2 <= line["iou"] <= 0.8
-
-    assert 0 < count(visit) == sum(map(middling, lines)) < len(lines)
-    assert shown(visit) == expected(lines, middling)
-    visit.page.select_option("#category", label=_option(visit, "#category", "category 2"))
-    assert shown(visit) == expected(lines, lambda x: middling(x) and x["category"] == 2)
-    words = next(x["sentence"] for x in lines if middling(x) and x["category"] == 2)[:-2]
-    visit.page.fill("#text", f"  {words.upper()}")
-
-    def fits(line: dict) -> bool:
-        return middling(line) and line["category"] == 2 and words in line["sentence"]
-
-    assert 0 < count(visit) == sum(map(fits, lines))
-    assert shown(visit) == expected(lines, fits)
-    visit.page.fill("#text", "no such words")
+    visit.page.fill("[name=low]", "0.2")
+    visit.page.fill("[name=high]", "0.8")
+    left = [line for line in lines if 0.2 <= line["iou"] <= 0.8]
+    assert 0 < count(visit) == len(left) < len(lines)
+    assert shown(visit) == expected(left)
+    options = visit.page.locator("[name=category] option").all_inner_texts()
+    name = next(text for text in options if text.startswith("category 2"))
+    visit.page.select_option("[name=category]", label=name)
+    left = [line for line in left if line["category"] == 2]
+    assert shown(visit) == expected(left)
+    words = left[0]["sentence"][:-2]
+    visit.page.fill("[name=text]", f"  {words.upper()}")
+    left = [line for line in left if words in line["sentence"]]
+    assert 0 < count(visit) == len(left)
+    assert shown(visit) == expected(left)
+    visit.page.fill("[name=text]", "no such words")
     assert shown(visit) == []
     assert "no sentence fits" in visit.page.inner_text("#cards")
-    visit.page.click("button[type=reset]")
+    visit.page.click("#clear")
     assert shown(visit) == expected(lines)
     assert_quiet(visit)
 
 
-def _option(visit: Visit, select: str, start: str) -> str:
-    options = visit.page.locator(f"{select} option").all_inner_texts()
-    return next(text for text in options if text.startswith(start))
-
-
 def test_sorting(visit, result, lines):
     go(visit, page_of(result))
-    visit.page.select_option("#sort", "best")
+    visit.page.select_option("[name=sort]", "best")
     assert shown(visit) == expected(lines, key=lambda line: -line["iou"])
-    visit.page.select_option("#sort", "smallest")
+    visit.page.select_option("[name=sort]", "smallest")
     share = [line["target_area"] / (line["height"] * line["width"]) for line in lines]
     assert shown(visit) == expected(lines, key=lambda line: share[lines.index(line)])
-    visit.page.select_option("#sort", "data")
+    visit.page.select_option("[name=sort]", "data")
     assert shown(visit) == [line["sentence"] for line in lines[:PAGE]]
 
 
 def test_charts_and_tables_choose_sentences(visit, result, lines):
     go(visit, page_of(result))
     visit.page.locator(".chart").first.locator(".hit").first.click()
-    assert shown(visit) == expected(lines, lambda line: line["iou"] <= 0.05)
-    visit.page.click("button[type=reset]")
+    assert shown(visit) == expected([line for line in lines if line["iou"] <= 0.05])
+    visit.page.click("#clear")
     visit.page.click("#tables summary")
     visit.page.click("#table-category button:text-is('category 4')")
-    assert shown(visit) == expected(lines, lambda line: line["category"] == 4)
+    assert shown(visit) == expected([line for line in lines if line["category"] == 4])
 
 
 def test_an_address_keeps_the_choices(visit, result, lines):
     go(visit, page_of(result))
-    visit.page.fill("#text", "red")
-    visit.page.select_option("#sort", "best")
+    visit.page.fill("[name=text]", "red")
+    visit.page.select_option("[name=sort]", "best")
     address = visit.page.url
     assert "#text=red&sort=best" in address
     visit.page.goto("about:blank")
     visit.page.goto(address)
-    assert shown(visit) == expected(lines, lambda x: "red" in x["sentence"], lambda x: -x["iou"])
-    assert visit.page.input_value("#text") == "red"
+    red = [line for line in lines if "red" in line["sentence"]]
+    assert shown(visit) == expected(red, key=lambda line: -line["iou"])
+    assert visit.page.input_value("[name=text]") == "red"
     go(visit, page_of(result), "#nonsense=1&sort=nonsense&page=99&low=abc")
     assert visit.complaints == []
 
@@ -225,7 +215,7 @@ def test_what_a_data_set_says_is_text(visit, tmp_path):
     assert shown(visit) == list(ODD_SENTENCES)
     assert HOSTILE in shown(visit)
     assert visit.page.title() == "odd val: published"
-    assert visit.page.locator("#category").count() == 0
+    assert visit.page.locator("[name=category]").count() == 0
     loaded = "() => [...document.images].every((i) => i.complete && i.naturalWidth > 0)"
     visit.page.wait_for_function(loaded)
     assert_quiet(visit)
@@ -262,10 +252,10 @@ def test_a_comparison_shows_both_and_who_won(visit, tmp_path, shapes_lmdb):
         return [first[place]["sentence"] for place in places]
 
     assert shown(visit) == order(1)[:PAGE]
-    visit.page.select_option("#sort", "gain")
+    visit.page.select_option("[name=sort]", "gain")
     assert shown(visit) == order(-1)[:PAGE]
     for outcome, sign in (("won", 1), ("lost", -1)):
-        visit.page.select_option("#outcome", outcome)
+        visit.page.select_option("[name=outcome]", outcome)
         assert 0 < count(visit) == sum(sign * d > 0.1 for d in difference)
     assert visit.page.locator(".card").first.locator(".picture").count() == 4
     assert_quiet(visit)
@@ -295,7 +285,7 @@ def test_thousands_of_sentences_stay_usable(visit, tmp_path, capsys):
     start = time.perf_counter()
     go(visit, page_of(result))
     opened = time.perf_counter()
-    visit.page.fill("#text", "yellow")
+    visit.page.fill("[name=text]", "yellow")
     filtered = time.perf_counter()
     assert count(visit) < len(read_jsonl(result)) == 5000
     assert visit.page.locator(".card").count() == PAGE

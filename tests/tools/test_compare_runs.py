@@ -6,10 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, read_jsonl, read_script, run_command, write_any_number, write_result
+from helpers import (
+    read_jsonl,
+    read_script,
+    run_command,
+    write_any_number,
+    write_records,
+    write_result,
+)
 
 from tools import compare_runs
 from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch) -> None:
+    monkeypatch.setattr(compare_runs, "DRAWS", 200)
 
 
 @pytest.fixture
@@ -152,21 +164,13 @@ def test_two_results_of_one_run_are_told_apart_by_protocol(tmp_path, shapes_lmdb
 def test_the_records_can_be_named_where_they_moved(runs, tmp_path, shapes_lmdb):
     for path in runs:
         change_result(path, lmdb="gone.lmdb")
-    line = error(*runs, "-o", tmp_path / "page")
-    assert line.endswith("they are not in gone.lmdb: name the LMDB with --lmdb")
+    missing = "the photos are not in gone.lmdb: name the LMDB with --lmdb"
+    assert error(*runs, "-o", tmp_path / "page") == missing
     main(*runs, "-o", tmp_path / "page", "--lmdb", shapes_lmdb)
     assert (tmp_path / "page/index.html").is_file()
-    for path in runs:
-        change_result(path, lmdb=None)
-    assert "the results do not say where" in error(*runs, "-o", tmp_path / "page")
-    assert "absent.lmdb does not exist" in error(*runs, "--lmdb", tmp_path / "absent.lmdb")
-    for path in runs:
-        change_result(path, records="0123")
-    assert "holds other records than were scored" in error(*runs, "--lmdb", shapes_lmdb)
-    for path in runs:
-        change_result(path, split="testA")
-    message = "holds shapes train, the results are of shapes testA"
-    assert message in error(*runs, "--lmdb", shapes_lmdb)
+    assert "not in absent.lmdb" in error(*runs, "--lmdb", "absent.lmdb")
+    other = write_records(tmp_path / "other.lmdb", [1])
+    assert "holds other records than were scored" in error(*runs, "--lmdb", other)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +200,9 @@ def test_what_lies_beside_must_be_there_and_whole(runs):
 
 
 def test_mistakes_end_the_program_in_one_line(runs, tmp_path):
-    tool = (sys.executable, ROOT / "tools/compare_runs.py")
-    for args in ([tmp_path / "absent.jsonl", runs[1]], [runs[0], runs[1].parent]):
-        ending = run_command(*tool, *args)
-        assert ending.returncode == 1
-        assert len(ending.stderr.splitlines()) == 1
-        assert ending.stderr.startswith("error: ")
+    ending = run_command(sys.executable, "tools/compare_runs.py", tmp_path / "a.jsonl", runs[1])
+    assert ending.returncode == 1
+    assert ending.stderr == f"error: {tmp_path}/a.jsonl: No such file or directory\n"
+    assert "is no .jsonl" in error(runs[0], runs[1].parent)
     with pytest.raises(NotADirectoryError):  # a file, where a folder is to be
         main(*runs, "-o", runs[0])

@@ -22,6 +22,9 @@ from utils.visualize import (
 
 GREY = np.full((120, 160, 3), 100, np.uint8)
 MASK = blob(120, 160, share=0.05) > 0
+NOTHING = np.zeros_like(MASK)
+NEAR = cv2.dilate(MASK.astype(np.uint8), np.ones((7, 7))) > 0  # the outline has a width
+INSIDE = cv2.erode(MASK.astype(np.uint8), np.ones((7, 7))) > 0
 
 
 def picture(
@@ -36,8 +39,7 @@ def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_a_sentence_without_a_target_is_told_over_both_masks():
-    nothing = np.zeros_like(MASK)
-    right, wrong, missed = picture(nothing, nothing), picture(nothing), picture(MASK, nothing)
+    right, wrong, missed = picture(NOTHING, NOTHING), picture(NOTHING), picture(MASK, NOTHING)
     panel = PANEL_WIDTH + MARGIN
     assert set(differs(right, missed) // panel) == {1, 2}  # both titles, and the truth
     assert set(differs(right, wrong) // panel) == {2}
@@ -56,23 +58,16 @@ def test_heat_map_brightens_with_the_probability():
     assert heat[0, -1, 0] > 2 * heat[0, -1, 2]  # yellow
 
 
-def test_overlay_tints_the_mask_and_leaves_the_rest_and_the_source_alone():
-    tinted = overlay(GREY, MASK, TRUTH_COLOR)
+@pytest.mark.parametrize(
+    ("is_tinted", "inside", "outside"),
+    [(True, (73, 152, 106), (100,) * 3), (False, (100,) * 3, (177,) * 3)],
+)
+def test_overlay_tints_the_mask_or_pales_the_rest_and_leaves_the_source(is_tinted, inside, outside):
+    shown = overlay(GREY, MASK, TRUTH_COLOR, is_tinted)
     assert (GREY == 100).all()
-    near = cv2.dilate(MASK.astype(np.uint8), np.ones((7, 7))) > 0  # the outline has a width
-    assert (tinted[~near] == 100).all()
-    inside = cv2.erode(MASK.astype(np.uint8), np.ones((7, 7))) > 0
-    assert np.abs(tinted[inside] - (0.5 * 100 + 0.5 * np.array(TRUTH_COLOR))).max() <= 1
-    assert (tinted[near & ~inside] == TRUTH_COLOR).all(-1).any()
-
-
-def test_overlay_can_leave_the_object_its_colours_and_pale_the_rest():
-    shown = overlay(GREY, MASK, TRUTH_COLOR, is_tinted=False)
-    inside = cv2.erode(MASK.astype(np.uint8), np.ones((7, 7))) > 0
-    outside = cv2.dilate(MASK.astype(np.uint8), np.ones((7, 7))) == 0
-    assert (shown[inside] == 100).all()
-    assert (shown[outside] == 177).all()
-    assert (shown[~inside & ~outside] == TRUTH_COLOR).all(-1).any()
+    assert (shown[INSIDE] == inside).all()
+    assert (shown[~NEAR] == outside).all()
+    assert (shown[NEAR & ~INSIDE] == TRUTH_COLOR).all(-1).any()
 
 
 def test_a_mask_stands_out_on_a_faded_photo_of_any_colour():
@@ -84,19 +79,18 @@ def test_a_mask_stands_out_on_a_faded_photo_of_any_colour():
 
 
 def test_empty_and_full_masks_can_be_drawn():
-    assert np.array_equal(overlay(GREY, np.zeros_like(MASK), PRED_COLOR), GREY)
+    assert np.array_equal(overlay(GREY, NOTHING, PRED_COLOR), GREY)
     assert (overlay(GREY, np.ones_like(MASK), PRED_COLOR) != GREY).any(-1).all()
 
 
 def test_photo_truth_and_prediction_stand_side_by_side():
     base = picture()
     assert base.shape[1] == 3 * PANEL_WIDTH + 4 * MARGIN
-    nothing = np.zeros_like(MASK)
     second, third = MARGIN * 2 + PANEL_WIDTH, MARGIN * 3 + 2 * PANEL_WIDTH
-    truth = differs(base, picture(mask=nothing))
+    truth = differs(base, picture(mask=NOTHING))
     assert second <= truth.min()
     assert truth.max() < third
-    assert differs(base, picture(pred_mask=nothing)).min() >= third
+    assert differs(base, picture(pred_mask=NOTHING)).min() >= third
 
 
 def test_pictures_are_set_in_rows():
