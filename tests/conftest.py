@@ -8,6 +8,7 @@ import cv2
 import pytest
 from helpers import ROOT, make_shapes, make_trained, threads, write_records
 from loguru import logger
+from odd_server import OddServer, serve
 
 # Tests fork. A child whose parent had OpenCV's pool of threads can wait for one of them for ever.
 cv2.setNumThreads(1)
@@ -48,6 +49,16 @@ def log_lines() -> Iterator[list[str]]:
     sink = logger.add(lambda message: lines.append(message.record["message"]))
     yield lines
     logger.remove(sink)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddServer]:
+    """A web server that is the Hugging Face Hub too; nobody waits between two tries."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with serve() as odd:
+        monkeypatch.setenv("HF_ENDPOINT", odd.url)
+        yield odd
 
 
 @pytest.fixture

@@ -12,28 +12,24 @@ COMMIT = "c" * 40  # of each repository of the Hub
 
 @dataclass(frozen=True)
 class Answer:
-    """How to answer one request; the default is as a good server does.
+    """How to answer one request; the default is as a good server does."""
 
-    status: anything but 200 is an error page.
-    body: another one than the file's.
-    cut: close the connection after so many bytes of the body.
-    obeys_range, gives_length: whether it does.
-    headers: over the usual ones.
-    """
-
-    status: int = 200
-    body: bytes | None = None
-    cut: int | None = None
+    status: int = 200  # anything else is an error page
+    body: bytes | None = None  # another one than the file's
+    cut: int | None = None  # close the connection after so many bytes of the body
     obeys_range: bool = True
     gives_length: bool = True
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # over the usual ones
 
 
-class OddServer:
+class OddServer(ThreadingHTTPServer):
     """Files by name, and for each a list of answers that are given first, one a request."""
 
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.files: dict[str, bytes] = {}
         self.answers: dict[str, list[Answer]] = {}
         self.requests: list[tuple[str, str | None]] = []  # name, Range
@@ -58,56 +54,48 @@ class OddServer:
                 self.put(f"{repository}/resolve/{revision}/{name}", content)
 
 
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name, wanted = self.path.partition("?")[0].strip("/"), self.headers["Range"]
+        self.server.requests.append((name, wanted))
+        answers = self.server.answers.get(name, [Answer(404)])
+        how = answers.pop(0) if answers else Answer()
+        content = self.server.files.get(name, b"") if how.body is None else how.body
+        status, start = how.status, 0
+        headers = {"ETag": f'"{hash(content)}"', "Content-Type": "application/zip"}
+        headers |= {"X-Repo-Commit": COMMIT, "Connection": "close"} | how.headers
+        if status == 200 and wanted and how.obeys_range:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            status = 206 if start < len(content) else 416
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if status not in (200, 206):
+            content, start = b"<html>sorry</html>", 0
+        if how.gives_length:
+            headers.setdefault("Content-Length", str(len(content) - start))
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = True
+        if self.command == "GET":
+            self.wfile.write(content[start:][: how.cut])
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 @contextmanager
 def serve() -> Iterator[OddServer]:
     """A server for the time of a test."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            name, wanted = self.path.partition("?")[0].strip("/"), self.headers["Range"]
-            odd.requests.append((name, wanted))
-            if name not in odd.files:
-                return self.answer(Answer(404), b"")
-            answers = odd.answers[name]
-            self.answer(answers.pop(0) if answers else Answer(), odd.files[name])
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, how: Answer, content: bytes) -> None:
-            content = content if how.body is None else how.body
-            status, start = how.status, 0
-            headers = {"ETag": f'"{hash(content)}"', "Content-Type": "application/zip"}
-            headers |= {"X-Repo-Commit": COMMIT} | how.headers
-            wanted = self.headers["Range"]
-            if status == 200 and wanted and how.obeys_range:
-                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-                status = 206 if start < len(content) else 416
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            if status not in (200, 206):
-                content, start = b"<html>sorry</html>", 0
-            if how.gives_length:
-                headers.setdefault("Content-Length", str(len(content) - start))
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            if self.command == "GET":
-                self.wfile.write(content[start:][: how.cut])
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        odd = OddServer(server.server_address[1])
+    with OddServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            yield odd
+            yield server
         finally:
             server.shutdown()
             thread.join()

@@ -11,7 +11,7 @@ is everything but the evaluation splits.
 import argparse
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +24,7 @@ from model.clip import DenseCLIP
 from model.clip_archive import derive_sizes, read_clip
 from model.segmenter import load_backbone
 from tools import data_process, folder2lmdb
-from tools.download import (
-    UnfitError,
-    ask_hub,
-    check_file,
-    check_space,
-    fetch,
-    members,
-    untar,
-    unzip,
-)
+from tools.download import UnfitError, ask_hub, check_file, check_space, fetch, names_in, unpack
 from tools.inspect_lmdb import PUBLISHED, differences, inspect
 from tools.parquet import write_refer
 from tools.refer import find_refs
@@ -45,18 +36,31 @@ SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text())
 ARCHIVES, DATASETS, CLIP = SOURCES["archives"], SOURCES["datasets"], SOURCES["clip"]
 COCO, PHOTOS = "coco-train2014", "train2014"
 TARGETS = (*CLIP, COCO, *DATASETS)
-REFS_BYTES = 4 * 10**8  # of a data set's annotations and masks, about
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make each target."""
-    args = _parse_args(argv)
+    parser = text_parser(__doc__)
+    add = parser.add_argument
+    add("targets", nargs="+", choices=(*TARGETS, "all"), help="what to make")
+    add("--root", type=Path, default=Path("datasets"), help="data root (%(default)s)")
+    add("--pretrain", type=Path, default=Path("pretrain"), help="for CLIP (%(default)s)")
+    add("--from", dest="given", type=Path, metavar="DIR", help="use files in DIR, offline")
+    add("--source", choices=("zip", "parquet"), default="zip", help="of the refs (%(default)s)")
+    mirror = "download from URL/<archive> instead; may be given several times"
+    add("--mirror", action="append", default=[], metavar="URL", help=mirror)
+    add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
+    add("--subset", action="store_true", help="a part of the data: compare no sizes and counts")
+    args = parser.parse_args(argv)
+    if args.given is not None and not args.given.is_dir():
+        parser.error(f"--from {args.given} is no folder")
     everything = [t for t in TARGETS if t not in DATASETS or "archive" in DATASETS[t]]
     for target in everything if "all" in args.targets else args.targets:
         if target in DATASETS:
             make_dataset(args, target, DATASETS[target])
         elif target in CLIP:
-            make_clip(args, CLIP[target])
+            clip = CLIP[target]
+            get(args, clip, args.pretrain / clip["file"], partial(check_clip, clip))
         else:
             make_photos(args)
         print(f"{target} is ready")
@@ -67,70 +71,67 @@ def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
     root, name, is_whole = args.root, data["name"], "archive" in data
     known = PUBLISHED.get(name) or data_process.SPLITS_OF[name, data["split_by"]]
     splits = [split for split in known if is_whole or split != "train"]
-    lmdbs = {split: root / "lmdb" / target / f"{split}.lmdb" for split in splits}
-    jsons = {split: root / "anns" / target / f"{split}.json" for split in splits}
-    left = [split for split in splits if not lmdbs[split].is_file()]
+    anns, lmdb = root / "anns" / target, root / "lmdb" / target
+    left = [split for split in splits if not (lmdb / f"{split}.lmdb").is_file()]
     odd = ["--skip-odd"] if args.skip_odd else []
+    if left:
+        check_space(root, data["lmdb"] * len(left) // len(splits), target)
     # Annotations are written after their masks, so they tell that both are whole.
     expected = all if is_whole and not args.subset else any
-    are_converted = expected(path.is_file() for path in jsons.values())
-    if left and not are_converted:
-        check_space(root, REFS_BYTES, f"the annotations of {target}")
+    if left and not expected((anns / f"{split}.json").is_file() for split in splits):
         make_refs(args, data)
         where = ["--data_root", str(root / "refer"), "--output_dir", str(root), "--name", target]
         which = ["--dataset", data["folder"], "--split", data["split_by"], "--generate_mask"]
         data_process.main([*where, *which, *odd])
-    left = [split for split in left if jsons[split].is_file()]
+    left = [split for split in left if (anns / f"{split}.json").is_file()]
     if left and is_whole:
         make_photos(args)
     images = root / "images" / (PHOTOS if is_whole else data["folder"])
     for split in left:
         print(f"{target}: pack {split}", flush=True)
-        check_space(root, data["lmdb"] // len(splits), f"packing {target} {split}")
-        source = ["-j", str(jsons[split]), "-i", str(images), "-m", str(root / "masks" / target)]
-        folder2lmdb.main([*source, "--dataset", name, "-o", str(lmdbs[split].parent), *odd])
-    verify(args, [path for path in lmdbs.values() if path.is_file()], data["word_len"])
+        words = ["-j", anns / f"{split}.json", "-i", images, "-m", root / "masks" / target]
+        folder2lmdb.main([*map(str, [*words, "-o", lmdb, "--dataset", name]), *odd])
+    for split in splits:
+        verify(lmdb / f"{split}.lmdb", data["word_len"], args.subset)
 
 
-def verify(args: argparse.Namespace, lmdbs: Sequence[Path], word_len: int) -> None:
-    """Check every record; the sheet beside a file tells that this was done."""
-    for lmdb in lmdbs:
-        sheet, faults = lmdb.with_suffix(".jpg"), []
-        if not sheet.is_file():
-            faults = inspect(lmdb, sheet, word_len=word_len, is_subset=args.subset)
-        elif not args.subset:
-            faults = differences(RecordReader(lmdb).meta)
-        if faults:
-            sheet.unlink()
-            raise UserError(f"{lmdb}: {faults[0]}; delete what is wrong and run this again")
+def verify(lmdb: Path, word_len: int, is_subset: bool) -> None:
+    """Check every record of a file, if it is there; the sheet beside it tells that it was done."""
+    sheet, faults = lmdb.with_suffix(".jpg"), []
+    if lmdb.is_file() and not sheet.is_file():
+        faults = inspect(lmdb, sheet, word_len=word_len, is_subset=is_subset)
+    elif lmdb.is_file() and not is_subset:
+        faults = differences(RecordReader(lmdb).meta)
+    if faults:
+        sheet.unlink()
+        raise UserError(f"{lmdb}: {faults[0]}; delete what is wrong and run this again")
 
 
 def make_refs(args: argparse.Namespace, data: dict) -> None:
     """Make a REFER folder: of a folder given, its archive, or Parquet with photos or without."""
-    folder = args.root / "refer" / data["folder"]
-    if find_refs(folder, data["split_by"]).is_file():
+    name, split_by, where = data["folder"], data["split_by"], args.given
+    folder = args.root / "refer" / name
+    if find_refs(folder, split_by).is_file():
         return
-    if args.given is not None and find_refs(args.given / folder.name, data["split_by"]).is_file():
+    if where and (where / name).is_dir():
+        where = where / name
+    if where and find_refs(where, split_by).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return folder.symlink_to((args.given / folder.name).resolve())
+        return folder.symlink_to(where.resolve())
     if "archive" in data and args.source == "zip":
-        return unpack(args, data["archive"], folder)
+        return get_archive(args, data["archive"], folder)
     if "parquet" not in data:
         raise UserError("there are no Parquet files of this split: leave --source away")
-    print(f"{folder}: from the Parquet files of {data['parquet']}", flush=True)
-    files, where = data["files"], args.given
+    repository, files = data["parquet"], data["files"]
+    print(f"{folder}: from the Parquet files of {repository}", flush=True)
     if where is None:
-        where = args.root / "downloads" / f"{data['folder']}-parquet"
-        check_space(args.root, data["lmdb"], f"the Parquet files of {data['parquet']}")
+        where = args.root / "downloads" / f"{name}-parquet"
         what = {"repo_type": "dataset", "local_dir": where, "allow_patterns": f"*{files}"}
-        ask_hub(snapshot_download, data["parquet"], **what)
-    elif (where / data["folder"]).is_dir():
-        where = where / data["folder"]
+        ask_hub(snapshot_download, repository, **what)
     found = sorted(where.rglob(files))
     if not found:
-        raise UserError(f"{where} has no {files}: put the Parquet files of {data['parquet']} there")
-    photos = args.root / "images" / data["folder"]
-    write_refer(found, data["layout"], folder, data["split_by"], photos)
+        raise UserError(f"{where} has no {files}: put the Parquet files of {repository} there")
+    write_refer(found, data["layout"], folder, split_by, args.root / "images" / name)
 
 
 def make_photos(args: argparse.Namespace) -> None:
@@ -138,53 +139,41 @@ def make_photos(args: argparse.Namespace) -> None:
     folder, published = args.root / "images" / PHOTOS, ARCHIVES[f"{PHOTOS}.zip"]["photos"]
     found = sum(1 for _ in folder.glob("*.jpg"))
     if found == 0:
-        unpack(args, f"{PHOTOS}.zip", folder)
+        get_archive(args, f"{PHOTOS}.zip", folder)
     elif found != published and not args.subset:
-        raise UserError(
-            f"{folder} has {found:,} photos, where {published:,} are published: complete it, or "
-            "delete it"
+        raise UserError(f"{folder} has {found:,} of {published:,} photos: complete or delete it")
+
+
+def get_archive(args: argparse.Namespace, name: str, folder: Path) -> None:
+    """Get an archive and unpack it."""
+    archive, path = ARCHIVES[name], args.root / "downloads" / name
+    get(args, archive, path, partial(check_archive, archive, args.subset))
+    print(f"{folder}: unpack {path}", flush=True)
+    unpack(path, folder)
+
+
+def get(args: argparse.Namespace, what: dict, path: Path, check: Callable[[Path], None]) -> None:
+    """Get a file from the folder given, the mirrors, or where it is published."""
+    mirrors = [f"{mirror.rstrip('/')}/{path.name}" for mirror in args.mirror]
+    given = [str(args.given / path.name)] if args.given else []
+    fetch(given or mirrors or what["sources"], path, check)
+
+
+def check_archive(archive: dict, is_subset: bool, path: Path) -> None:
+    """Raise UnfitError if a file is not the archive; of a part of the data only look inside."""
+    if "sha256" in archive and not is_subset:
+        check_file(path, archive["size"], archive["sha256"], archive["witnesses"])
+    if lacking := set(archive["files"]) - names_in(path):
+        raise UnfitError(
+            f"{path} lacks {' and '.join(sorted(lacking))}: get it again, or put its files into a "
+            "folder below FOLDER, called as the data set, and pass --from FOLDER"
         )
 
 
-def unpack(args: argparse.Namespace, name: str, folder: Path) -> None:
-    """Get an archive, unless it is there, and unpack its folder."""
-    archive, path = ARCHIVES[name], args.root / "downloads" / name
-    check = partial(check_archive, archive, is_subset=args.subset)
-    if path.is_file():
-        check(path)
-    else:
-        fetch(sources(args, name, archive["sources"]), path, check)
-    print(f"{folder}: unpack {path}", flush=True)
-    if path.suffix == ".gz":
-        return untar(path, archive["files"], folder)
-    unzip(path, archive["folder"], folder)
-
-
-def check_archive(archive: dict, path: Path, is_subset: bool) -> None:
-    """Raise UnfitError if a file is not the archive; of a part of the data only look inside."""
-    if path.suffix == ".gz":  # neither its size nor its digest is known
-        return untar(path, archive["files"])
-    if not is_subset:
-        check_file(path, archive["size"], archive["sha256"], archive["witnesses"])
-    names = {entry.filename for entry in members(path)}
-    wanted = archive.get("files", [])[: 1 if is_subset else None]
-    if lacking := {f"{archive['folder']}/{name}" for name in wanted} - names:
-        raise UnfitError(f"{path} lacks {', '.join(sorted(lacking))}: get it again")
-
-
-def make_clip(args: argparse.Namespace, clip: dict) -> None:
-    """Get OpenAI's archive, or the same weights as safetensors."""
-    path = args.pretrain / clip["file"]
-    if not path.is_file():
-        fetch(sources(args, path.name, clip["sources"]), path, partial(check_clip, clip))
-
-
 def check_clip(clip: dict, path: Path) -> None:
-    """Compare a file with OpenAI's archive, or with what its weights must be in another form.
+    """Raise UnfitError if a file is neither OpenAI's archive nor its weights in another form.
 
-    Raises:
-        UnfitError: it is no CLIP of these sizes, or half precision, which the archive has, would
-            change a weight.
+    Half precision, which the archive has, must change none of them.
     """
     if zipfile.is_zipfile(path):
         return check_file(path, None, clip["sha256"])
@@ -200,31 +189,6 @@ def check_clip(clip: dict, path: Path) -> None:
     loaded = backbone.state_dict()
     if changed := [name for name in weights if not torch.equal(weights[name], loaded[name])]:
         raise UnfitError(f"{path} is not OpenAI's CLIP: half precision changes {changed[0]}")
-
-
-def sources(args: argparse.Namespace, name: str, published: Sequence[str]) -> Sequence[str]:
-    """Return where to get a file: from the folder given, the mirrors, or where it is published."""
-    if args.given is not None:
-        return [str(args.given / name)]
-    return [f"{mirror.rstrip('/')}/{name}" for mirror in args.mirror] or published
-
-
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = text_parser(__doc__)
-    add = parser.add_argument
-    add("targets", nargs="+", choices=(*TARGETS, "all"), help="what to make")
-    add("--root", type=Path, default=Path("datasets"), help="data root (%(default)s)")
-    add("--pretrain", type=Path, default=Path("pretrain"), help="for CLIP (%(default)s)")
-    add("--from", dest="given", type=Path, metavar="DIR", help="use files in DIR, offline")
-    add("--source", choices=("zip", "parquet"), default="zip", help="of the refs (%(default)s)")
-    mirror = "download from URL/<archive> instead; may be given several times"
-    add("--mirror", action="append", default=[], metavar="URL", help=mirror)
-    add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
-    add("--subset", action="store_true", help="a part of the data: compare no sizes and counts")
-    args = parser.parse_args(argv)
-    if args.given is not None and not args.given.is_dir():
-        parser.error(f"--from {args.given} is no folder")
-    return args
 
 
 if __name__ == "__main__":

@@ -2,34 +2,26 @@
 
 import hashlib
 import os
+import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tenacity
 from helpers import largest_file
-from odd_server import Answer, OddServer, serve
+from odd_server import Answer
 
 from tools import download
-from tools.download import UnfitError, check_file, check_space, fetch, members, unzip
+from tools.download import UnfitError, check_file, check_space, fetch, names_in, unpack
 from utils.errors import UserError
 
 CONTENT = b"PK\x03\x04" + bytes(range(256)) * 4096
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 OTHER = CONTENT[:4] + CONTENT[:3:-1]
 HTML = b"<!DOCTYPE html><title>Moved</title>" * 40
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[OddServer]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("time.sleep", lambda _: None)  # nobody waits between two tries
-    with serve() as odd:
-        monkeypatch.setenv("HF_ENDPOINT", odd.url)
-        yield odd
 
 
 @pytest.fixture
@@ -43,10 +35,6 @@ def get(tmp_path) -> Callable[..., bytes]:
         return path.read_bytes()
 
     return run
-
-
-def ranges(server: OddServer) -> list[str | None]:
-    return [wanted for _, wanted in server.requests]
 
 
 @pytest.mark.parametrize("gives_length", [True, False])
@@ -66,7 +54,6 @@ def test_the_hub_is_a_source_too(server, get):
         (Answer(404), "HTTP 404"),
         (Answer(403), "HTTP 403"),
         (Answer(body=HTML, headers={"Content-Type": "text/html"}), "a web page"),
-        (Answer(body=HTML), "has SHA-256"),
         (Answer(body=OTHER), "has SHA-256"),
         (Answer(body=CONTENT[:50_000]), "has SHA-256"),
     ],
@@ -76,24 +63,17 @@ def test_a_host_that_answers_wrongly_is_named_and_the_next_one_tried(
 ):
     bad, good = server.put("bad", CONTENT, answer), server.put("good", CONTENT)
     assert get(bad, good) == CONTENT
-    assert f"{bad}: " in capsys.readouterr().out
-    server.answers["bad"] = [answer]
-    with pytest.raises(UserError, match=reason):
-        get(bad)
+    assert re.search(f"{bad}: .*{reason}", capsys.readouterr().out)
 
 
 def test_when_nobody_has_it_one_line_gives_every_reason_and_the_way_out(server, tmp_path):
-    urls = [
-        server.put("bad", CONTENT, Answer(404)),
-        "http://127.0.0.1:1/x",
-        "hf:o/none/x",
-        "nonsense",
-    ]
+    bad = server.put("bad", CONTENT, Answer(404))
+    urls = [bad, "http://127.0.0.1:1/x", "hf:o/none/x", "nonsense"]
     with pytest.raises(UserError) as caught:
         fetch(urls, tmp_path / "x.zip", lambda _: None)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert all(url in message for url in urls)
+    assert all(f"{url}: " in message for url in urls)
     assert "--from FOLDER" in message
     assert os.listdir(tmp_path) == []
 
@@ -101,7 +81,7 @@ def test_when_nobody_has_it_one_line_gives_every_reason_and_the_way_out(server, 
 @pytest.mark.parametrize("answer", [Answer(cut=327_680), Answer(cut=0), Answer(503), Answer(429)])
 def test_a_failure_that_may_pass_is_tried_again_from_where_it_broke(server, get, answer):
     assert get(server.put("a", CONTENT, answer, Answer(503))) == CONTENT
-    assert ranges(server)[-1] == (f"bytes={answer.cut}-" if answer.cut else None)
+    assert server.requests[-1] == ("a", f"bytes={answer.cut}-" if answer.cut else None)
 
 
 def test_a_host_that_fails_for_ever_is_given_up_and_another_one_continues(server, get):
@@ -113,7 +93,7 @@ def test_a_host_that_fails_for_ever_is_given_up_and_another_one_continues(server
 def test_the_next_run_goes_on_at_the_byte_where_the_last_one_was_killed(server, get, tmp_path):
     (tmp_path / "x.part.zip").write_bytes(CONTENT[:123_456])
     assert get(server.put("a", CONTENT)) == CONTENT
-    assert ranges(server) == ["bytes=123456-"]
+    assert server.requests == [("a", "bytes=123456-")]
 
 
 @pytest.mark.parametrize(
@@ -131,30 +111,21 @@ def test_what_cannot_be_continued_is_downloaded_anew(server, get, tmp_path, begu
 
 
 def test_pauses_grow_and_end():
-    waits = [download._go_on.retry.wait(_state(attempt)) for attempt in (1, 2, 3, 9)]
+    state, waits = tenacity.RetryCallState(download._go_on.retry, None, (), {}), []
+    for state.attempt_number in (1, 2, 3, 9):
+        waits.append(state.retry_object.wait(state))
     assert waits == [1, 2, 4, 60]
 
 
-def _state(attempt: int) -> tenacity.RetryCallState:
-    state = tenacity.RetryCallState(download._go_on.retry, None, (), {})
-    state.attempt_number = attempt
-    return state
-
-
-@pytest.mark.parametrize(("witnesses", "warns"), [(1, True), (2, False)])
-def test_a_digest_with_one_witness_warns_and_one_with_several_refuses(
-    tmp_path, capsys, witnesses, warns
-):
+def test_a_digest_with_one_witness_warns_and_one_with_several_refuses(tmp_path, capsys):
     path = tmp_path / "x.zip"
     path.write_bytes(OTHER)
-    if warns:
-        check_file(path, len(OTHER), DIGEST, witnesses)
-        assert "warning" in capsys.readouterr().out
-    else:
-        with pytest.raises(UnfitError, match="has SHA-256"):
-            check_file(path, len(OTHER), DIGEST, witnesses)
+    check_file(path, len(OTHER), DIGEST, witnesses=1)
+    assert "warning" in capsys.readouterr().out
+    with pytest.raises(UnfitError, match="has SHA-256"):
+        check_file(path, len(OTHER), DIGEST, witnesses=2)
     with pytest.raises(UnfitError, match="bytes, not 7"):
-        check_file(path, 7, DIGEST, witnesses)
+        check_file(path, 7, DIGEST, witnesses=1)
 
 
 def test_too_little_room_is_told_with_both_figures(tmp_path, monkeypatch):
@@ -174,17 +145,17 @@ def write_zip(path: Path, *names: str, method: int = zipfile.ZIP_DEFLATED) -> Pa
 
 def test_a_folder_of_an_archive_is_unpacked_and_what_a_killed_run_left_goes(tmp_path):
     (tmp_path / ".target.999999999.partial").mkdir()
-    path = write_zip(tmp_path / "a.zip", "a/1", "a/deep/2", "b/3")
-    unzip(path, "a", tmp_path / "target")
+    path = write_zip(tmp_path / "a.zip", "a/1", "a/deep/2", "a/empty/")
+    unpack(path, tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "target"]
-    assert sorted(p.name for p in (tmp_path / "target").rglob("*")) == ["1", "2", "deep"]
+    assert sorted(p.name for p in (tmp_path / "target").rglob("*")) == ["1", "2"]
 
 
 @pytest.mark.parametrize("name", ["a/../../evil", "a/../../../tmp/evil", "/evil", "a//evil"])
 def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
     folder = tmp_path / "in/deep"
     folder.mkdir(parents=True)
-    unzip(write_zip(tmp_path / "a.zip", "a/1", name), "a", folder / "target")
+    unpack(write_zip(tmp_path / "a.zip", "a/1", name), folder / "target")
     outside = {p for p in tmp_path.rglob("*") if p.is_file()} - {tmp_path / "a.zip"}
     assert all(p.is_relative_to(folder / "target") for p in outside)
 
@@ -194,7 +165,7 @@ def test_a_link_in_an_archive_becomes_a_plain_file(tmp_path):
     entry.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(entry, "/etc/passwd")
-    unzip(tmp_path / "a.zip", "a", tmp_path / "target")
+    unpack(tmp_path / "a.zip", tmp_path / "target")
     assert not (tmp_path / "target/link").is_symlink()
 
 
@@ -202,8 +173,8 @@ def test_a_link_in_an_archive_becomes_a_plain_file(tmp_path):
 def test_what_is_no_whole_archive_is_named(tmp_path, content):
     path = tmp_path / "a.zip"
     path.write_bytes(content)
-    with pytest.raises(UnfitError, match=f"{path} is (a web page|no whole zip archive)"):
-        members(path)
+    with pytest.raises(UnfitError, match=f"{path} is no whole archive"):
+        names_in(path)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -213,8 +184,8 @@ def test_a_damaged_member_is_told_and_nothing_appears(tmp_path, method, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged"):
-        unzip(path, "a", tmp_path / "target")
+    with pytest.raises(UnfitError, match="is no whole archive"):
+        unpack(path, tmp_path / "target")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
@@ -222,8 +193,8 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(server, tmp_path):
     path, url = write_zip(tmp_path / "a.zip", "a/1"), server.put("a", CONTENT)
     with largest_file(5_000):
         with pytest.raises(OSError, match="File too large") as unzipping:
-            unzip(path, "a", tmp_path / "target")
+            unpack(path, tmp_path / "target")
         with pytest.raises(OSError, match="File too large") as fetching:
-            fetch([url], tmp_path / "x.zip", members)
+            fetch([url], tmp_path / "x.zip", names_in)
     for caught in (unzipping, fetching):
         assert str(caught.value.filename).startswith(str(tmp_path))
