@@ -1,8 +1,8 @@
 """From nothing to a score: draw RefShapes, prepare it, train on it, evaluate, show the result.
 
 Every step is a command that can be typed as well, and is shown before it runs. A step whose result
-is there already, whole and newer than what it is made from, is not run again; a training that was
-interrupted goes on after its last epoch.
+is there already, whole and newer than what it is made from, is not run again, but for evaluation:
+the code may have changed. A training that was interrupted goes on after its last epoch.
 """
 
 import json
@@ -29,10 +29,10 @@ from engine.tester import REPORT, print_table, result_stem
 from tools.refer import load_refs
 from tools.refshapes import DEFAULT_IMAGES, is_complete
 from utils.arguments import text_parser
-from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
+from utils.checkpoint import BEST, LAST, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run_entry_point
-from utils.logger import METRICS, duration
+from utils.logger import duration
 from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
@@ -40,18 +40,17 @@ from utils.visualize import comparison, grid, save_picture
 
 REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
 MASKS, LMDB = Path("datasets/masks/refshapes"), Path("datasets/lmdb/refshapes")
-CODE = (".py", ".html", ".css", ".js")
 PICTURES = 40  # overlays a split
 SUCCESS, FAILURE = 0.8, 0.1  # IoU above and below which a sentence is an example of it
 
 
 class Step(NamedTuple):
-    """One command, whether its result is there already, and what of an older one must go."""
+    """Holds a command, whether its result is there already, and a folder that goes before it."""
 
     name: str
     command: str
-    is_done: bool
-    outdated: tuple[Path, ...] = ()
+    is_done: bool = False
+    outdated: Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(config)
     is_suitable = cfg.DATA.dataset == "refshapes" and cfg.TEST.protocol == "both"
     if not is_suitable or "val" not in cfg.TEST.splits:
-        raise UserError(f"{config} is none of the quickstart: take config/refshapes/cris_tiny.yaml")
+        raise UserError(f"{config} is none of the quickstart: take {default}")
     report(cfg, {step.name: take(step) for step in steps(config, cfg)})
 
 
@@ -85,18 +84,11 @@ def steps(config: str, cfg: Config) -> Iterator[Step]:
 
     yield training_step(config, cfg)
 
-    # Evaluation is quick: it is repeated after any change of the code.
-    folders = (".", "engine", "engine/report", "model", "utils")
-    code = [p for d in folders for p in (ROOT / d).glob("*.*") if p.suffix in CODE]
-    inputs = [cfg.run_folder / BEST, Path(config), *LMDB.glob("*.lmdb"), *code]
     command = f"test.py --config {shlex.quote(config)} --opts TEST.report True"
-    draw = f"{command} TEST.visualize True TEST.visualize_limit {PICTURES}"
-    yield Step(
-        "evaluate", draw, is_fresh(results(cfg), inputs), (cfg.run_folder / "vis", *results(cfg))
-    )
+    command += f" TEST.visualize True TEST.visualize_limit {PICTURES}"
+    yield Step("evaluate", command)
     swap = f"{command} TEST.test_split val TEST.swap_sentences True"
-    scores = (result(cfg, "val", swapped=True),)
-    yield Step("evaluate with swapped sentences", swap, is_fresh(scores, inputs), scores)
+    yield Step("evaluate with swapped sentences", swap)
 
 
 def training_step(config: str, cfg: Config) -> Step:
@@ -106,13 +98,13 @@ def training_step(config: str, cfg: Config) -> Step:
         return [values["DATA"], {**values["TRAIN"], "resume": None}]
 
     command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
-    last, best = folder / LAST, folder / BEST
-    if is_fresh([last, best], [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]):
+    last, data = folder / LAST, [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]
+    if is_fresh([last, folder / BEST], data):
         state = read_checkpoint(last, "quickstart")
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
             resume = f"{command} --opts TRAIN.resume {last}"
             return Step("train", resume, state["epoch"] == cfg.TRAIN.epochs)
-    return Step("train", command, False, (*list_checkpoints(folder), folder / METRICS))
+    return Step("train", command, outdated=folder)
 
 
 def take(step: Step) -> float | None:
@@ -121,8 +113,8 @@ def take(step: Step) -> float | None:
         print(f"● {step.name}: complete, reused", flush=True)
         return None
     print(f"● {step.name}\n  $ {os.path.relpath(sys.executable)} {step.command}", flush=True)
-    for path in step.outdated:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if step.outdated is not None:
+        shutil.rmtree(step.outdated, ignore_errors=True)
     start = time.monotonic()
     code = execute([sys.executable, *shlex.split(step.command)])
     if code:
@@ -153,11 +145,6 @@ def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = F
     return cfg.run_folder / f"{stem}.json"
 
 
-def results(cfg: Config) -> list[Path]:
-    """Name the scores of every split, both protocols."""
-    return [result(cfg, s, p) for s in cfg.TEST.splits for p in ("aligned", "published")]
-
-
 def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     """Print the scores, the time and where everything lies; write the picture of examples."""
     lines = read_lines(result(cfg, "val"))
@@ -166,12 +153,10 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     save_picture(contact_sheet(choose_examples(lines)), pictures / "examples.png")
 
     print(f"\n{cfg.TRAIN.exp_name} on RefShapes, in per cent")
-    print_table([json.loads(path.read_text()) for path in results(cfg)])
-    print("\nmIoU on val (aligned) by kind of sentence")
-    for kind, (score, count) in scores_by_kind(lines).items():
-        print(f"  {f'{kind} ({count:,} sentences)':<64}{100 * score:>6.2f}")
-    print("\nmIoU on val (aligned): does it read?")
-    for name, score in reading_test(lines, swapped, REFER).items():
+    scores = [result(cfg, split, p) for split in cfg.TEST.splits for p in ("aligned", "published")]
+    print_table([json.loads(path.read_text()) for path in scores])
+    print("\nmIoU on val (aligned): of each kind of sentence, and does it read?")
+    for name, score in val_scores(lines, swapped, REFER).items():
         print(f"  {name:<64}{100 * score:>6.2f}")
     print("\ntime")
     for name, value in seconds.items():
@@ -195,22 +180,18 @@ def mean_iou(lines: Sequence[dict]) -> float:
     return summarize([r["intersection"] for r in lines], [r["union"] for r in lines])["mIoU"]
 
 
-def scores_by_kind(lines: Sequence[dict]) -> dict[str, tuple[float, int]]:
-    """Return mIoU and number of the sentences of each of the report's kinds that occurs."""
-    kinds = {k: [r for r in lines if k in sentence_kinds(r["sentence"])] for k in KIND_PATTERNS}
-    return {kind: (mean_iou(rows), len(rows)) for kind, rows in kinds.items() if rows}
-
-
-def reading_test(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) -> dict[str, float]:
-    """Return mIoU of the model, of the model misled, and of guesses that see masks, no sentence.
+def val_scores(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) -> dict[str, float]:
+    """Return mIoU by kind of sentence, of the model misled, and of guesses that see masks alone.
 
     Args:
         lines, swapped: sentences of val, their own and those of another object of the image.
         refer: the generated data.
     """
+    kinds = {k: [r for r in lines if k in sentence_kinds(r["sentence"])] for k in KIND_PATTERNS}
+    scores = {f"{k} ({len(rows):,} sentences)": mean_iou(rows) for k, rows in kinds.items() if rows}
+    scores |= {"all sentences": mean_iou(lines), "all sentences, swapped": mean_iou(swapped)}
     blind = blind_baselines(refer, "val")
-    model = {"the model": mean_iou(lines), "the model, sentences swapped": mean_iou(swapped)}
-    return model | {f"no model, the true mask of one object: {k}": v for k, v in blind.items()}
+    return scores | {f"no model, the true mask of one object: {k}": v for k, v in blind.items()}
 
 
 def blind_baselines(root: Path, split: str) -> dict[str, float]:
@@ -221,28 +202,24 @@ def blind_baselines(root: Path, split: str) -> dict[str, float]:
         centre of the image, and any object at random (the exact expectation, not a draw).
     """
     instances = json.loads((root / "refshapes" / "instances.json").read_text())
-    images = {image["id"]: image | {"objects": []} for image in instances["images"]}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+    objects = defaultdict(list)
     for annotation in instances["annotations"]:
-        images[annotation["image_id"]]["objects"].append(annotation)
-    scores = defaultdict(list)
+        objects[annotation["image_id"]].append(annotation)
+    scores, weights = [], []
     for ref in load_refs(root / "refshapes" / "refs(unc).p"):
-        if ref["split"] != split:
-            continue
-        image = images[ref["image_id"]]
-        objects, height, width = image["objects"], image["height"], image["width"]
-        masks = [coco_mask.frPyObjects(o["segmentation"], height, width)[0] for o in objects]
-        truth = [o["id"] for o in objects].index(ref["ann_id"])
-        ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
-        boxes = np.array([o["bbox"] for o in objects])
-        offsets = boxes[:, :2] + boxes[:, 2:] / 2 - (width / 2, height / 2)
-        chosen = {
-            "largest": ious[np.argmax(coco_mask.area(masks))],
-            "central": ious[np.argmin(np.hypot(*offsets.T))],
-            "random": ious.mean(),
-        }
-        for name, score in chosen.items():
-            scores[name] += [score] * len(ref["sentences"])
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+        if ref["split"] == split:
+            size, seen = sizes[ref["image_id"]], objects[ref["image_id"]]
+            masks = [coco_mask.frPyObjects(o["segmentation"], *size)[0] for o in seen]
+            truth = [o["id"] for o in seen].index(ref["ann_id"])
+            ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
+            boxes = np.array([o["bbox"] for o in seen])
+            offsets = np.hypot(*(boxes[:, :2] + boxes[:, 2:] / 2 - np.array(size[::-1]) / 2).T)
+            largest = np.argmax(coco_mask.area(masks))
+            scores.append((ious[largest], ious[np.argmin(offsets)], ious.mean()))
+            weights.append(len(ref["sentences"]))
+    means = np.average(scores, axis=0, weights=weights).tolist()
+    return dict(zip(("largest", "central", "random"), means, strict=True))
 
 
 def choose_examples(lines: Sequence[dict]) -> list[dict]:

@@ -26,27 +26,20 @@ def line(sentence: str, intersection: int, union: int, **more) -> dict:
     return {"sentence": sentence, "intersection": intersection, "union": union, **more}
 
 
-def test_scores_by_kind_averages_the_sentences_of_each_kind_and_leaves_out_absent_ones():
+def test_scores_are_of_each_kind_that_occurs_of_swapped_sentences_and_of_blind_guesses(tmp_path):
+    refshapes.generate(tmp_path, COUNTS, seed=0)
     lines = [
         line("the red star", 50, 100),
         line("red star", 100, 100),
         line("star on the far left", 0, 80),
         line("circle under the blue circle", 30, 40),
     ]
-    by_kind = quickstart.scores_by_kind(lines)
-    assert list(by_kind) == ["position", "colour", "relation"]
-    assert by_kind["colour"] == (pytest.approx(0.75), 3)
-    assert by_kind["position"] == (0.0, 1)
-    assert by_kind["relation"] == (pytest.approx(0.75), 1)
-
-
-def test_reading_test_sets_the_model_beside_swapped_sentences_and_blind_guesses(tmp_path):
-    refshapes.generate(tmp_path, COUNTS, seed=0)
-    own, swapped = [line("red star", 8, 10)], [line("blue star", 1, 10)]
-    rows = quickstart.reading_test(own, swapped, tmp_path)
+    rows = quickstart.val_scores(lines, [line("blue star", 1, 10)], tmp_path)
+    kinds = {"position (1": 0, "colour (3": 0.75, "relation (1": 0.75}
     blind = quickstart.blind_baselines(tmp_path, "val")
-    assert list(rows.values()) == pytest.approx([0.8, 0.1, *blind.values()])
-    assert [name.split()[-1] for name in rows][2:] == list(blind)
+    assert list(rows)[:3] == [f"{kind} sentences)" for kind in kinds]
+    assert [name.split()[-1] for name in rows][5:] == list(blind)
+    assert list(rows.values()) == pytest.approx([*kinds.values(), 0.5625, 0.1, *blind.values()])
 
 
 def test_examples_are_a_success_of_each_kind_two_on_one_image_and_a_failure():
@@ -160,7 +153,7 @@ def programs(runner: Runner) -> list[str]:
 EVERYTHING = ["refshapes", "data_process", *["folder2lmdb"] * 4, "train", "test", "test"]
 
 
-def test_a_second_run_reuses_everything_and_reports_the_same(quick, capsys):
+def test_a_second_run_only_evaluates_and_reports_the_same(quick, capsys):
     first, second = Runner(), Runner()
     quick(first)
     output = capsys.readouterr().out
@@ -172,8 +165,8 @@ def test_a_second_run_reuses_everything_and_reports_the_same(quick, capsys):
     quick(second)
     output = capsys.readouterr().out
     assert programs(first) == EVERYTHING
-    assert programs(second) == []
-    assert output.count("complete, reused") == len(EVERYTHING)
+    assert programs(second) == ["test", "test"]
+    assert output.count("complete, reused") == len(EVERYTHING) - 2
     assert "does it read?" in table
     assert output.partition("in per cent")[2].partition("time")[0] == table
 
@@ -187,17 +180,17 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(quick):
     assert second.commands[0][-3:] == ["--opts", "TRAIN.resume", last]
 
 
-def test_training_starts_anew_when_the_recipe_or_the_data_changed(quick, monkeypatch):
-    old = Runner()
+def test_training_starts_anew_when_the_recipe_or_the_data_changed(quick):
+    old, other_recipe, newer_data = Runner(), Runner(), Runner()
     old.cfg = load_config(CONFIG, ["TRAIN.base_lr", "0.5"])
     quick(old)
-    other_recipe = Runner()
+    (left := old.cfg.run_folder / "left").touch()
     quick(other_recipe)
-    assert other_recipe.commands[0] == ["train.py", "--config", str(CONFIG)]
     os.utime(quickstart.LMDB / "train.lmdb")
-    newer_data = Runner()
     quick(newer_data)
-    assert newer_data.commands[0] == ["train.py", "--config", str(CONFIG)]
+    for runner in (other_recipe, newer_data):
+        assert runner.commands[0] == ["train.py", "--config", str(CONFIG)]
+    assert not left.exists()
 
 
 def test_data_drawn_with_other_parameters_are_made_again_with_all_that_follows(quick, monkeypatch):
