@@ -1,6 +1,5 @@
 """Show a page in the browser: drop a photo, type a sentence, see the mask that a model finds."""
 
-import argparse
 import html
 import os
 import signal
@@ -12,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from loguru import logger
@@ -28,20 +27,16 @@ from utils.photos import read_photo
 from utils.records import RecordReader
 from utils.visualize import PRED_COLOR, fade, heat_map, overlay
 
-if TYPE_CHECKING:
-    import gradio
-
-EPILOG = """examples:
-  python tools/demo.py --config config/refcoco/cris_r50.yaml --weights best_model.pth
-  python tools/demo.py --config exp/refcoco/CRIS_R50/config.yaml --port 8000
+EPILOG = """example:
+  python tools/demo.py --config config/refcoco/cris_r50.yaml --weights best_model.pth --port 8000
 then open the printed address. Needs: pip install -r requirements-demo.txt
-
 The page is for this machine alone unless --host says otherwise; nothing asks who comes. It uses no
 other host, so it works without a network. Photos are kept for an hour, or until the demo ends."""
 
 EXAMPLES = 6
 SHOWN_SIDE = 1280  # pixels; what is shown and kept of a photo is no larger
 PHOTOS, MAPS = 16, 32  # kept in memory, of all people together; at most some 0.5 GB
+CLEANING = (300, 3600)  # seconds: how often uploaded files are looked through, and their age then
 # What data sets show, by how their names begin, and a sentence that fits.
 SHOWN = {
     "refshapes": ("drawings of coloured shapes (RefShapes)", "the red star"),
@@ -50,12 +45,16 @@ SHOWN = {
     "refcoco": ("everyday photos (RefCOCO)", "the man on the left"),
     "combined": ("everyday photos (RefCOCO, RefCOCO+ and G-Ref)", "the man on the left"),
 }
-CLEANING = (300, 3600)  # seconds: how often uploaded files are looked through, and their age then
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, show the page, answer until Ctrl-C."""
-    args = _parse_args(argv)
+    parser = model_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to answer at (default: %(default)s)")
+    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s; 0: a free one")
+    add("--max-upload", type=int, default=20, metavar="MB", help="of a photo (default: 20)")
+    args = parse_with_opts(parser, argv)
     if find_spec("gradio") is None:
         raise UserError("the demo needs gradio: pip install -r requirements-demo.txt")
     port = find_port(args.host, args.port)
@@ -65,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="cris-demo-") as folder:
         # gradio reads these when it is imported; it asks for its own page before it goes on.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},{args.host}".strip(",")
+        quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        hosts = f"{os.environ.get('no_proxy', '')},{args.host}".strip(",")
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "no_proxy": hosts} | quiet
         import gradio as gr
 
         page = build_page(predictor, find_examples(predictor.config, Path(folder) / "examples"))
@@ -82,16 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def find_port(host: str, port: int) -> int:
     """Return the port if this host can use it; for 0, a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port), family=family) as door:
+        with socket.create_server((host, port)) as door:
             return door.getsockname()[1]
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port} cannot be used: {error}") from None
 
 
-def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Blocks":
-    """Return the page; an example is the path of a photo and a sentence."""
+def build_page(predictor: Predictor, examples: list[list[str]]) -> Any:
+    """Return the page, a `gradio.Blocks`; an example is the path of a photo and a sentence."""
     import gradio as gr
 
     answer = answerer(predictor)
@@ -105,24 +103,19 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
             raise gr.Error(html.escape(text), print_exception=False) from None
 
     with gr.Blocks(title="CRIS", delete_cache=CLEANING) as page:
-        seen, hint = describe_data(predictor.config.DATA.dataset, examples)
-        gr.Markdown(
-            f"# CRIS\nThis model was trained on {seen}. On other pictures its answers mean little."
-            f"\n\n`{predictor.weights}`",
-            elem_id="model",
-        )
+        seen, hint = describe_data(predictor.config.DATA.dataset)
+        trained = f"This model was trained on {seen}. On other pictures its answers mean little."
+        gr.Markdown(f"# CRIS\n{trained}\n\n`{predictor.weights}`", elem_id="model")
         with gr.Row():
             with gr.Column(scale=2):
-                photo = gr.Image(
-                    label="Photo", type="filepath", image_mode=None, height=320, elem_id="photo",
-                    sources=["upload", "clipboard"],
-                )  # fmt: skip
+                given = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
+                photo = gr.Image(label="Photo", height=320, elem_id="photo", **given)
+                hint = examples[0][1] if examples else hint
                 sentence = gr.Textbox(label="Sentence", placeholder=hint, elem_id="sentence")
                 button = gr.Button("Find it", variant="primary", elem_id="ask")
-                slider = gr.Slider(
-                    0.01, 0.99, predictor.threshold, step=0.01, label="Threshold",
-                    elem_id="threshold", info="Pixels above this probability are the mask.",
-                )  # fmt: skip
+                info = "Pixels above this probability are the mask."
+                named = {"label": "Threshold", "elem_id": "threshold", "info": info}
+                slider = gr.Slider(0.01, 0.99, predictor.threshold, step=0.01, **named)
             with gr.Column(scale=5), gr.Row():
                 drawn = {"interactive": False, "format": "png", "height": 420}
                 mask = gr.Image(label="Mask", elem_id="mask", **drawn)
@@ -135,29 +128,22 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> "gradio.Block
         slider.input(show, **asked, **shared, trigger_mode="always_last", show_progress="hidden")
         photo.change(None, outputs=slider, js=f"() => {predictor.threshold}")
         if examples:
-            gr.Examples(
-                examples, [photo, sentence], asked["outputs"], elem_id="examples",
-                fn=partial(show, threshold=predictor.threshold), run_on_click=True,
-                api_visibility="private",
-            )  # fmt: skip
+            ask = partial(show, threshold=predictor.threshold)
+            clicked = {"run_on_click": True, "api_visibility": "private", "elem_id": "examples"}
+            gr.Examples(examples, [photo, sentence], asked["outputs"], fn=ask, **clicked)
     return page
 
 
-def describe_data(name: str, examples: list[list[str]]) -> tuple[str, str]:
-    """Return what pictures the data set of this name has, in plain words, and a fitting sentence.
-
-    The sentence is the first example's, if there is one.
-    """
-    kinds = (kind for start, kind in SHOWN.items() if name.startswith(start))
-    seen, hint = next(kinds, (f"the data set {name}", "what to look for"))
-    return seen, examples[0][1] if examples else hint
+def describe_data(name: str) -> tuple[str, str]:
+    """Return what pictures a data set has, in plain words, and a fitting sentence."""
+    known = (words for start, words in SHOWN.items() if name.startswith(start))
+    return next(known, (f"the data set {name}", "what to look for"))
 
 
 def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
     """Return a function that answers a question with overlay, heat map and text.
 
-    A photo is encoded once for all its sentences, and a threshold needs no network. Photos are
-    known by the path of their upload, which holds a digest of the file.
+    A photo is encoded once for all its sentences: the path of an upload holds its digest.
     """
 
     @lru_cache(PHOTOS)
@@ -183,14 +169,13 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
 
 
 def _numbers(found: Prediction) -> str:
-    if found.box is None:
-        best = found.probability.max()
-        few = found.no_target_pixels
+    if found.box is not None:
+        share, mean = found.area / found.mask.size, found.mean_probability
+        what = f"{share:.1%} of the photo, mean probability {mean:.2f}"
+    else:
+        few, best = found.no_target_pixels, found.probability.max()
         lacking = "nothing is" if few == 1 else f"fewer than {few} pixels are"
         what = f"{lacking} above {found.threshold:.2f}; the highest probability is {best:.2f}"
-    else:
-        share = found.area / found.mask.size
-        what = f"{share:.1%} of the photo, mean probability {found.mean_probability:.2f}"
     cut = ". The sentence is too long: its end was not read" if found.is_cut else ""
     return f"“{html.escape(found.sentence[:300])}”: {what}{cut}"
 
@@ -199,27 +184,16 @@ def find_examples(config: Config, folder: Path) -> list[list[str]]:
     """Copy photos of the val split to a folder; return their paths with a sentence each."""
     try:
         reader = RecordReader(config.DATA.val_lmdb)
-        refs = [reader.ref(number * len(reader) // EXAMPLES) for number in range(EXAMPLES)]
-        sentences = {ref.image_key: ref.sentences[0] for ref in refs}
         folder.mkdir()
-        examples = []
-        for number, (key, sentence) in enumerate(sentences.items()):
-            path = folder / f"{number}{Path(key).suffix}"
-            path.write_bytes(reader.image(key))
-            examples.append([str(path), sentence])
-        return examples
+        examples = {}
+        for ref in (reader.ref(number * len(reader) // EXAMPLES) for number in range(EXAMPLES)):
+            path = folder / f"{ref.ref_id}{Path(ref.image_key).suffix}"
+            path.write_bytes(reader.image(ref.image_key))
+            examples[ref.image_key] = [str(path), ref.sentences[0]]
+        return list(examples.values())
     except (UserError, OSError) as error:
         logger.warning(f"no examples: {error}")
         return []
-
-
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = model_parser(__doc__, EPILOG)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to answer at (default: %(default)s)")
-    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s; 0: a free one")
-    add("--max-upload", type=int, default=20, metavar="MB", help="of a photo (default: 20)")
-    return parse_with_opts(parser, argv)
 
 
 if __name__ == "__main__":
