@@ -14,11 +14,11 @@ import pickle
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, product
 from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.refer import load_refs
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.machine import available_cores
@@ -35,15 +34,12 @@ from utils.machine import available_cores
 EPILOG = """examples:
   python tools/refshapes.py -o datasets/refshapes
   python tools/refshapes.py -o /tmp/shapes --train 200 --val 50 --testA 0 --testB 0 --seed 7
-  python tools/refshapes.py -o datasets/refshapes_any --any-number
-  python tools/refshapes.py -o /tmp/rehearsal --like refcoco
 then, as for COCO:
   python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
       --dataset refshapes --split unc --generate_mask"""
 
 Random = np.random.Generator
 Counts = Mapping[str, int]  # images by split
-Wanted = list[int | None] | None  # the sentences of each ref of an image, as far as it is asked
 
 VERSION = 5  # raise it whenever the same parameters give other files
 # How many corners, and the share of the radius at which every second one lies.
@@ -58,53 +54,36 @@ COLOURS = {  # RGB; the backgrounds are muted middle tones, so that each of thes
     "white": (242, 242, 242),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-WORDINGS = {  # form -> word -> the sentences that mean it
-    "attribute": {"": "the {colour} {shape} | {colour} {shape} | {shape} that is {colour}"},
-    "position": {
-        "left": "leftmost {shape} | {shape} on the far left | the {shape} on the left",
-        "right": "rightmost {shape} | {shape} on the far right | the {shape} on the right",
-        "above": "the top {shape} | {shape} at the top | topmost {shape}",
-        "below": "the bottom {shape} | {shape} at the bottom | lowest {shape}",
-    },
-    "size": {
-        "big": "biggest {shape} | the largest {shape} | the biggest {shape}",
-        "small": "smallest {shape} | the smallest {shape} | the tiniest {shape}",
-    },
-    "relation": {  # the anchor with its colour
-        "left": "{shape} left of the {anchor} | {shape} to the left of the {anchor}",
-        "right": "{shape} right of the {anchor} | {shape} to the right of the {anchor}",
-        "above": "{shape} above the {anchor} | the {shape} above the {anchor}",
-        "below": "{shape} under the {anchor} | {shape} below the {anchor}",
-    },
+_RELATIONS = {  # the anchor with its colour
+    ("relation", "left"): "{shape} left of the {anchor}, {shape} to the left of the {anchor}",
+    ("relation", "right"): "{shape} right of the {anchor}, {shape} to the right of the {anchor}",
+    ("relation", "above"): "{shape} above the {anchor}, the {shape} above the {anchor}",
+    ("relation", "below"): "{shape} under the {anchor}, {shape} below the {anchor}",
+}
+WORDINGS = {  # (form, word) -> the sentences that mean it
+    ("attribute", ""): "the {colour} {shape}, {colour} {shape}, {shape} that is {colour}",
+    ("position", "left"): "leftmost {shape}, {shape} on the far left, the {shape} on the left",
+    ("position", "right"): "rightmost {shape}, {shape} on the far right, the {shape} on the right",
+    ("position", "above"): "the top {shape}, {shape} at the top, topmost {shape}",
+    ("position", "below"): "the bottom {shape}, {shape} at the bottom, lowest {shape}",
+    ("size", "big"): "biggest {shape}, the largest {shape}, the biggest {shape}",
+    ("size", "small"): "smallest {shape}, the smallest {shape}, the tiniest {shape}",
+    **_RELATIONS,
 }
 PLURALS = {  # the same of several objects
-    "attribute": {
-        "": "the {colour} {shape}s | {colour} {shape}s | {shape}s that are {colour}",
-        "all": "all {shape}s | the {shape}s",
-    },
-    "position": {
-        "left": "all {shape}s on the left | the {shape}s in the left half",
-        "right": "all {shape}s on the right | the {shape}s in the right half",
-        "above": "all {shape}s at the top | the {shape}s in the upper half",
-        "below": "all {shape}s at the bottom | the {shape}s in the lower half",
-    },
-    "relation": {
-        word: text.replace("{shape}", "{shape}s") for word, text in WORDINGS["relation"].items()
-    },
+    ("attribute", ""): "the {colour} {shape}s, {colour} {shape}s, {shape}s that are {colour}",
+    ("attribute", "all"): "all {shape}s, the {shape}s",
+    ("position", "left"): "all {shape}s on the left, the {shape}s in the left half",
+    ("position", "right"): "all {shape}s on the right, the {shape}s in the right half",
+    ("position", "above"): "all {shape}s at the top, the {shape}s in the upper half",
+    ("position", "below"): "all {shape}s at the bottom, the {shape}s in the lower half",
+    **{key: text.replace("{shape}", "{shape}s") for key, text in _RELATIONS.items()},
 }
-FORMS = tuple(WORDINGS)
+FORMS = "attribute", "position", "size", "relation"
 # How often a form is drawn where an object offers several: rarer ones more, to even them out.
 FORM_WEIGHTS = {"attribute": 2.1, "position": 0.6, "size": 0.9, "relation": 5.0}
 ANY_WEIGHTS = {"attribute": 3, "position": 1, "relation": 1}  # of several objects, and of none
 SPLITS = {"train": FORMS, "val": FORMS, "testA": FORMS[:1], "testB": FORMS[1:]}
-LIKE = {  # images, refs, and sentences where they are known, by split
-    "refcoco": {
-        "train": (16994, 42404, None),
-        "val": (1500, 3811, 10834),
-        "testA": (750, 1975, 5657),
-        "testB": (750, 1810, 5095),
-    }
-}
 DEFAULT_IMAGES = {"train": 6000, "val": 200, "testA": 100, "testB": 100}
 IMAGES, REFER = Path("images/train2014"), Path("refshapes")  # folders within the output
 IDS_PER_SPLIT = 1_000_000  # image ids of split s start at s times this
@@ -169,7 +148,7 @@ class Phrase(NamedTuple):
     def sentences(self) -> list[str]:
         """Return all wordings of this meaning."""
         wordings = PLURALS if self.is_plural else WORDINGS
-        return wordings[self.form][self.word].format(**self._asdict()).split(" | ")
+        return wordings[self.form, self.word].format(**self._asdict()).split(", ")
 
 
 Phrases = dict[tuple[int, ...], list[Phrase]]  # by the places of their referents in the scene
@@ -184,9 +163,8 @@ def _from_edge(scene: Scene, thing: Thing, word: str) -> float:
 
 def _slope(anchor: Thing, thing: Thing, word: str) -> float:
     """Return how far a thing is off a direction as seen from the anchor: |across| / along."""
-    dx, dy = DIRECTIONS[word]
-    along = dx * (thing.x - anchor.x) + dy * (thing.y - anchor.y)
-    across = abs(dy * (thing.x - anchor.x)) + abs(dx * (thing.y - anchor.y))
+    (dx, dy), x, y = DIRECTIONS[word], thing.x - anchor.x, thing.y - anchor.y
+    along, across = dx * x + dy * y, abs(dy * x) + abs(dx * y)
     return across / along if along > 0 else float("inf")
 
 
@@ -231,7 +209,7 @@ def phrases_about(scene: Scene, forms: Sequence[str], any_number: bool) -> Phras
     colours, shapes, looks = (sorted({getattr(t, name) for t in things}) for name in names)
     phrases: Phrases = defaultdict(list)
     for is_plural, wordings in enumerate([WORDINGS, PLURALS] if any_number else [WORDINGS]):
-        for form, word in ((f, w) for f in forms for w in wordings.get(f, ())):
+        for form, word in (key for key in wordings if key[0] in forms):
             named = colours if form == "attribute" and not word else [""]
             anchors = looks if form == "relation" else [""]
             for colour, shape, anchor in product(named, shapes, anchors):
@@ -252,37 +230,27 @@ def _unit_outline(shape: str) -> np.ndarray:
     return points / np.sqrt(cv2.contourArea(points.astype(np.float32)))
 
 
-def _place(
-    rng: Random, outline: np.ndarray, others: Sequence[np.ndarray], size: np.ndarray
-) -> np.ndarray | None:
-    """Find a centre where the outline's box is inside the image and off all others', or None."""
-    low, high = outline.min(0), outline.max(0)
-    first, last = GAP - low, size - GAP - high
-    if (first >= last).any():
-        return None
-    centres = rng.uniform(first, last, (60, 2))[:, None]
-    starts = np.array([other.min(0) for other in others]).reshape(-1, 2)
-    ends = np.array([other.max(0) for other in others]).reshape(-1, 2)
-    apart = (centres + low > ends + GAP) | (centres + high < starts - GAP)
-    free = np.flatnonzero(apart.any(axis=2).all(axis=1))
-    return centres[free[0], 0] if len(free) else None
-
-
 def _lay_out(
     rng: Random, shapes: Sequence[str], size: np.ndarray, largest: float
 ) -> list[np.ndarray] | None:
     """Draw areas, tilts and places for these shapes: their outlines, or None if they do not fit."""
-    shares = np.exp(rng.uniform(np.log(AREA_SHARE[0]), np.log(largest), len(shapes)))
-    areas = shares * size.prod()
+    areas = np.exp(rng.uniform(np.log(AREA_SHARE[0]), np.log(largest), len(shapes))) * size.prod()
     outlines: dict[int, np.ndarray] = {}
     for index in np.argsort(-areas):  # the big ones first, while there is room
         tilt = np.radians(rng.uniform(-MAX_TILT, MAX_TILT))
         turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
         outline = _unit_outline(shapes[index]) @ turn.T * np.sqrt(areas[index])
-        centre = _place(rng, outline, list(outlines.values()), size)
-        if centre is None:
+        low, high = outline.min(0), outline.max(0)
+        first, last = GAP - low, size - GAP - high
+        if (first >= last).any():
             return None
-        outlines[index] = np.round(outline + centre, 2)
+        centres = rng.uniform(first, last, (60, 2))[:, None]
+        boxes = np.array([(o.min(0), o.max(0)) for o in outlines.values()]).reshape(-1, 2, 2)
+        apart = (centres + low > boxes[:, 1] + GAP) | (centres + high < boxes[:, 0] - GAP)
+        free = centres[apart.any(axis=2).all(axis=1), 0]
+        if len(free) == 0:
+            return None
+        outlines[index] = np.round(outline + free[0], 2)
     return [outlines[index] for index in range(len(shapes))]
 
 
@@ -305,8 +273,9 @@ def _draw_scene(rng: Random) -> Scene:
     things = []
     for shape, outline in zip(shapes, outlines, strict=True):
         moments = cv2.moments(outline.astype(np.float32))
-        x, y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
-        things.append(Thing(shape, str(rng.choice(palette)), x, y, moments["m00"], outline))
+        area = moments["m00"]
+        x, y = moments["m10"] / area, moments["m01"] / area
+        things.append(Thing(shape, str(rng.choice(palette)), x, y, area, outline))
     return Scene(int(width), int(height), tuple(things))
 
 
@@ -356,76 +325,41 @@ def _render(rng: Random, scene: Scene) -> np.ndarray:
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-def quota(number: int, images: int, refs: int, sentences: int | None) -> list[int | None]:
-    """Share out a split's refs and sentences over its images.
-
-    Args:
-        number: which of the images, from 1.
-        images, refs, sentences: how many the split has; None: as they come.
-    Returns:
-        The number of sentences of each ref of the image.
-    """
-    own = range((number - 1) * refs // images, number * refs // images)
-    return [sentences and (n + 1) * sentences // refs - n * sentences // refs for n in own]
-
-
 def _choose_sentences(
-    rng: Random, phrases: Sequence[Phrase], number: int | None, form_weights: Mapping[str, float]
+    rng: Random, phrases: Sequence[Phrase], form_weights: Mapping[str, float]
 ) -> list[str]:
-    """Draw `number`, or 1-4, of the sentences that phrases of the same things can be put in."""
+    """Draw 1-4 of the sentences that phrases of the same things can be put in."""
     in_form = Counter(phrase.form for phrase in phrases)
     weights: dict[str, float] = {}
     for phrase in phrases:
         sentences = phrase.sentences()
         weight = form_weights[phrase.form] / in_form[phrase.form] / len(sentences)
         weights |= dict.fromkeys(sentences, weight)
-    if number is None:
-        number = min(len(weights), rng.integers(1, MAX_SENTENCES, endpoint=True))
+    number = min(len(weights), rng.integers(1, MAX_SENTENCES, endpoint=True))
     chance = np.array(list(weights.values())) / sum(weights.values())
-    chosen = rng.choice(len(weights), number, replace=False, p=chance)
-    return [list(weights)[index] for index in chosen]
-
-
-def _refer(rng: Random, phrases: Phrases, wanted: Wanted) -> dict[tuple[int, ...], list[str]]:
-    """Choose single things by their place in the scene, and the sentences of each.
-
-    They are those `wanted` (see `quota`), none if the scene has not so many; else up to `MAX_REFS`.
-    """
-    order = rng.permutation(sorted(key[0] for key in phrases if len(key) == 1)).tolist()
-    if wanted is None:
-        wanted = [None] * min(MAX_REFS, len(order))
-    needed = max((number or 1 for number in wanted), default=0)
-    able = [(i,) for i in order if sum(len(p.sentences()) for p in phrases[i,]) >= needed]
-    if len(able) < len(wanted):
-        return {}
-    pairs = zip(sorted(able[: len(wanted)]), wanted, strict=True)
-    return {key: _choose_sentences(rng, phrases[key], count, FORM_WEIGHTS) for key, count in pairs}
-
-
-def _refer_to_any_number(rng: Random, phrases: Phrases) -> dict[tuple[int, ...], list[str]]:
-    """Choose several things of a scene to refer to at once, and sentences true of none."""
-    several = sorted(key for key in phrases if len(key) > 1)
-    chosen = [several[rng.integers(len(several))]] if several else []
-    chosen += [key for key in phrases if not key]
-    return {key: _choose_sentences(rng, phrases[key], None, ANY_WEIGHTS) for key in chosen}
+    return rng.choice(list(weights), number, replace=False, p=chance).tolist()
 
 
 def _make_image(
-    seed: int, split: str, number: int, wanted: Wanted = None, any_number: bool = False
+    seed: int, any_number: bool, split: str, number: int
 ) -> tuple[np.ndarray, dict, list[dict], list[dict]]:
     """Make image `number` (from 1) of a split: RGB pixels, image entry, annotations, refs."""
-    split_number = list(SPLITS).index(split)
-    rng = Random(np.random.PCG64([seed, split_number, number]))
-    fewest = MIN_REFS if wanted is None else len(wanted)
-    referred: dict[tuple[int, ...], list[str]] = {}
-    while len(referred) < fewest:
+    source = [seed, list(SPLITS).index(split), number]
+    rng = Random(np.random.PCG64(source))
+    referred: dict[tuple[int, ...], list[str]] = {}  # sentences by the places of what they mean
+    while len(referred) < MIN_REFS:
         scene = _draw_scene(rng)
         phrases = phrases_about(scene, SPLITS[split], any_number)
-        referred = _refer(rng, phrases, wanted)
+        places = rng.permutation(sorted(key[0] for key in phrases if len(key) == 1)).tolist()
+        single = [(place,) for place in sorted(places[:MAX_REFS])]
+        referred = {key: _choose_sentences(rng, phrases[key], FORM_WEIGHTS) for key in single}
     if any_number:  # from a source of their own: the image and its other refs stay as they are
-        more = Random(np.random.PCG64([seed, split_number, number, 1]))
-        referred |= _refer_to_any_number(more, phrases)
-    image_id = split_number * IDS_PER_SPLIT + number
+        more = Random(np.random.PCG64([*source, 1]))
+        several = sorted(key for key in phrases if len(key) > 1)
+        chosen = [several[more.integers(len(several))]] if several else []
+        chosen += [key for key in phrases if not key]
+        referred |= {key: _choose_sentences(more, phrases[key], ANY_WEIGHTS) for key in chosen}
+    image_id = source[1] * IDS_PER_SPLIT + number
     image = {
         "id": image_id,
         "file_name": f"REFSHAPES_train2014_{image_id:012d}.jpg",
@@ -443,13 +377,12 @@ def _make_image(
 
 def draw_example(seed: int) -> tuple[np.ndarray, list[str]]:
     """Draw a picture that is in no split, (H, W, 3) uint8 RGB, and sentences true of it."""
-    pixels, _, _, refs = _make_image(seed, "val", IDS_PER_SPLIT)
+    pixels, _, _, refs = _make_image(seed, False, "val", IDS_PER_SPLIT)
     return pixels, [sentence["sent"] for ref in refs for sentence in ref["sentences"]]
 
 
 def _annotation(image_id: int, index: int, thing: Thing) -> dict:
-    x0, y0 = thing.outline.min(0).tolist()
-    x1, y1 = thing.outline.max(0).tolist()
+    (x0, y0), (x1, y1) = thing.outline.min(0).tolist(), thing.outline.max(0).tolist()
     return {
         "id": image_id * 10 + index,
         "image_id": image_id,
@@ -467,8 +400,8 @@ def _ref(
 ) -> dict:
     """Make the ref at a rank in its image; with `any_number` the annotations are a list."""
     ref_id = image["id"] * 10 + rank
-    ann_ids = [annotation["id"] for annotation in meant] or [-1]
-    categories = [annotation["category_id"] for annotation in meant] or [-1]
+    ids = [(annotation["id"], annotation["category_id"]) for annotation in meant] or [(-1, -1)]
+    ann_ids, categories = map(list, zip(*ids, strict=True))
     sentences = [
         {"sent_id": ref_id * 10 + i, "sent": text, "raw": text, "tokens": text.split()}
         for i, text in enumerate(texts)
@@ -485,49 +418,49 @@ def _ref(
     }
 
 
-def _marker(counts: Counts, seed: int, like: str | None, any_number: bool) -> str:
+def _marker(counts: Counts, seed: int, any_number: bool) -> str:
     """Return the text of generator.json, which says what a complete folder was made with."""
     images = {split: counts.get(split, 0) for split in SPLITS}
     made = {"generator": "refshapes", "version": VERSION, "seed": seed, "images": images}
-    made |= {"like": like} if like else {"any_number": True} if any_number else {}
+    made |= {"any_number": True} if any_number else {}
     return json.dumps(made, indent=2) + "\n"
 
 
-def is_complete(
-    out: Path, counts: Counts, seed: int, like: str | None = None, any_number: bool = False
-) -> bool:
+def is_complete(out: Path, counts: Counts, seed: int, any_number: bool = False) -> bool:
     """Return whether `out` holds everything that `generate` would write there."""
     marker, *others = (out / REFER / n for n in ("generator.json", "instances.json", "refs(unc).p"))
     num_images = len(list((out / IMAGES).glob("REFSHAPES_*.jpg")))
     is_whole = all(p.is_file() for p in (marker, *others)) and num_images == sum(counts.values())
-    return is_whole and marker.read_text() == _marker(counts, seed, like, any_number)
+    return is_whole and marker.read_text() == _marker(counts, seed, any_number)
 
 
-def _write_image(
-    out: Path, seed: int, job: tuple[str, int, list[int | None] | None, bool]
-) -> tuple[dict, list[dict], list[dict]]:
-    """Draw and write one image; `job` is what `_make_image` takes but for the seed."""
-    pixels, image, annotations, refs = _make_image(seed, *job)
-    jpeg = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    (out / IMAGES / image["file_name"]).write_bytes(jpeg.tobytes())
-    return image, annotations, refs
+def generate(out: Path, counts: Counts, seed: int, any_number: bool = False) -> None:
+    """Write the data set in REFER format; files of an earlier run in the same place go.
 
-
-def _write_files(out: Path, counts: Counts, seed: int, like: str | None, any_number: bool) -> None:
-    """Write images, instances.json and refs(unc).p under `out`."""
-    jobs = [
-        (split, number, quota(number, *LIKE[like][split]) if like else None, any_number)
-        for split in SPLITS
-        for number in range(1, counts.get(split, 0) + 1)
-    ]
-    draw = partial(_write_image, out, seed)
-    with ExitStack() as stack:
-        if len(jobs) < WORTH_A_POOL:
-            made = map(draw, jobs)
-        else:
-            # Spawned, since a fork would take over threads of OpenCV's that are not there.
-            pool = stack.enter_context(get_context("spawn").Pool(available_cores()))
-            made = pool.imap(draw, jobs, chunksize=20)
+    Args:
+        out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
+        counts: images by split.
+        any_number: add refs of several objects and of none; `ann_id` and `category_id` are lists.
+    Raises:
+        UserError: a count or the seed is out of range, or there is no image to draw.
+    """
+    numbers = counts.values()
+    if min(*numbers, seed) < 0 or max(numbers) >= IDS_PER_SPLIT or not any(numbers):
+        raise UserError(
+            f"images {dict(counts)}, --seed {seed}: give numbers of images from 0 to "
+            f"{IDS_PER_SPLIT - 1}, not all of them 0, and a seed that is not negative"
+        )
+    marker = out / REFER / "generator.json"
+    marker.unlink(missing_ok=True)  # written last: an interrupted run is not a complete one
+    for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
+        old.unlink()
+    for folder in (IMAGES, REFER):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    jobs = [(s, number) for s in SPLITS for number in range(1, counts.get(s, 0) + 1)]
+    # Spawned, since a fork would take over threads of OpenCV's that are not there.
+    pool = get_context("spawn").Pool if len(jobs) >= WORTH_A_POOL else ThreadPool
+    with pool(available_cores()) as workers:
+        made = workers.imap(partial(_write_image, out, seed, any_number), jobs, chunksize=20)
         bar = tqdm(made, total=len(jobs), desc="RefShapes", unit="image", disable=None)
         images, annotations, refs = zip(*bar, strict=True)
     instances = {
@@ -544,79 +477,36 @@ def _write_files(out: Path, counts: Counts, seed: int, like: str | None, any_num
     # own: through JSON first, so that the bytes are the same either way.
     plain = json.loads(json.dumps(list(chain.from_iterable(refs))))
     (out / REFER / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
+    marker.write_text(_marker(counts, seed, any_number))
 
 
-def generate(
-    out: Path, counts: Counts, seed: int, like: str | None = None, any_number: bool = False
-) -> None:
-    """Write the data set in REFER format; files of an earlier run in the same place go.
-
-    generator.json comes last, so that an interrupted run is not taken for a complete one.
-
-    Args:
-        out: gets `images/train2014/*.jpg` and `refshapes/{instances.json,refs(unc).p}`.
-        counts: images by split.
-        like: a key of `LIKE`, whose numbers of images these must be; refs and sentences follow.
-        any_number: add refs of several objects and of none; `ann_id` and `category_id` are lists.
-    Raises:
-        UserError: a count or seed out of range, no image at all; `out` is a file.
-    """
-    for split, count in counts.items():
-        if not 0 <= count < IDS_PER_SPLIT:
-            raise UserError(f"--{split} {count}: give a number from 0 to {IDS_PER_SPLIT - 1}")
-    if sum(counts.values()) == 0:
-        raise UserError("no images asked for: give --train, --val, --testA or --testB a number")
-    if seed < 0:
-        raise UserError(f"--seed {seed}: give a number that is not negative")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give a folder")
-    marker = out / REFER / "generator.json"
-    marker.unlink(missing_ok=True)
-    for old in (out / IMAGES).glob("REFSHAPES_*.jpg"):
-        old.unlink()
-    for folder in (IMAGES, REFER):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    _write_files(out, counts, seed, like, any_number)
-    marker.write_text(_marker(counts, seed, like, any_number))
-
-
-def print_counts(root: Path) -> None:
-    """Print how much a generated folder holds."""
-    refs = load_refs(root / REFER / "refs(unc).p")
-    for split in SPLITS:
-        of_split = [ref for ref in refs if ref["split"] == split]
-        num_images = len({ref["image_id"] for ref in of_split})
-        num_sentences = sum(len(ref["sentences"]) for ref in of_split)
-        print(f"{split}: {num_images} images, {len(of_split)} refs, {num_sentences} sentences")
+def _write_image(
+    out: Path, seed: int, any_number: bool, job: tuple[str, int]
+) -> tuple[dict, list[dict], list[dict]]:
+    """Draw and write one image; `job` is its split and number."""
+    pixels, image, annotations, refs = _make_image(seed, any_number, *job)
+    jpeg = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    (out / IMAGES / image["file_name"]).write_bytes(jpeg.tobytes())
+    return image, annotations, refs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = text_parser("Generate RefShapes, a data set in REFER format, from a seed.", EPILOG)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    """Draw the data set, unless it is there."""
+    parser = text_parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="folder to write")
     for split, count in DEFAULT_IMAGES.items():
-        parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default {count})")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--like",
-        choices=LIKE,
-        help="as many images and refs a split as this data set, and sentences but for train",
-    )
+        add(f"--{split}", type=int, default=count, metavar="N", help="images (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
     text = "add refs of several objects, and of none, to those of one"
-    kind.add_argument("--any-number", action="store_true", help=text)
+    add("--any-number", action="store_true", help=text)
     args = parser.parse_args(argv)
-    given = {s: n for s in SPLITS if (n := getattr(args, s)) is not None}
-    if args.like and given:
-        parser.error("--like gives the numbers of images: leave out --train and the others")
-    like = {split: images for split, (images, _, _) in LIKE.get(args.like, {}).items()}
-    counts = like or DEFAULT_IMAGES | given
-    recipe = counts, args.seed, args.like, args.any_number
+    recipe = {split: getattr(args, split) for split in SPLITS}, args.seed, args.any_number
     if is_complete(args.output, *recipe):
         print(f"{args.output} is complete and was made with these parameters: reused")
     else:
         generate(args.output, *recipe)
         print(f"wrote {args.output}")
-    print_counts(args.output)
 
 
 if __name__ == "__main__":
