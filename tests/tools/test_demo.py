@@ -51,7 +51,7 @@ def test_what_cannot_be_answered_is_told_and_not_kept(tmp_path, predictor):
     for photo, sentence, told in [
         (None, "circle", "there is no photo yet"),
         (str(path), "\n", "has no words"),
-        (str(path), "circle", "cannot be read"),
+        (str(path), "circle", "cannot be decoded"),
     ]:
         with pytest.raises(UserError, match=told):
             answer(photo, sentence, 0.5)

@@ -50,19 +50,14 @@ def started(trained: Path, folder: Path, *words: str) -> Iterator[Demo]:
     """`python tools/demo.py` on a free port, with proxies set that would answer nothing."""
     pytest.importorskip("gradio", reason="no gradio (requirements-demo.txt)")
     folder.mkdir()
-    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    log = folder / "log"
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "tools/demo.py", "--config", str(trained), "--port", "0", *words],
-            cwd=ROOT,
-            env=os.environ
-            | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-            | nowhere,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    env |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    command = [sys.executable, "tools/demo.py", "--config", str(trained), "--port", "0", *words]
+    log, pipes = folder / "log", {"stdout": subprocess.PIPE, "text": True}
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=errors, **pipes) as process,
+    ):
         try:
             line = process.stdout.readline()
             address = re.match(r"http://127\.0\.0\.1:\d+/", line)
@@ -70,8 +65,6 @@ def started(trained: Path, folder: Path, *words: str) -> Iterator[Demo]:
             yield Demo(address[0], process, folder, log)
         finally:
             process.kill()
-            process.wait()
-            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -229,31 +222,22 @@ def test_mistakes_are_told_and_the_next_question_is_answered(page, photo):
 @pytest.mark.parametrize(
     ("write", "told"),
     [
-        (lambda path: path.write_bytes(b"no photo at all"), "cannot identify image file"),
+        (lambda path: path.write_bytes(b"no photo at all"), "cannot be decoded"),
         (Image.new("1", (20_000, 6_000)).save, "has 120.0 million pixels, at most 100 million"),
+        (lambda path: path.write_bytes(bytes(1_500_000)), "exceed the maximum allowed size"),
     ],
-    ids=["no photo", "huge"],
+    ids=["no photo", "huge", "large file"],
 )
 def test_a_file_that_cannot_be_read_is_told_of_and_the_next_one_read(
     page, demo, tmp_path, photo, write, told
 ):
     write(path := tmp_path / "odd.png")
-    assert path.stat().st_size < 1_000_000
     page.set_input_files("#photo input[type=file]", path)
-    page.wait_for_timeout(1000)
-    type_in(page, "red circle")
+    if path.stat().st_size < 1_000_000:
+        page.wait_for_timeout(1000)
+        type_in(page, "red circle")
     assert told in message(page)
     enter(page, demo)
-    drop(page, photo)
-    ask(page, "red circle")
-
-
-def test_a_file_that_is_too_large_is_refused(page, tmp_path, photo):
-    path = tmp_path / "large.jpg"
-    path.write_bytes(bytes(1_500_000))
-    page.set_input_files("#photo input[type=file]", path)
-    told = page.wait_for_selector(".toast-body").inner_text()
-    assert "exceed the maximum allowed size" in told
     drop(page, photo)
     ask(page, "red circle")
 
