@@ -34,9 +34,7 @@ from utils.machine import available_cores
 EPILOG = """examples:
   python tools/refshapes.py -o datasets/refshapes
   python tools/refshapes.py -o /tmp/shapes --train 200 --val 50 --testA 0 --testB 0 --seed 7
-then, as for COCO:
-  python tools/data_process.py --data_root datasets/refshapes --output_dir datasets \\
-      --dataset refshapes --split unc --generate_mask"""
+then tools/data_process.py --dataset refshapes --split unc, as for COCO"""
 
 Random = np.random.Generator
 Counts = Mapping[str, int]  # images by split
