@@ -43,8 +43,8 @@ class SquareCache:
         self.path = path
         self.reader = reader
         self.side = side
-        self.images = reader.meta["images"]
-        self.size = _HEADER + (3 * self.images + len(reader)) * side**2  # bytes of the file
+        squares = 3 * reader.meta["images"] + len(reader)
+        self.size = _HEADER + squares * side**2  # bytes of the file
         made_from = {
             "cache version": CACHE_VERSION,
             "side": side,
@@ -143,15 +143,8 @@ def open_cache(
     waiting = f"waiting for another process with {path}"
     with hold(path.with_suffix(".lock"), lambda: logger.info(waiting)):
         if not cache.is_whole():
-            why = (
-                "the old one is of other records, or damaged"
-                if path.exists()
-                else "there is none yet"
-            )
-            logger.info(
-                f"DATA.cache: making {path} ({why}), {cache.size / 1e9:.2f} GB for "
-                f"{cache.images:,} images and {len(reader):,} masks"
-            )
+            how = "making anew" if path.exists() else "making"
+            logger.info(f"DATA.cache: {how} {path}, {cache.size / 1e9:.2f} GB")
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
             cache.make(progress)
     return cache
