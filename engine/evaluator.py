@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from engine.loaders import to_device
 from model.fold import check_folding, fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
@@ -177,11 +178,9 @@ def evaluate(
     try:
         source = loader if progress is None else progress
         for number, batch in enumerate(islice(source, batches)):
-            images, tokens, image_index = (
-                batch[name].to(device, non_blocking=True)
-                for name in ("images", "tokens", "image_index")
-            )
-            images, side = normalize_images(images), images.shape[1]
+            batch = to_device(batch, device)
+            tokens, image_index = batch["tokens"], batch["image_index"]
+            images, side = normalize_images(batch["images"]), batch["images"].shape[1]
             if number == 0:
                 first = partial(answer_first, images=images, tokens=tokens, index=image_index)
                 with computing_in("fp32", device):

@@ -1,15 +1,18 @@
 """Samplers and loaders. The order of samples depends on seed and epoch alone, never on workers."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from loguru import logger
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from engine.checks import check_records
@@ -182,6 +185,28 @@ def build_evaluation_loader(
     bytes_each = images * train.input_size**2 * 3
     options = _worker_options(workers, ranks, -(-len(order) // images), bytes_each)
     return DataLoader(dataset, images, sampler=order, collate_fn=collate_images, **options)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a batch's tensors to a device; to a GPU while it still computes the batch before."""
+    side = _copy_stream(device) if device.type == "cuda" else None
+    with nullcontext() if side is None else torch.cuda.stream(side):
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+    if side is not None:
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(side)
+        for value in moved.values():
+            value.record_stream(compute)  # or its memory could be given away while it is read
+    return {**batch, **moved}
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def images_at_a_time(sentences: int, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.evaluator import describe_scores, evaluate, summarize_scores
 from engine.guard import finite_statistics, log_skipped_steps, optimizer_step
+from engine.loaders import to_device
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
 from engine.resume import save, stoppable, stoppable_steps
@@ -120,15 +121,11 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
         (4,) on the device: loss, IoU, Pr@0.5 and 1, which counts it.
     """
     train, device = run.cfg.TRAIN, run.ranks.device
-    images = normalize_images(batch["images"].to(device, non_blocking=True))
-    masks = normalize_masks(batch["masks"].to(device, non_blocking=True))
-    tokens = batch["tokens"].to(device, non_blocking=True)
-    image_index = batch["image_index"]
-    if image_index is not None:
-        image_index = image_index.to(device, non_blocking=True)
+    batch = to_device(batch, device)
+    images, masks = normalize_images(batch["images"]), normalize_masks(batch["masks"])
     with finite_statistics(run.model), nullcontext() if synchronize else no_sync(run.model):
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-            logits = run.model(images, tokens, image_index)
+            logits = run.model(images, batch["tokens"], batch["image_index"])
         truth = resize_target(masks, logits.shape[-2:], train.target)
         loss = text_to_pixel_loss(logits, masks, train.target)
         run.scaler.scale(loss / train.accumulation_steps).backward()

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import evaluator, predictor
 from engine.evaluator import evaluate, resolve_protocols
+from engine.loaders import _copy_stream, to_device
 from engine.optim import build_optimizer, parameter_groups
 from engine.predictor import Predictor
 from engine.run import Run
@@ -42,6 +43,7 @@ from utils.transforms import _clip_statistics
 GPU = torch.device("cuda", 0)
 TABLES = (
     _clip_statistics,
+    _copy_stream,
     causal_mask,
     coordinates,
     map_positions,
@@ -64,6 +66,9 @@ def fake_cuda() -> Iterator[None]:
         for name, value in (("amp.common.amp_definitely_not_available", False),
                             ("is_bf16_supported", True)):  # fmt: skip
             stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=value))
+        for name in ("Stream", "stream", "current_stream"):
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", mock.MagicMock()))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream"))
         for table in TABLES:
             stack.callback(table.cache_clear)
             table.cache_clear()
@@ -302,3 +307,27 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     )
     assert {line.map.shape for lines in scores.values() for line in lines} == {(64, 64)}
     assert [[p.mask.shape for p in each] for each in found] == [[(50, 70)] * 2, [(50, 70)]]
+
+
+def test_a_batch_is_copied_on_a_stream_beside_which_computing_waits_for(monkeypatch):
+    told = []
+
+    @contextmanager
+    def stream(_: object) -> Iterator[None]:
+        told.append("beside")
+        yield
+        told.append("back")
+
+    compute = SimpleNamespace(wait_stream=lambda _: told.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: compute)
+    monkeypatch.setattr(Tensor, "to", lambda value, *_, **__: told.append("copy") or value)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: told.append("keep"))
+    batch = {"images": torch.ones(2), "tokens": torch.ones(3), "image_index": None, "tasks": ["a"]}
+    assert to_device(batch, GPU) == batch
+    assert told == ["beside", "copy", "copy", "back", "wait", "keep", "keep"]
+    told.clear()
+    assert to_device(batch, torch.device("cpu")) == batch
+    assert told == ["copy", "copy"]
+    _copy_stream.cache_clear()
