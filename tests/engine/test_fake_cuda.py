@@ -319,7 +319,7 @@ def test_a_batch_is_copied_on_a_stream_beside_which_computing_waits_for(monkeypa
         told.append("back")
 
     compute = SimpleNamespace(wait_stream=lambda _: told.append("wait"))
-    monkeypatch.setattr(torch.cuda, "Stream", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "beside")
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: compute)
     monkeypatch.setattr(Tensor, "to", lambda value, *_, **__: told.append("copy") or value)
