@@ -11,7 +11,8 @@ a sentence to the .jsonl beside it, and a page to look at to report/index.html t
 from loguru import logger
 
 from engine.build import restore_trained
-from engine.tester import find_records, print_table, report_page, score_split, write_split
+from engine.report.pages import INDEX
+from engine.tester import REPORT, find_records, print_table, score_split, write_split
 from utils.arguments import config_parser, parse_with_opts
 from utils.config import load_config
 from utils.distributed import start
@@ -33,10 +34,10 @@ def main() -> None:
     check_writable(cfg.run_folder)
     try:
         for lmdb in files:
-            scored = score_split(cfg, model, ranks, lmdb, weights)
-            results += scored.results
+            dataset, scored = score_split(cfg, model, ranks, lmdb, weights)
+            results += [result for result, _ in scored]
             try:
-                write_split(cfg, scored)
+                write_split(cfg, dataset, scored)
             except (OSError, UserError) as error:
                 failure = error
     finally:  # the scores may have taken an hour: they are printed whatever happens
@@ -45,8 +46,8 @@ def main() -> None:
     if failure is not None:
         raise failure
     logger.info(f"scores and predictions are in {cfg.run_folder}")
-    if page := report_page(cfg):
-        logger.info(f"open {page} in a browser to look at them")
+    if cfg.TEST.report:
+        logger.info(f"open {cfg.run_folder / REPORT / INDEX} in a browser to look at them")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
                 dtype=dtype,
                 train_loader=train_loader,
                 val_loader=val_loader,
-                protocols=validation_protocol(cfg),
+                protocols=validation_protocol(cfg.TEST),
                 tracker=tracker,
                 epoch=options.start_epoch,
             )

@@ -5,12 +5,11 @@ with the mask at that size. An image is encoded once for all its sentences, and 
 and compared in threads while the model computes the next batch.
 """
 
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -23,7 +22,7 @@ from engine.loaders import to_device
 from model.fold import check_folding, fold_batch_norm
 from model.loss import resize_target
 from model.neck import ImageFeatures
-from utils.config import Config
+from utils.config import TestConfig
 from utils.dataset import EvaluationDataset, SentenceTask
 from utils.distributed import gather_objects
 from utils.machine import available_cores
@@ -48,8 +47,6 @@ from utils.transforms import (
 
 # More at a time leave the CPU's caches, and gain nothing.
 CPU_SENTENCES = 4
-# Sentences whose maps may wait: they pile up where threads are slower than the model.
-MAX_PENDING = 512
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A ref's sentences come one after the other.
@@ -97,45 +94,19 @@ class SentenceScore:
         rle = {"size": [self.height, self.width], "counts": self.pred_rle}
         return line | {"iou": self.iou, "pred_rle": rle}
 
-    def emptied_below(self, pixels: int) -> "SentenceScore":
-        """Empty the prediction, and that of the ceiling, if it has fewer pixels."""
-        changes = {}
-        for prefix in ("", "ceiling_"):
-            names = f"{prefix}intersection", f"{prefix}union"
-            intersection, union = (getattr(self, name) for name in names)
-            if union is not None and union - self.target_area + intersection < pixels:
-                changes |= dict(zip(names, (0, self.target_area), strict=True))
-        if self.pred_rle is not None and "union" in changes:
-            changes["pred_rle"] = encode_rle(np.zeros((self.height, self.width), bool))
-        return replace(self, **changes)
+
+def resolve_protocols(test: TestConfig) -> dict[str, Protocol]:
+    """Return the protocols that a config's test scores by, by name; of both, aligned first."""
+    names = ("aligned", "published") if test.protocol == "both" else (test.protocol,)
+    changes = {"no_target_pixels": test.no_target_pixels}
+    if test.threshold is not None:
+        changes["threshold"] = test.threshold
+    return {name: replace(PROTOCOLS[name], **changes) for name in names}
 
 
-def resolve_protocols(
-    name: str, threshold: float | None = None, no_target_pixels: int = 1
-) -> dict[str, Protocol]:
-    """The protocols that a config asks for, by name: one, or both with aligned first.
-
-    Args:
-        name: "published", "aligned" or "both".
-        threshold: replaces the protocol's own, if given.
-        no_target_pixels: a smaller mask is emptied where sentences may have no target.
-    """
-    names = ("aligned", "published") if name == "both" else (name,)
-    changes = {} if threshold is None else {"threshold": threshold}
-    changes["no_target_pixels"] = no_target_pixels
-    return {n: replace(PROTOCOLS[n], **changes) for n in names}
-
-
-def scoring_protocols(cfg: Config) -> dict[str, Protocol]:
-    """The protocols that the test scores by."""
-    test = cfg.TEST
-    return resolve_protocols(test.protocol, test.threshold, test.no_target_pixels)
-
-
-def validation_protocol(cfg: Config) -> dict[str, Protocol]:
-    """The one protocol that selects checkpoints: the first of those that the test scores by."""
-    name, *_ = chosen = scoring_protocols(cfg)
-    return {name: chosen[name]}
+def validation_protocol(test: TestConfig) -> dict[str, Protocol]:
+    """Return the one protocol that selects checkpoints: the first of those of the test."""
+    return dict(list(resolve_protocols(test).items())[:1])
 
 
 @torch.inference_mode()
@@ -147,8 +118,7 @@ def evaluate(
     sentences_per_batch: int,
     *,
     precision: str = "fp32",
-    ceiling: bool = False,
-    rle: Container[tuple[int, int]] = (),
+    in_full: Container[tuple[int, int]] = (),
     progress: Iterable | None = None,
     batches: int | None = None,
 ) -> dict[str, list[SentenceScore]]:
@@ -161,19 +131,20 @@ def evaluate(
         protocols: by name; the model runs once for all of them.
         sentences_per_batch: at most so many at a time.
         precision: that the model computes in: fp32, tf32, bf16 or fp16.
-        ceiling: fill these fields of the scores.
-        rle: keys of the sentences whose `pred_rle` to fill.
+        in_full: keys of the sentences whose `pred_rle` and `ceiling_*` to fill.
         progress: wraps the loader, to show how far it is.
         batches: score each rank's first so many alone; None: the whole split, which is asserted.
     Returns:
         By protocol, the scores of all ranks' sentences in the order of the LMDB, on every rank.
-        Where one of the sentences has no target, small predictions are emptied.
+        Small predictions are emptied if the split has sentences without a target.
     Raises:
         RuntimeError: a sentence was scored twice or not at all; or folding changes the model.
     """
-    model, plain = fold_batch_norm(model), model
-    pending: deque[Future] = deque()
+    if "no_target" not in loader.dataset.reader.meta:
+        protocols = {n: replace(p, no_target_pixels=1) for n, p in protocols.items()}
+    twin = fold_batch_norm(model)
     rows: list[dict[str, SentenceScore]] = []
+    running: list[Future] = []
     pool = ThreadPoolExecutor(max(available_cores() // 2, 2))
     try:
         source = loader if progress is None else progress
@@ -182,40 +153,31 @@ def evaluate(
             tokens, image_index = batch["tokens"], batch["image_index"]
             images, side = normalize_images(batch["images"]), batch["images"].shape[1]
             if number == 0:
-                first = partial(answer_first, images=images, tokens=tokens, index=image_index)
-                with computing_in("fp32", device):
-                    check_folding(plain, first)
+                _check_twin(model, images, tokens, image_index)
+            before, running = running, []
             with computing_in(precision, device):
-                features = model.encode_image(images)
+                features = twin.encode_image(images)
                 for part, squares in probability_maps(
-                    model, features, image_index, tokens, side, protocols, sentences_per_batch
+                    twin, features, image_index, tokens, side, protocols, sentences_per_batch
                 ):
                     for row, task in enumerate(batch["tasks"][part]):
-                        job = _score, task, row, squares, protocols, ceiling, rle
-                        pending.append(pool.submit(*job))
-            rows += _take(pending, MAX_PENDING)
-        rows += _take(pending, 0)
+                        job = _score, task, row, squares, protocols, in_full
+                        running.append(pool.submit(*job))
+            rows += [job.result() for job in before]
+        rows += [job.result() for job in running]
     finally:
         pool.shutdown(cancel_futures=True)  # who is stopped, or fails, leaves the rest unscored
-    scores = {name: [row[name] for row in rows] for name in protocols}
     expected = loader.dataset.keys() if batches is None else None
-    joined = {name: _gather(scores[name], expected) for name in protocols}
-    if all(score.num_targets for score in next(iter(joined.values()))):
-        return joined
-    return {
-        name: [score.emptied_below(protocols[name].no_target_pixels) for score in joined[name]]
-        for name in protocols
-    }
+    return {name: _gather([row[name] for row in rows], expected) for name in protocols}
 
 
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let products and convolutions compute in fp32, tf32, bf16 or fp16."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before, is_tf32 = matmul.allow_tf32, precision == "tf32"
+    before, is_tf32, half = matmul.allow_tf32, precision == "tf32", HALF.get(precision)
     # Numbers of sentences vary too much to try algorithms (benchmark) for each.
     flags = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "benchmark": False}
-    half = HALF.get(precision)
     matmul.allow_tf32 = is_tf32
     try:
         with (
@@ -227,20 +189,23 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
-def answer_first(model: nn.Module, images: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-    """Return the logits of a batch's first sentence; `index` tells the sentences' images."""
-    features = model.encode_image(images.index_select(0, index[:1]))
-    return model.segment(features, tokens[:1])
+def _check_twin(model: nn.Module, images: Tensor, tokens: Tensor, image_index: Tensor) -> None:
+    """Compare the folded twin with the model on a batch's first sentence."""
+
+    def answer(model: nn.Module) -> Tensor:
+        features = model.encode_image(images.index_select(0, image_index[:1]))
+        return model.segment(features, tokens[:1])
+
+    with computing_in("fp32", images.device):
+        check_folding(model, answer)
 
 
-def summarize_scores(scores: Iterable[SentenceScore]) -> dict[str, float | None]:
-    """mIoU, oIoU and Pr@X of scored sentences; gIoU and so on where one of them has no target."""
-    return count_lines(map(vars, scores)).scores()
+def summarize_scores(scores: Iterable[SentenceScore], prefix: str = "") -> dict[str, float | None]:
+    """Return mIoU, oIoU and Pr@X of scored sentences; gIoU and so on if one has no target.
 
-
-def summarize_ceiling(scores: Iterable[SentenceScore]) -> dict[str, float | None]:
-    """Summarise what a perfect model would score; needs scores made with `ceiling=True`."""
-    return count_lines(map(vars, scores), "ceiling_").scores()
+    With the prefix `ceiling_`, those of a perfect model, from scores in full.
+    """
+    return count_lines(map(vars, scores), prefix).scores()
 
 
 def describe_scores(
@@ -296,19 +261,17 @@ def probability_maps(
 
 def _bring_back(maps: Mapping[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
     """Begin to copy maps to the host; the function that is returned waits for them."""
-    host, done = maps, None
-    if next(iter(maps.values())).device.type == "cuda":
-        # Pinned, so that neither the host nor the next batch waits for the copy.
-        host = {n: torch.empty(m.shape, dtype=m.dtype, pin_memory=True) for n, m in maps.items()}
-        for name, square in maps.items():
-            host[name].copy_(square, non_blocking=True)
-        done = torch.cuda.Event()
+    is_cuda = next(iter(maps.values())).device.type == "cuda"
+    # Such copies go to pinned memory: neither the host nor the next batch waits for them.
+    host = {name: square.to("cpu", non_blocking=is_cuda) for name, square in maps.items()}
+    done = torch.cuda.Event() if is_cuda else None
+    if done is not None:
         done.record()
 
     def wait() -> dict[str, np.ndarray]:
         if done is not None:
             done.synchronize()
-        return {name: square.cpu().numpy() for name, square in host.items()}
+        return {name: square.numpy() for name, square in host.items()}
 
     return wait
 
@@ -318,45 +281,55 @@ def _score(
     row: int,
     squares: Callable[[], Mapping[str, np.ndarray]],
     protocols: Mapping[str, Protocol],
-    ceiling: bool,
-    rle: Container[tuple[int, int]],
+    in_full: Container[tuple[int, int]],
 ) -> dict[str, SentenceScore]:
     """Restore one sentence's maps to the photo's size and count pixels."""
-    ref = task.ref
     maps = {name: square[row] for name, square in squares().items()}
-    soft = _mask_of(ref)
-    mask = soft > 0
+    truth = _mask_of(task.ref)
     scores = {}
     for name, protocol in protocols.items():
-        pred_mask = restore_size(maps[name], mask.shape) > protocol.threshold
-        intersection, union = intersection_and_union(pred_mask, mask)
-        best = None, None
-        if ceiling:
-            perfect = perfect_prediction(soft, len(maps[name]), protocol)
-            best = intersection_and_union(perfect, mask)
-        scores[name] = SentenceScore(
-            key=task.key,
-            ref_id=ref.ref_id,
-            sent_id=task.sent_id,
-            sentence=task.sentence,
-            image=ref.image_key,
-            image_id=ref.image_id,
-            category=ref.category,
-            height=ref.height,
-            width=ref.width,
-            target_area=int(np.count_nonzero(mask)),
-            intersection=intersection,
-            union=union,
-            ceiling_intersection=best[0],
-            ceiling_union=best[1],
-            pred_rle=encode_rle(pred_mask) if task.key in rle else None,
-            num_targets=ref.num_targets,
-        )
+        masks = [restore_size(maps[name], truth.shape) > protocol.threshold]
+        if task.key in in_full:
+            masks.append(perfect_prediction(truth, len(maps[name]), protocol))
+        for mask in masks:
+            mask &= np.count_nonzero(mask) >= protocol.no_target_pixels
+        scores[name] = score_masks(task, truth > 0, *masks)
     return scores
 
 
+def score_masks(
+    task: SentenceTask, truth: np.ndarray, pred_mask: np.ndarray, perfect: np.ndarray | None = None
+) -> SentenceScore:
+    """Count the pixels of masks, (H, W) bool.
+
+    Args:
+        perfect: the prediction of a perfect model; None leaves what is filled on demand.
+    """
+    ref, is_full = task.ref, perfect is not None
+    intersection, union = intersection_and_union(pred_mask, truth)
+    best = intersection_and_union(perfect, truth) if is_full else (None, None)
+    return SentenceScore(
+        key=task.key,
+        ref_id=ref.ref_id,
+        sent_id=task.sent_id,
+        sentence=task.sentence,
+        image=ref.image_key,
+        image_id=ref.image_id,
+        category=ref.category,
+        height=ref.height,
+        width=ref.width,
+        target_area=int(np.count_nonzero(truth)),
+        intersection=intersection,
+        union=union,
+        ceiling_intersection=best[0],
+        ceiling_union=best[1],
+        pred_rle=encode_rle(pred_mask) if is_full else None,
+        num_targets=ref.num_targets,
+    )
+
+
 def perfect_prediction(mask: np.ndarray, side: int, protocol: Protocol) -> np.ndarray:
-    """The mask that comes out when the network reproduces its training target exactly.
+    """Return the mask that comes out when the network reproduces its training target exactly.
 
     Args:
         mask: (H, W) uint8, the ground truth as stored.
@@ -371,17 +344,8 @@ def perfect_prediction(mask: np.ndarray, side: int, protocol: Protocol) -> np.nd
 
 
 def encode_rle(mask: np.ndarray) -> str:
-    """(H, W) bool -> the counts of a COCO RLE."""
+    """Return the counts of a COCO RLE of an (H, W) bool mask."""
     return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-
-
-def _take(pending: deque[Future], left: int) -> Iterator[dict[str, SentenceScore]]:
-    """The oldest results: those that are there, and as many more as leave no more than `left`.
-
-    What a thread raised is raised here, soon after.
-    """
-    while pending and (len(pending) > left or pending[0].done()):
-        yield pending.popleft().result()
 
 
 def _gather(
@@ -389,8 +353,8 @@ def _gather(
 ) -> list[SentenceScore]:
     """Join the ranks' scores and assert that each sentence expected is there exactly once."""
     joined = [score for part in gather_objects(scores) for score in part]
-    keys = [score.key for score in joined]
-    if expected is not None and (len(keys) != len(expected) or set(keys) != expected):
-        missing, twice = len(expected - set(keys)), len(keys) - len(set(keys))
+    keys = {score.key for score in joined}
+    if expected is not None and (len(joined) != len(expected) or keys != expected):
+        missing, twice = len(expected - keys), len(joined) - len(keys)
         raise RuntimeError(f"sentences not scored: {missing}, scored twice: {twice}")
     return sorted(joined, key=lambda score: score.key)

@@ -9,8 +9,6 @@ server encodes an image once and asks as many sentences of it as come.
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +20,6 @@ from engine.evaluator import validation_protocol
 from model.neck import ImageFeatures
 from model.segmenter import Segmenter
 from utils.config import Config
-from utils.errors import UserError
 from utils.tokenizer import END_ID, START_ID
 from utils.transforms import Protocol, normalize_images, upsample_probability
 
@@ -64,9 +61,8 @@ class TextHead(nn.Module):
         return logits, upsample_probability(logits.sigmoid(), self.side, self.protocol)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs on which graphs and PyTorch are compared: N images with B sentences."""
+class Case(NamedTuple):
+    """Hold inputs on which graphs and PyTorch are compared: N images with B sentences."""
 
     name: str
     images: np.ndarray  # (N, S, S, 3) uint8
@@ -84,17 +80,16 @@ class Difference(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Return the difference that is held against the tolerance.
+        """Return the difference over the largest value; that of a probability as it is.
 
-        Of the largest value, but for a probability: one that is small everywhere must not be more
-        exact than its threshold needs.
+        One that is small everywhere must not be more exact than its threshold needs.
         """
         scale = 1.0 if self.output == "probability" else self.magnitude
         return self.largest / max(scale, 1e-12)
 
 
 def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
-    """Noise and random words, in batches of other sizes than the graphs were traced with."""
+    """Make noise and random words, in other sizes of batch than the graphs were traced with."""
     rng = np.random.default_rng(seed)
     side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
     cases = []
@@ -115,32 +110,24 @@ def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> N
     Args:
         model: on the CPU, in evaluation mode.
         paths: by `IMAGE_ENCODER` and `TEXT_HEAD`.
-    Raises:
-        UserError: a package is missing.
     """
-    check_packages()
-    ((protocol_name, protocol),) = validation_protocol(cfg).items()
+    ((name, protocol),) = validation_protocol(cfg.TEST).items()
     side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
-    about = {
-        "input_size": side,
-        "word_len": length,
-        "protocol": protocol_name,
-        "threshold": protocol.threshold,
-    }
+    about = {"input_size": side, "word_len": length, "protocol": name}
+    about["threshold"] = protocol.threshold
     encoder, head = ImageEncoder(model).eval(), TextHead(model, side, protocol).eval()
     # Two images and three sentences: a batch of one would be taken for a constant.
     images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    image_index = torch.tensor([0, 1, 1])
     tokens = torch.zeros(3, length, dtype=torch.int64)
     tokens[:, 0], tokens[:, 1] = START_ID, END_ID
     with torch.no_grad():
         features = encoder(images)
     traced = {
         IMAGE_ENCODER: (encoder, (images,)),
-        TEXT_HEAD: (head, (*features, image_index, tokens)),
+        TEXT_HEAD: (head, (*features, torch.tensor([0, 1, 1]), tokens)),
     }
     of_images, of_sentences = (
-        torch.export.Dim(name, min=1, max=1 << 16) for name in ("images", "sentences")
+        {0: torch.export.Dim(name, min=1, max=1 << 16)} for name in ("images", "sentences")
     )
     # What is wrong with a graph is measured; the exporter's remarks on its own insides are not.
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -153,9 +140,7 @@ def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> N
                 inputs,
                 input_names=names,
                 output_names=outputs,
-                dynamic_shapes=[
-                    {0: of_sentences if name in per_sentence else of_images} for name in names
-                ],
+                dynamic_shapes=[of_sentences if n in per_sentence else of_images for n in names],
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -177,7 +162,7 @@ def compare(
         onnxruntime.InferenceSession(paths[kind], options, providers=["CPUExecutionProvider"])
         for kind in (IMAGE_ENCODER, TEXT_HEAD)
     )
-    ((_, protocol),) = validation_protocol(cfg).items()
+    (protocol,) = validation_protocol(cfg.TEST).values()
     encoder, head = ImageEncoder(model), TextHead(model, cfg.TRAIN.input_size, protocol)
     outputs = (*NAMES[IMAGE_ENCODER][1], *NAMES[TEXT_HEAD][1])
     for case in cases:
@@ -191,12 +176,3 @@ def compare(
             assert got.shape == expected.shape, f"{name}: {got.shape}, {expected.shape}"
             largest = np.abs(got - expected.numpy()).max()
             yield Difference(case.name, name, float(largest), float(expected.abs().max()))
-
-
-def check_packages() -> None:
-    """Raise a UserError if what the export to ONNX needs is not installed."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"--format onnx needs the package {package}: pip install -r requirements.txt"
-            )

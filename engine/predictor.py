@@ -1,4 +1,4 @@
-"""A trained model on anybody's photos: what a sentence denotes, as a mask of the photo's size.
+"""Find what a sentence denotes in anybody's photo, as a mask of the photo's size.
 
     predictor = Predictor("config/refshapes/cris_tiny.yaml", "best_model.pth")
     for found in predictor("photo.jpg", ["the red star", "circle on the far left"]):
@@ -51,7 +51,7 @@ class Prediction:
 
     @cached_property
     def mask(self) -> np.ndarray:
-        """Tell, (H, W) bool, where the probability is above the threshold, if in enough pixels."""
+        """Tell where the probability is above the threshold, (H, W) bool, if in enough pixels."""
         above = self.probability > self.threshold
         return above & (np.count_nonzero(above) >= self.no_target_pixels)
 
@@ -71,14 +71,12 @@ class Prediction:
     @cached_property
     def mean_probability(self) -> float | None:
         """Return the mean probability in the mask; None if it is empty."""
-        if self.area == 0:
-            return None
-        return float(self.probability[self.mask].mean(dtype=np.float64))
+        return float(self.probability[self.mask].mean(dtype=np.float64)) if self.area else None
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """Keep all that a photo gives before a sentence is known, to be kept for more sentences.
+    """Keep what a photo gives before a sentence is known.
 
     features: of this one image, on the predictor's device.
     size: (height, width) of the photo, its orientation followed.
@@ -114,10 +112,9 @@ class Predictor:
         """
         self.config = config if isinstance(config, Config) else load_config(config)
         self.device = find_device(device, "device")
-        restored = restore_trained(self.config, self.device, weights, "weights")
-        model, self.weights, state = restored
+        model, self.weights, state = restore_trained(self.config, self.device, weights, "weights")
         self.model = fold_batch_norm(model)
-        self.protocols = validation_protocol(self.config)
+        self.protocols = validation_protocol(self.config.TEST)
         ((self.protocol, protocol),) = self.protocols.items()
         self.threshold = protocol.threshold
         # Who has never seen a sentence about nothing does not say "nothing" by a small mask.
@@ -175,8 +172,7 @@ class Predictor:
         for row, sentence, square, length in zip(rows, flat, squares, lengths, strict=True):
             probability = restore_size(square, encoded[row].size)
             probability.clip(0, 1, out=probability)  # the cubic ways leave it a little
-            is_cut = length > train.word_len
-            rule = self.threshold, is_cut, self.no_target_pixels
+            rule = self.threshold, length > train.word_len, self.no_target_pixels
             found[row].append(Prediction(sentence, probability, *rule))
         return found
 
@@ -205,20 +201,11 @@ class Predictor:
 
 
 def check_sentence(sentence: str) -> str:
-    """Give a sentence back that the model can read.
-
-    Raises:
-        UserError: it has no words, is no valid text, or is longer than any sentence.
-    """
-    if len(sentence) > MAX_CHARACTERS:
+    """Return a sentence that the model can read; raise UserError for another."""
+    is_utf8 = sentence.encode("utf-8", "ignore").decode() == sentence
+    if len(sentence) > MAX_CHARACTERS or not is_utf8 or not has_words(sentence):
         raise UserError(
-            f"the sentence has {len(sentence):,} characters: give at most {MAX_CHARACTERS:,}"
+            f"the sentence {sentence[:80]!a} cannot be read: say in words what to look for "
+            f"(UTF-8, at most {MAX_CHARACTERS:,} characters)"
         )
-    try:
-        sentence.encode()
-    except UnicodeEncodeError:
-        line = f"the sentence {sentence[:80]!a} is no valid text: type it in UTF-8"
-        raise UserError(line) from None
-    if not has_words(sentence):
-        raise UserError(f"the sentence {sentence[:80]!r} has no words: say what to look for")
     return sentence

@@ -12,13 +12,7 @@ from typing import NamedTuple
 from loguru import logger
 from torch import nn
 
-from engine.evaluator import (
-    SentenceScore,
-    evaluate,
-    scoring_protocols,
-    summarize_ceiling,
-    summarize_scores,
-)
+from engine.evaluator import SentenceScore, evaluate, resolve_protocols, summarize_scores
 from engine.loaders import build_evaluation_loader
 from engine.pictures import draw_sentence
 from engine.report import pages
@@ -37,11 +31,10 @@ REPORT = "report"  # folder in that of the run
 
 
 class Scored(NamedTuple):
-    """Holds what a split was scored as: a result and the lines of its sentences, by protocol."""
+    """Hold a split's score by one protocol: the content of its `.json`, and its sentences."""
 
-    dataset: EvaluationDataset
-    results: list[dict]
-    lines: list[list[SentenceScore]]
+    result: dict
+    lines: list[SentenceScore]
 
 
 def find_records(cfg: Config, weights: str) -> list[str]:
@@ -75,14 +68,11 @@ def find_records(cfg: Config, weights: str) -> list[str]:
 
 def _check_earlier_scores(cfg: Config, reader: RecordReader) -> None:
     """Refuse to replace the scores of other records of the same name."""
-    meta, swapped = reader.meta, cfg.TEST.swap_sentences
-    for name, protocol in scoring_protocols(cfg).items():
-        of_test = swapped, cfg.TEST.precision
-        stem = result_stem(meta["dataset"], meta["split"], name, protocol.threshold, *of_test)
-        path, earlier = cfg.run_folder / f"{stem}.json", None
+    for head in result_heads(cfg, reader).values():
+        path, earlier = cfg.run_folder / f"{result_stem(head)}.json", None
         with suppress(OSError, ValueError, AttributeError):  # there is none, or none to be read
             earlier = json.loads(path.read_text()).get("records")
-        if earlier not in (None, reader.digest()) and not cfg.TRAIN.force:
+        if earlier not in (None, head["records"]) and not cfg.TRAIN.force:
             raise UserError(
                 f"{path} has the scores of other records than {reader.path} holds: give them "
                 "another folder with TRAIN.exp_name (and TEST.weights), or replace them with "
@@ -90,128 +80,104 @@ def _check_earlier_scores(cfg: Config, reader: RecordReader) -> None:
             )
 
 
-def score_split(cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights: str) -> Scored:
-    """Score one file of records.
+def result_heads(cfg: Config, reader: RecordReader) -> dict[str, dict]:
+    """Return what is known of a split's results before it is scored, by protocol."""
+    return {
+        name: {
+            # The records' own: the config may name another data set, or several together.
+            "dataset": reader.meta["dataset"],
+            "split": reader.meta["split"],
+            "protocol": name,
+            "threshold": protocol.threshold,
+            "swapped_sentences": cfg.TEST.swap_sentences,
+            "precision": cfg.TEST.precision,
+            "lmdb": str(reader.path),
+            "records": reader.digest(),
+        }
+        for name, protocol in resolve_protocols(cfg.TEST).items()
+    }
 
-    Returns:
-        By protocol, the content of its `.json` with `ceiling`, and the sentences' scores.
-    """
-    protocols = scoring_protocols(cfg)
+
+def score_split(
+    cfg: Config, model: nn.Module, ranks: Ranks, lmdb: str, weights: str
+) -> tuple[EvaluationDataset, list[Scored]]:
+    """Score one file of records by each protocol."""
     loader = build_evaluation_loader(cfg, lmdb, ranks, swap=cfg.TEST.swap_sentences)
-    meta, start = loader.dataset.reader.meta, time.monotonic()
+    dataset, start = loader.dataset, time.monotonic()
     scores = evaluate(
         model,
         loader,
         ranks.device,
-        protocols,
+        resolve_protocols(cfg.TEST),
         cfg.TRAIN.batch_size_val,
         precision=cfg.TEST.precision,
-        ceiling=True,
-        rle=loader.dataset.keys(),
-        progress=progress(loader, len(loader), meta["split"]),
+        in_full=dataset.keys(),
+        progress=progress(loader, len(loader), dataset.reader.meta["split"]),
     )
-    seconds = time.monotonic() - start
-    results = [
-        {
-            # The records' own: the config may name another data set, or several together.
-            "dataset": meta["dataset"],
-            "split": meta["split"],
-            "checkpoint": weights,
-            "protocol": protocol,
-            "threshold": protocols[protocol].threshold,
-            "refs": len({line.ref_id for line in lines}),
-            "sentences": len(lines),
-            **summarize_scores(lines),
-            "seconds": seconds,
-            "ceiling": summarize_ceiling(lines),
-            "swapped_sentences": cfg.TEST.swap_sentences,
-            "precision": cfg.TEST.precision,
-            "lmdb": lmdb,
-            "records": loader.dataset.reader.digest(),
-            **no_target_rule(cfg, lines),
-        }
-        for protocol, lines in scores.items()
+    made = {"checkpoint": weights, "seconds": time.monotonic() - start}
+    heads, pixels = result_heads(cfg, dataset.reader), cfg.TEST.no_target_pixels
+    return dataset, [
+        Scored(heads[name] | made | summarize_lines(lines, pixels), lines)
+        for name, lines in scores.items()
     ]
-    return Scored(loader.dataset, results, list(scores.values()))
 
 
-def no_target_rule(cfg: Config, lines: Sequence[SentenceScore]) -> dict:
-    """Return what a result says of predictions of nothing, if a sentence is true of nothing."""
-    if all(line.num_targets for line in lines):
-        return {}
-    pixels = cfg.TEST.no_target_pixels
-    return {"no_target_pixels": pixels, "no_target_rule": describe_rule(pixels)}
+def summarize_lines(lines: Sequence[SentenceScore], no_target_pixels: int) -> dict:
+    """Return the scores of a split, its ceiling, and the rule by which predictions are none."""
+    result = {"refs": len({line.ref_id for line in lines}), "sentences": len(lines)}
+    result |= summarize_scores(lines) | {"ceiling": summarize_scores(lines, "ceiling_")}
+    if not all(line.num_targets for line in lines):
+        result["no_target_pixels"] = no_target_pixels
+        result["no_target_rule"] = describe_rule(no_target_pixels)
+    return result
 
 
-def write_split(cfg: Config, scored: Scored) -> None:
+def write_split(cfg: Config, dataset: EvaluationDataset, scored: Sequence[Scored]) -> None:
     """Write `test_<dataset>_<split>.json`, `.jsonl`, the report and pictures of one split."""
-    for result, lines in zip(scored.results, scored.lines, strict=True):
+    for result, lines in scored:
         write_scores(result, lines, cfg.run_folder)
     if cfg.TEST.report:
-        write_report(cfg, scored.dataset.reader, scored.results, scored.lines)
+        write_report(cfg, dataset.reader, scored)
     if cfg.TEST.visualize:
-        name = "{dataset}_{split}".format(**scored.results[0])
+        name = "{dataset}_{split}".format(**scored[0].result)
         name += ".swapped" if cfg.TEST.swap_sentences else ""
-        lines = scored.lines[0][: cfg.TEST.visualize_limit]
-        draw(scored.dataset, lines, cfg.run_folder / "vis" / name)
+        lines = scored[0].lines[: cfg.TEST.visualize_limit]
+        draw(dataset, lines, cfg.run_folder / "vis" / name)
 
 
-def result_stem(
-    dataset: str,
-    split: str,
-    protocol: str,
-    threshold: float,
-    swapped: bool,
-    precision: str = "fp32",
-) -> str:
-    """Name of a result's files: what is not the published way of scoring is in the name."""
-    stem = f"test_{dataset}_{split}"
-    if protocol != "published":
-        stem += f".{protocol}"
+def result_stem(result: Mapping) -> str:
+    """Name a result's files: what is not the published way of scoring is in the name."""
+    protocol, threshold = result["protocol"], result["threshold"]
+    stem = f"test_{result['dataset']}_{result['split']}"
+    stem += "" if protocol == "published" else f".{protocol}"
     if threshold != PROTOCOLS[protocol].threshold:
         stem += f".threshold{threshold:g}"
-    stem += ".swapped" if swapped else ""
+    stem += ".swapped" if result["swapped_sentences"] else ""
+    precision = result.get("precision", "fp32")
     return stem if precision == "fp32" else f"{stem}.{precision}"
 
 
-def stem_of(result: Mapping) -> str:
-    """Return the name of a result's files from the content of its `.json`."""
-    names = ("dataset", "split", "protocol", "threshold", "swapped_sentences")
-    return result_stem(*(result[name] for name in names), result.get("precision", "fp32"))
-
-
-def write_scores(result: dict, lines: list[SentenceScore], folder: Path) -> None:
+def write_scores(result: Mapping, lines: Sequence[SentenceScore], folder: Path) -> None:
     """Write the two files of a result, whole or not at all."""
-    stem = stem_of(result)
+    stem = result_stem(result)
     with atomic_path(folder / f"{stem}.jsonl") as partial, partial.open("w") as file:
         file.writelines(json.dumps(line.record()) + "\n" for line in lines)
     with atomic_path(folder / f"{stem}.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def write_report(
-    cfg: Config,
-    reader: RecordReader,
-    results: Sequence[Mapping],
-    scores: Sequence[Sequence[SentenceScore]],
-) -> None:
+def write_report(cfg: Config, reader: RecordReader, scored: Sequence[Scored]) -> None:
     """Write a page for each result of a split; they share their photos."""
     folder = cfg.run_folder / REPORT
     look = folder / pages.PHOTOS, cfg.TEST.report_limit, cfg.TEST.report_photo_size
-    for result, lines in zip(results, scores, strict=True):
+    for result, lines in scored:
         model = pages.Scored(result["protocol"], result, [line.record() for line in lines])
-        links = {"page": stem_of(result), "results": "../results.js"}
+        links = {"page": result_stem(result), "results": "../results.js"}
         pages.write_page(folder / links["page"], reader, [model], *look, **links)
     pages.write_results(folder)
 
 
-def report_page(cfg: Config) -> Path | None:
-    """Where to start looking, if a report was asked for and written."""
-    page = cfg.run_folder / REPORT / pages.INDEX
-    return page if cfg.TEST.report and page.exists() else None
-
-
-def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -> None:
+def draw(dataset: EvaluationDataset, lines: Sequence[SentenceScore], folder: Path) -> None:
     """Write one picture a sentence: photo, ground truth, prediction, sentence, IoU.
 
     Pictures of an earlier test are removed: the IoU is in their names, so they would stay beside.
@@ -224,7 +190,7 @@ def draw(dataset: EvaluationDataset, lines: list[SentenceScore], folder: Path) -
     logger.info(f"{len(lines)} pictures in {folder}")
 
 
-def print_table(results: list[dict]) -> None:
+def print_table(results: Sequence[Mapping]) -> None:
     """Print one row a split and protocol in per cent, the ceiling of a perfect model below it.
 
     Splits with sentences that are true of nothing have metrics, so a table, of their own.
@@ -236,20 +202,22 @@ def print_table(results: list[dict]) -> None:
 def _print_scores(results: Sequence[Mapping], names: Sequence[str]) -> None:
     rule = {"N-acc": f"N-acc (none: {results[0].get('no_target_rule')})"}
     rows = [["dataset", "split", "protocol", "sentences", *(rule.get(n, n) for n in names)]]
+    by_protocol: dict[tuple[str, str], list[Mapping]] = {}
     for result in results:
-        label = result["protocol"] + (" (swapped)" if result["swapped_sentences"] else "")
-        head = [result["dataset"], result["split"], label, f"{result['sentences']}"]
+        dataset, split, protocol = (result[name] for name in ("dataset", "split", "protocol"))
+        by_protocol.setdefault((dataset, protocol), []).append(result)
+        label = protocol + (" (swapped)" if result["swapped_sentences"] else "")
+        head = [dataset, split, label, f"{result['sentences']}"]
         rows.append(head + [percent(result[name]) for name in names])
         ceiling = [percent(result["ceiling"][name]) for name in names]
         rows.append(["", "", "  perfect model", "", *ceiling])
     print_aligned(rows, left=3)
     main = main_metric(results[0])
-    for group in dict.fromkeys((result["dataset"], result["protocol"]) for result in results):
-        chosen = [r for r in results if (r["dataset"], r["protocol"]) == group]
-        if len(chosen) > 1:  # as papers do
-            splits = " / ".join(result["split"] for result in chosen)
-            values = " / ".join(percent(result[main]) for result in chosen)
-            print(f"{group[0]} {main} ({group[1]}), {splits}: {values}")
+    for (dataset, protocol), group in by_protocol.items():
+        if len(group) > 1:  # as papers do
+            splits = " / ".join(result["split"] for result in group)
+            values = " / ".join(percent(result[main]) for result in group)
+            print(f"{dataset} {main} ({protocol}), {splits}: {values}")
 
 
 def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:

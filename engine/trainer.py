@@ -180,7 +180,7 @@ def validate(run: Run, batches: int | None = None) -> dict[str, float]:
         run.ranks.device,
         run.protocols,
         sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
-        rle=watched,
+        in_full=watched,
         progress=stoppable(run, bar, min(gather_objects(len(loader)))),
         batches=batches,
     )

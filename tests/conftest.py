@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import pytest
-from helpers import ROOT, make_shapes, make_trained, threads, write_records
+from helpers import ROOT, make_run, make_shapes, threads, write_records
 from loguru import logger
 from odd_server import OddServer, serve
 
@@ -33,13 +33,13 @@ def shapes_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small RefShapes: its REFER files, and lmdb/shapes/{train,val,testA,testB}.lmdb."""
-    return make_shapes(tmp_path_factory.getbasetemp())
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The config of a run whose masks are not trivial."""
-    return make_trained(tmp_path_factory.getbasetemp())
+    return make_run(tmp_path_factory.mktemp("trained"), data, threshold=0.15)
 
 
 @pytest.fixture

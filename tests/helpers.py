@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from engine import tester
-from engine.evaluator import SentenceScore, encode_rle, summarize_ceiling, summarize_scores
+from engine.evaluator import SentenceScore, score_masks
 from engine.loaders import build_evaluation_loader
 from engine.pace import MEASURED
 from engine.trainer import Run, save
@@ -42,12 +42,12 @@ from tools import data_process, folder2lmdb, refshapes
 from utils import distributed
 from utils.cache import SquareCache
 from utils.config import Config, TestConfig, TrainConfig, load_config
-from utils.dataset import TrainingDataset
+from utils.dataset import EvaluationDataset, SentenceTask, TrainingDataset
 from utils.distributed import Ranks
 from utils.logger import Tracker
 from utils.records import JoinedReader, RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
-from utils.transforms import PROTOCOLS, decode_mask, normalize_images
+from utils.transforms import load_mask, normalize_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ClipSizes(  # of the golden case "tiny"
@@ -97,39 +97,49 @@ def random_batch(
     return torch.from_numpy(photos), torch.from_numpy(tokens), torch.from_numpy(masks)
 
 
-def write_any_number(source: Path, target: Path) -> Path:
-    """Pack records anew: of each three refs one has a target, one several and one none."""
-    reader = RecordReader(source)
+def repack(
+    source: Path,
+    target: Path,
+    refs: Sequence[RefRecord] | None = None,
+    photos: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Pack records anew: these refs in place of all, other files in place of some photos."""
+    reader, photos = RecordReader(source), photos or {}
     with RecordWriter(target, reader.meta["dataset"], target.stem) as writer:
-        for position, ref in enumerate(all_refs(source)):
-            number = (1, 3, 0)[position % 3]
-            nothing = encoded(np.zeros((ref.height, ref.width), np.uint8))
-            ref = replace(ref, num_targets=number, mask=ref.mask if number else nothing)
-            writer.add_image(ref.image_key, reader.image(ref.image_key))
+        for ref in all_refs(source) if refs is None else refs:
+            key = ref.image_key
+            writer.add_image(key, photos[key] if key in photos else reader.image(key))
             writer.add_ref(ref, token_lengths(ref.sentences))
     return target
 
 
-class KeptBytes:
-    """Counts the bytes that the forward pass keeps for the backward pass."""
+def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
+    """Pack records anew with other content of the last image's file."""
+    return repack(source, target, photos={all_refs(source)[-1].image_key: content})
 
-    def __enter__(self) -> "KeptBytes":
-        self.sizes: dict[int, int] = {}
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__()
+def write_any_number(source: Path, target: Path) -> Path:
+    """Pack records anew: of each three refs one has a target, one several and one none."""
+    refs = []
+    for position, ref in enumerate(all_refs(source)):
+        number = (1, 3, 0)[position % 3]
+        nothing = encoded(np.zeros((ref.height, ref.width), np.uint8))
+        refs.append(replace(ref, num_targets=number, mask=ref.mask if number else nothing))
+    return repack(source, target, refs)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+
+@contextmanager
+def kept_bytes() -> Iterator[dict[int, int]]:
+    """Collect the sizes of what the forward pass keeps for the backward pass."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self.sizes[storage._cdata] = storage.nbytes()
+        sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    @property
-    def total(self) -> int:
-        return sum(self.sizes.values())
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
 
 
 def smooth_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -206,17 +216,6 @@ def put(path: Path, entries: dict[bytes, bytes | None]) -> Path:
     return path
 
 
-def with_bad_image(source: Path, target: Path, content: bytes) -> Path:
-    """A copy of the records in which the last image's file is replaced."""
-    reader, refs = RecordReader(source), all_refs(source)
-    with RecordWriter(target, "shapes", target.stem) as writer:
-        for ref in refs:
-            is_last = ref.image_key == refs[-1].image_key
-            writer.add_image(ref.image_key, content if is_last else reader.image(ref.image_key))
-            writer.add_ref(ref, [4] * len(ref.sentences))
-    return target
-
-
 SPLITS = {"train": 12, "val": 5, "testA": 2, "testB": 2}  # images
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -254,13 +253,11 @@ TINY_RECIPE = {
 }
 
 
-def make_shapes(base: Path) -> Path:
-    """RefShapes through the three tools, once below `base`: a folder with lmdb/shapes/*.lmdb."""
-    root = base / "shapes"
-    if not root.exists():
-        counts = [word for split, count in SPLITS.items() for word in (f"--{split}", str(count))]
-        refshapes.main(["--output", str(root), *counts, "--seed", "3"])
-        pack(root, root, "refshapes", "unc", "shapes")
+def make_shapes(root: Path) -> Path:
+    """RefShapes through the three tools: a folder with lmdb/shapes/*.lmdb."""
+    counts = [word for split, count in SPLITS.items() for word in (f"--{split}", str(count))]
+    refshapes.main(["--output", str(root), *counts, "--seed", "3"])
+    pack(root, root, "refshapes", "unc", "shapes")
     return root
 
 
@@ -389,27 +386,15 @@ def make_run(folder: Path, data: Path, threshold: float) -> Path:
         for parameter in text.parameters():
             taps = parameter[:-1].unflatten(0, (-1, 9))
             taps -= taps.mean(1, keepdim=True)  # each sentence's logits lie around 0
-        logits = torch.cat([_logits(model, batch) for batch in loader])
+        batches = [(normalize_images(b["images"]), b["tokens"], b["image_index"]) for b in loader]
+        # Without the outermost, which lean on padding.
+        logits = torch.cat([model(*batch)[..., 1:-1, 1:-1].flatten() for batch in batches])
         spread = logits.std()
         for parameter in text.parameters():
             parameter.div_(spread)
         text.bias[-1] += torch.logit(torch.tensor(threshold)) - logits.quantile(3 / 4) / spread
     save(run, {}, is_best=True)
     return config
-
-
-def _logits(model: Segmenter, batch: dict) -> torch.Tensor:
-    """Return the logits of an evaluation batch but for the outermost, which lean on padding."""
-    logits = model(normalize_images(batch["images"]), batch["tokens"], batch["image_index"])
-    return logits[..., 1:-1, 1:-1].flatten()
-
-
-def make_trained(base: Path) -> Path:
-    """Return the config of a run whose masks are not trivial, made once below `base`."""
-    folder = base / "trained"
-    if folder.exists():
-        return folder / "tiny.yaml"
-    return make_run(folder, make_shapes(base), threshold=0.15)
 
 
 @contextmanager
@@ -569,15 +554,13 @@ def assert_equal_runs(got: Path, expected: Path) -> None:
 def assert_same(got: object, expected: object, where: str = "") -> None:
     """Compare nested containers of tensors and plain values to the bit."""
     assert type(got) is type(expected), where
+    if isinstance(expected, list | tuple):
+        got, expected = dict(enumerate(got)), dict(enumerate(expected))
     if isinstance(expected, dict):
         assert got.keys() == expected.keys(), where
         for key in expected:
             assert_same(got[key], expected[key], f"{where}[{key!r}]")
-    elif isinstance(expected, list | tuple):
-        assert len(got) == len(expected), where
-        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    elif isinstance(expected, torch.Tensor):
+    elif isinstance(expected, Tensor):
         assert torch.equal(got, expected), where
     else:
         assert got == expected, where
@@ -601,81 +584,42 @@ def write_odd_records(path: Path) -> Path:
     return path
 
 
-def score_of(
-    ref: RefRecord, key: tuple[int, int], mask: np.ndarray, pred: np.ndarray
-) -> SentenceScore:
-    """Of the ref's sentence at `key[1]`; mask and prediction are (H, W) bool."""
-    area, intersection = int(mask.sum()), int((pred & mask).sum())
-    return SentenceScore(
-        key=key,
-        ref_id=ref.ref_id,
-        sent_id=ref.sent_ids[key[1]],
-        sentence=ref.sentences[key[1]],
-        image=ref.image_key,
-        image_id=ref.image_id,
-        category=ref.category,
-        height=ref.height,
-        width=ref.width,
-        target_area=area,
-        intersection=intersection,
-        union=int((pred | mask).sum()),
-        ceiling_intersection=area,
-        ceiling_union=area,
-        pred_rle=encode_rle(pred),
-        num_targets=ref.num_targets,
-    )
-
-
-def made_up_scores(reader: RecordReader, step: int) -> list[SentenceScore]:
-    """Every sentence answered with its mask moved aside, the farther the later it comes."""
-    scores = []
-    for position in range(len(reader)):
-        ref = reader.ref(position)
-        mask = decode_mask(ref.mask, "mask") > 0
-        for place in range(len(ref.sentences)):
-            pred = np.roll(mask, step * len(scores) % mask.shape[1], axis=1)
-            scores.append(score_of(ref, (position, place), mask, pred))
-    return scores
+def score_of(ref: RefRecord, key: tuple[int, int], *masks: np.ndarray) -> SentenceScore:
+    """Score the ref's sentence at `key[1]`: truth, prediction and a perfect one, (H, W) bool."""
+    task = SentenceTask(key, ref, ref.sentences[key[1]], ref.sent_ids[key[1]])
+    return score_masks(task, *masks)
 
 
 def write_result(
     folder: Path,
     lmdb: Path,
-    protocols: Sequence[str] = ("published",),
+    protocol: str = "published",
     step: int = 7,
     is_swapped: bool = False,
     **test_keys,
 ) -> Path:
-    """What test.py leaves in `folder` for a model that is wrong by `step`; gives the `.jsonl`."""
-    reader = RecordReader(lmdb)
-    scores = made_up_scores(reader, step)
+    """Write what test.py leaves of a model that moves masks aside, by `step` more each time.
+
+    Returns:
+        The `.jsonl`; of both protocols, that of aligned.
+    """
     train = TrainConfig(output_folder=str(folder.parent), exp_name=folder.name)
-    cfg = Config(TRAIN=train, TEST=TestConfig(**test_keys))
-    if rule := tester.no_target_rule(cfg, scores):
-        scores = [score.emptied_below(rule["no_target_pixels"]) for score in scores]
-    results = [
-        {
-            "dataset": reader.meta["dataset"],
-            "split": reader.meta["split"],
-            "checkpoint": f"{folder.name}/best_model.pth",
-            "protocol": protocol,
-            "threshold": PROTOCOLS[protocol].threshold,
-            "refs": len(reader),
-            "sentences": len(scores),
-            **summarize_scores(scores),
-            "seconds": 1.0,
-            "ceiling": summarize_ceiling(scores),
-            "swapped_sentences": is_swapped,
-            "lmdb": str(lmdb),
-            "records": reader.digest(),
-            **rule,
-        }
-        for protocol in protocols
-    ]
-    for result in results:
-        tester.write_scores(result, scores, folder)
-    tester.write_report(cfg, reader, results, [scores] * len(results))
-    return folder / f"{tester.stem_of(results[0])}.jsonl"
+    test = TestConfig(protocol=protocol, swap_sentences=is_swapped, report=True, **test_keys)
+    cfg, dataset = Config(TRAIN=train, TEST=test), EvaluationDataset(RecordReader(lmdb), 32, 9)
+    fewest = test.no_target_pixels if "no_target" in dataset.reader.meta else 1
+    lines = []
+    for position, ref in enumerate(all_refs(lmdb)):
+        mask = load_mask(ref) > 0
+        perfect = mask & (mask.sum() >= fewest)
+        for place in range(len(ref.sentences)):
+            pred = np.roll(perfect, step * len(lines) % mask.shape[1], axis=1)
+            lines.append(score_of(ref, (position, place), mask, pred, perfect))
+    made = {"checkpoint": f"{folder.name}/best_model.pth", "seconds": 1.0}
+    made |= tester.summarize_lines(lines, test.no_target_pixels)
+    heads = tester.result_heads(cfg, dataset.reader).values()
+    scored = [tester.Scored(head | made, lines) for head in heads]
+    tester.write_split(cfg, dataset, scored)
+    return folder / f"{tester.result_stem(scored[0].result)}.jsonl"
 
 
 def read_script(path: Path) -> dict | list:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, compile_model, find_device, settle_memory
-from engine.evaluator import evaluate, resolve_protocols
+from engine.evaluator import evaluate
 from engine.guard import optimizer_step
 from engine.loaders import build_evaluation_loader
 from engine.optim import build_optimizer, build_schedule, parameter_groups
@@ -50,6 +50,7 @@ from utils.metrics import summarize
 from utils.records import JoinedReader, RecordReader
 from utils.seed import deterministic, draw
 from utils.tokenizer import tokenize
+from utils.transforms import PROTOCOLS
 
 PUBLISHED, OURS, CACHED, COMPILED = "published", "this", "this, DATA.cache", "this, compiled"
 FIXED = "TRAIN.accumulation_steps 1 TRAIN.workers_val 0"
@@ -154,9 +155,9 @@ def compare_evaluation(setting: Setting) -> dict:
         found[PUBLISHED] = published.evaluate(theirs, reader, positions, *sizes, device)
 
     def evaluate_ours() -> None:
-        protocols, batch_size = resolve_protocols("published"), setting.cfg.TRAIN.batch_size_val
-        scores = evaluate(ours, loader, device, protocols, batch_size, precision=precision)
-        found[OURS] = {s.key: (s.intersection, s.union) for s in scores["published"]}
+        protocols, size = {"_": PROTOCOLS["published"]}, setting.cfg.TRAIN.batch_size_val
+        (scores,) = evaluate(ours, loader, device, protocols, size, precision=precision).values()
+        found[OURS] = {s.key: (s.intersection, s.union) for s in scores}
 
     sentences = sum(len(reader.ref(position).sentences) for position in positions)
     ways = {PUBLISHED: evaluate_published, OURS: evaluate_ours}

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import restore_trained
 from engine.export import NAMES, Case, Difference, compare, export_graphs, random_cases
 from engine.predictor import check_sentence
+from engine.tester import print_aligned
 from model.segmenter import Segmenter
 from tools.refshapes import draw_example
 from utils.arguments import model_parser, parse_with_opts
@@ -38,7 +39,6 @@ random inputs and on a photo with sentences (none given: a picture of RefShapes)
 differences. A larger one than the tolerance ends with an error and without a file."""
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-TOLERANCE = 1e-4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,11 +74,7 @@ def real_case(cfg: Config, image: str | None, texts: Sequence[str]) -> Case:
 
 
 def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolerance: float) -> None:
-    """Write both graphs, if they compute what the model does.
-
-    Raises:
-        UserError: they do not; nothing is left behind.
-    """
+    """Write both graphs, or neither if they do not compute what the model does."""
     with TemporaryDirectory() as scratch:
         paths = {kind: Path(scratch) / kind for kind in NAMES}
         export_graphs(model, cfg, paths)
@@ -90,18 +86,12 @@ def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolera
 
 
 def check(differences: Sequence[Difference], tolerance: float) -> None:
-    """Print how far the graphs are from PyTorch.
-
-    Raises:
-        UserError: further than the tolerance (see `Difference.relative`).
-    """
-    width = max(len(d.case) for d in differences)
-    print(f"{'':<{width}}  {'output':<11}  {'|difference|':>12}  {'|value|':>9}  {'relative':>9}")
+    """Print how far the graphs are from PyTorch; raise UserError for more than the tolerance."""
+    rows = [("", "output", "|difference|", "|value|", "relative")]
     for d in differences:
-        print(
-            f"{d.case:<{width}}  {d.output:<11}  {d.largest:>12.2e}  {d.magnitude:>9.3g}"
-            f"  {d.relative:>9.1e}"
-        )
+        numbers = f"{d.largest:.2e}", f"{d.magnitude:.3g}", f"{d.relative:.1e}"
+        rows.append((d.case, d.output, *numbers))
+    print_aligned(rows, left=2)
     for d in differences:
         if not d.relative <= tolerance:  # so that what is no number fails too
             raise UserError(
@@ -119,9 +109,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", metavar="FILE", help="a photo to compare the graphs on")
     parser.add_argument("--text", action="append", default=[], help="a sentence for it; repeatable")
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE,
-        help=f"largest difference: of a probability as it is, of other outputs over their largest "
-        f"value (default: {TOLERANCE:g})",
+        "--tolerance", type=float, default=1e-4, help="largest difference: of a probability as it "
+        "is, of other outputs over their largest value (default: %(default)s)",
     )  # fmt: skip
     args = parse_with_opts(parser, argv)
     if (args.image is None) != (not args.text):

@@ -105,7 +105,7 @@ def scored_on(folder: Path, sentences: int) -> str:
     parts = [f"{sentences:,} sentences"]
     with suppress(UserError):
         cfg = load_config(folder / "config.yaml")
-        parts = [f"{cfg.DATA.dataset} {cfg.DATA.val_split}", *parts, *validation_protocol(cfg)]
+        parts = [f"{cfg.DATA.dataset} {cfg.DATA.val_split}", *parts, *validation_protocol(cfg.TEST)]
     return ", ".join(parts)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.predictor import Prediction, Predictor, check_sentence
+from engine.tester import print_aligned
 from utils.arguments import model_parser, parse_with_opts
 from utils.config import load_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import progress, setup_logging
 from utils.photos import read_photo
-from utils.tokenizer import token_lengths
 from utils.visualize import PRED_COLOR, file_stem, overlay, save_picture
 
 EPILOG = """examples:
@@ -38,7 +39,6 @@ a line of --jsonl: {"image": "photos/7.jpg", "sentence": "the red mug"}; relativ
 folder of the file"""
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-LONGEST_TABLE = 50  # rows
 
 Questions = Mapping[Path, Sequence[str]]  # the sentences that are asked of each photo
 
@@ -55,18 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     questions = read_questions(args)
     setup_logging(None, is_main=True)
-    sentences = list(dict.fromkeys(s for asked in questions.values() for s in asked))
-    for sentence in sentences:
+    for sentence in {sentence for asked in questions.values() for sentence in asked}:
         check_sentence(sentence)
     predictor = Predictor(load_config(args.config, args.opts), args.weights)
-    limit = predictor.config.TRAIN.word_len
-    for sentence, length in zip(sentences, token_lengths(sentences), strict=True):
-        if length > limit:
-            logger.warning(
-                f"“{_short(sentence, 60)}” has {length} tokens, the model reads {limit} "
-                "(TRAIN.word_len): its end is not read"
-            )
     records, failed = answer(predictor, questions, args.output)
+    for sentence in dict.fromkeys(r["sentence"] for r in records if r["is_cut"]):
+        logger.warning(
+            f"“{_short(sentence, 60)}” has more than TRAIN.word_len "
+            f"{predictor.config.TRAIN.word_len} tokens: its end is not read"
+        )
     if records:
         print_table(records)
         print(f"\n{len(records)} masks and overlays are in {args.output}")
@@ -75,11 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_questions(args: argparse.Namespace) -> Questions:
-    """Return the photos and sentences that the command line names.
-
-    Raises:
-        UserError: a folder holds no photos, or a line of a file is malformed.
-    """
+    """Return what the command line asks; raise UserError for no photos or a malformed line."""
     if args.jsonl is not None:
         return _read_lines(args.jsonl)
     if not args.image.is_dir():
@@ -92,20 +85,15 @@ def read_questions(args: argparse.Namespace) -> Questions:
 
 def _read_lines(path: Path) -> Questions:
     """Read a JSON Lines file; lines of a photo need not follow each other."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from None
     questions: dict[Path, list[str]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = Question.model_validate_json(line)
-        except ValidationError:
-            form = '{"image": "path", "sentence": "text"}'
-            raise UserError(f"{path}: line {number} is not {form}") from None
-        questions.setdefault(path.parent / question.image, []).append(question.sentence)
+    for number, line in enumerate(path.read_bytes().removeprefix(BOM_UTF8).splitlines(), 1):
+        if line.strip():
+            try:
+                question = Question.model_validate_json(line)
+            except ValidationError:
+                form = '{"image": "path", "sentence": "text"}'
+                raise UserError(f"{path}: line {number} is not {form} in UTF-8") from None
+            questions.setdefault(path.parent / question.image, []).append(question.sentence)
     if not questions:
         raise UserError(f"{path} has no lines")
     return questions
@@ -115,9 +103,7 @@ def answer(predictor: Predictor, questions: Questions, folder: Path) -> tuple[li
     """Write the answers to all questions; a photo that cannot be read is told of and left out.
 
     Returns:
-        What was written to the JSON files, and how many photos could not be read.
-    Raises:
-        UserError: the only photo cannot be read.
+        What the JSON files hold, and how many photos could not be read; an only one is an error.
     """
     names: Counter[str] = Counter()
     records, failed = [], 0
@@ -134,7 +120,7 @@ def answer(predictor: Predictor, questions: Questions, folder: Path) -> tuple[li
         for sentence in sentences:  # one at a time: the maps of a large photo are large
             (found,) = predictor(encoded, sentence)
             name = f"{file_stem(path.stem)}-{file_stem(sentence)}"
-            names[name.casefold()] += 1
+            names[name.casefold()] += 1  # no answer overwrites another
             if (number := names[name.casefold()]) > 1:
                 name = f"{name}-{number}"
             records.append(write_answer(predictor, photo, found, path, folder / name))
@@ -144,20 +130,18 @@ def answer(predictor: Predictor, questions: Questions, folder: Path) -> tuple[li
 def write_answer(
     predictor: Predictor, photo: np.ndarray, found: Prediction, image: Path, stem: Path
 ) -> dict:
-    """Write one prediction's three files, each whole or not at all; the JSON last.
+    """Write one prediction's three files, the JSON last, and return what that holds.
 
     Args:
         photo: (H, W, 3) uint8 RGB.
         image: where the photo is from.
         stem: path of the files without their suffixes.
-    Returns:
-        What the JSON holds.
     """
-    mask_path, overlay_path, json_path = (
+    mask, shown, written = (
         stem.with_name(stem.name + suffix) for suffix in (".mask.png", ".overlay.png", ".json")
     )
-    save_picture(Image.fromarray(found.mask.astype(np.uint8) * 255), mask_path)
-    save_picture(Image.fromarray(overlay(photo, found.mask, PRED_COLOR)), overlay_path)
+    save_picture(Image.fromarray(found.mask.astype(np.uint8) * 255), mask)
+    save_picture(Image.fromarray(overlay(photo, found.mask, PRED_COLOR)), shown)
     record = {
         "image": str(image),
         "sentence": found.sentence,
@@ -170,31 +154,25 @@ def write_answer(
         "protocol": predictor.protocol,
         "is_cut": found.is_cut,
         "weights": predictor.weights,
-        "mask": mask_path.name,
-        "overlay": overlay_path.name,
+        "mask": mask.name,
+        "overlay": shown.name,
     }
-    with atomic_path(json_path) as partial:
+    with atomic_path(written) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return record
 
 
-def print_table(records: Sequence[dict]) -> None:
+def print_table(records: Sequence[Mapping]) -> None:
     """Print a row an answer: share of the photo, box, mean probability."""
-    print(
-        f"{'photo':<24}  {'sentence':<36}  {'area':>9}  {'of photo':>8}"
-        f"  {'box (x1 y1 x2 y2)':>19}  mean prob."
-    )
-    for record in records[:LONGEST_TABLE]:
+    rows = [("photo", "sentence", "area", "of photo", "box (x1 y1 x2 y2)", "mean prob.")]
+    for record in records:
         name, sentence = _short(Path(record["image"]).name, 24), _short(record["sentence"], 36)
-        share = record["area"] / (record["height"] * record["width"])
-        row = f"{name:<24}  {sentence:<36}  {record['area']:>9}  {share:>8.1%}"
+        area, box, mean = record["area"], "nothing found", ""
         if record["box"]:
-            box = " ".join(map(str, record["box"]))
-            print(f"{row}  {box:>19}  {record['mean_probability']:>10.2f}")
-        else:
-            print(f"{row}  {'nothing found':>19}")
-    if len(records) > LONGEST_TABLE:
-        print(f"... and {len(records) - LONGEST_TABLE} more")
+            box, mean = " ".join(map(str, record["box"])), f"{record['mean_probability']:.2f}"
+        share = area / (record["height"] * record["width"])
+        rows.append((name, sentence, str(area), f"{share:.1%}", box, mean))
+    print_aligned(rows, left=2)
 
 
 def _short(text: str, limit: int) -> str:
@@ -208,10 +186,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--image", type=Path, metavar="PATH", help="a photo, or a folder of photos")
     what.add_argument("--jsonl", type=Path, metavar="FILE", help="photos and sentences, one a line")
     parser.add_argument("--text", action="append", default=[], help="a sentence; may be repeated")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("predictions"), metavar="DIR",
-        help="default: predictions",
-    )  # fmt: skip
+    output = {"type": Path, "default": Path("predictions"), "metavar": "DIR"}
+    parser.add_argument("-o", "--output", **output, help="default: predictions")
     args = parse_with_opts(parser, argv)
     if args.image is not None and not args.text:
         parser.error('--image needs a sentence: --text "the man on the left"')

@@ -141,8 +141,9 @@ def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
 
 def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = False) -> Path:
     """Name the scores of a split; the `.jsonl` beside them has a line a sentence."""
-    stem = result_stem(cfg.DATA.dataset, split, protocol, PROTOCOLS[protocol].threshold, swapped)
-    return cfg.run_folder / f"{stem}.json"
+    names = {"dataset": cfg.DATA.dataset, "split": split, "protocol": protocol}
+    names |= {"threshold": PROTOCOLS[protocol].threshold, "swapped_sentences": swapped}
+    return cfg.run_folder / f"{result_stem(names)}.json"
 
 
 def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:

@@ -3,22 +3,22 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from helpers import (
     ALONE,
     all_refs,
+    encoded,
     error_of,
-    make_run,
     on_cpu,
     read_jsonl,
+    repack,
     run_program,
     spawn,
     with_bad_image,
@@ -29,29 +29,30 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine.build import restore_model
+from engine.build import restore_trained
 from engine.evaluator import (
     SentenceScore,
     describe_scores,
     evaluate,
     resolve_protocols,
-    summarize_ceiling,
     summarize_scores,
     validation_protocol,
 )
 from engine.loaders import build_evaluation_loader
+from engine.tester import print_table
 from model.loss import resize_target
-from utils.config import Config, load_config
+from utils.checkpoint import BEST
+from utils.config import Config, TestConfig, load_config
 from utils.dataset import SentenceTask, collate_images
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.metrics import METRIC_NAMES, count_lines
-from utils.records import RecordReader, RecordWriter, RefRecord
-from utils.tokenizer import token_lengths
+from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, letterbox_mask, load_mask, normalize_masks
 
 THRESHOLD = 0.15
 LOWERED = f"threshold{THRESHOLD}"  # in the names of files
+ALIGNED = {"aligned": PROTOCOLS["aligned"]}
 RESULT_FIELDS = {
     *("dataset", "split", "checkpoint", "protocol", "refs", "sentences", *METRIC_NAMES, "seconds"),
     *("threshold", "ceiling", "lmdb", "records", "precision", "swapped_sentences"),
@@ -63,61 +64,36 @@ LINE_FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, data) -> Path:
-    """Return the folder of a run that predicts something at the threshold in its config."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    make_run(folder, data, THRESHOLD)
-    return folder
+def cfg(trained) -> Config:
+    return load_config(trained)
 
 
 @pytest.fixture(scope="module")
-def cfg(run_folder) -> Config:
-    return load_config(run_folder / "tiny.yaml")
+def model(cfg) -> nn.Module:
+    return restore_trained(cfg, ALONE.device, None, "TEST.weights")[0]
 
 
 @pytest.fixture(scope="module")
-def trained(run_folder, cfg) -> nn.Module:
-    return best_model(cfg, run_folder)
+def val(data) -> Path:
+    return data / "lmdb/shapes/val.lmdb"
 
 
-def best_model(cfg: Config, folder: Path) -> nn.Module:
-    best = str(folder / "exp/tiny/best_model.pth")
-    return restore_model(cfg, ALONE.device, best, "TEST.weights")[0]
-
-
-def val_lmdb(data: Path) -> str:
-    return str(data / "lmdb/shapes/val.lmdb")
-
-
-def repack(source: RecordReader, target: Path, refs: list[RefRecord]) -> str:
-    """Write changed refs with their photos."""
-    with RecordWriter(target, "shapes", target.stem) as writer:
-        for ref in refs:
-            writer.add_image(ref.image_key, source.image(ref.image_key))
-            writer.add_ref(ref, token_lengths(ref.sentences))
-    return str(target)
-
-
-def run_test(run_folder: Path, out: Path, *opts: object) -> Path:
-    """Run test.py with the run's model, writing below `out`; gives the folder of the results."""
-    weights = run_folder / "exp/tiny/best_model.pth"
-    where = ("TRAIN.output_folder", out, "TEST.weights", weights)
-    run_program("test.py", run_folder / "tiny.yaml", *where, *opts)
-    return out / "tiny"
-
-
-def with_train(cfg: Config, **changes) -> Config:
-    return cfg.model_copy(update={"TRAIN": cfg.TRAIN.model_copy(update=changes)})
+@pytest.fixture(scope="module")
+def any_lmdb(val, tmp_path_factory) -> Path:
+    """Val with sentences that mean one object, several, and none."""
+    return write_any_number(val, tmp_path_factory.mktemp("any") / "val.lmdb")
 
 
 def scores_of(
-    model: nn.Module, cfg: Config, lmdb: str, protocol: str = "aligned", ranks: Ranks = ALONE
+    model: nn.Module, cfg: Config, lmdb: Path, ranks: Ranks = ALONE
 ) -> list[SentenceScore]:
-    loader = build_evaluation_loader(cfg, lmdb, ranks)
-    count = cfg.TRAIN.batch_size_val
-    protocols = resolve_protocols(protocol, THRESHOLD, 50)
+    loader = build_evaluation_loader(cfg, str(lmdb), ranks)
+    protocols = resolve_protocols(TestConfig(protocol="aligned", threshold=THRESHOLD))
     with on_cpu():
-        return evaluate(model, loader, ranks.device, protocols, count)[protocol]
+        (scores,) = evaluate(
+            model, loader, ranks.device, protocols, cfg.TRAIN.batch_size_val
+        ).values()
+    return scores
 
 
 def assert_close(got: list[SentenceScore], expected: list[SentenceScore]) -> None:
@@ -126,26 +102,24 @@ def assert_close(got: list[SentenceScore], expected: list[SentenceScore]) -> Non
     for a, b in zip(got, expected, strict=True):
         assert abs(a.intersection - b.intersection) <= 5
         assert abs(a.union - b.union) <= 5
-        counts = {"intersection": b.intersection, "union": b.union}
-        assert replace(a, **counts) == b
+        assert replace(a, intersection=b.intersection, union=b.union) == b
     assert summarize_scores(got) == pytest.approx(summarize_scores(expected), abs=1e-4)
 
 
 class Oracle(nn.Module):
     """A model that answers each sentence with the target that training would have given it.
 
-    It knows the sentence's own ref from the loop's order: `watch` the loader.
+    It knows the sentence's own ref from the loop's order: let the loop go through `batches`.
     """
 
-    def __init__(self, reader: RecordReader, side: int, target: str) -> None:
+    def __init__(self, loader: DataLoader, target: str) -> None:
         super().__init__()
-        self.reader = reader
-        self.side = side
+        self.loader = loader
         self.target = target
         self.tasks: list[SentenceTask] = []
 
-    def watch(self, loader: DataLoader) -> Iterator[dict]:
-        for batch in loader:
+    def batches(self) -> Iterator[dict]:
+        for batch in self.loader:
             self.tasks += batch["tasks"]
             yield batch
 
@@ -158,166 +132,153 @@ class Oracle(nn.Module):
     def segment(self, features: "Oracle", tokens: torch.Tensor) -> torch.Tensor:
         asked = self.tasks[: len(tokens)]
         del self.tasks[: len(tokens)]  # in place: it is a twin that is asked
-        masks = [load_mask(self.reader.ref(task.key[0])) for task in asked]
-        squares = np.stack([letterbox_mask(mask, self.side) for mask in masks])
-        size = (self.side // 4, self.side // 4)
-        target = resize_target(normalize_masks(torch.from_numpy(squares)), size, self.target)
+        side, reader = self.loader.dataset.input_size, self.loader.dataset.reader
+        masks = [load_mask(reader.ref(task.key[0])) for task in asked]
+        squares = torch.from_numpy(np.stack([letterbox_mask(mask, side) for mask in masks]))
+        target = resize_target(normalize_masks(squares), (side // 4, side // 4), self.target)
         return torch.logit(target.double())
 
 
 def ask_oracle(
-    cfg: Config, lmdb: str, name: str, swap: bool = False, no_target_pixels: int = 1
+    cfg: Config, lmdb: Path, name: str = "aligned", swap: bool = False, no_target_pixels: int = 1
 ) -> list[SentenceScore]:
-    loader = build_evaluation_loader(cfg, lmdb, ALONE, swap=swap)
-    oracle = Oracle(loader.dataset.reader, cfg.TRAIN.input_size, PROTOCOLS[name].target)
-    protocols = resolve_protocols(name, None, no_target_pixels)
+    loader = build_evaluation_loader(cfg, str(lmdb), ALONE, swap=swap)
+    oracle, keys = Oracle(loader, PROTOCOLS[name].target), loader.dataset.keys()
+    protocols = resolve_protocols(TestConfig(protocol=name, no_target_pixels=no_target_pixels))
     # It answers each sentence once, in order, and has no BatchNorm.
     with on_cpu(), mock.patch("engine.evaluator.check_folding"):
-        scores = evaluate(
-            oracle, loader, ALONE.device, protocols, 4, ceiling=True, progress=oracle.watch(loader)
-        )
-    return scores[name]
+        asked = oracle, loader, ALONE.device, protocols, 4
+        return evaluate(*asked, in_full=keys, progress=oracle.batches())[name]
 
 
 # ------------------------------------------------------------------------------------- the loop
 
 
-def test_every_sentence_is_scored_exactly_once_in_the_order_of_the_records(trained, cfg, data):
-    refs = all_refs(val_lmdb(data))
+def test_every_sentence_is_scored_exactly_once_in_the_order_of_the_records(model, cfg, val):
+    refs = all_refs(val)
     expected = [
         (ref.ref_id, sent_id, sentence)
         for ref in refs
         for sent_id, sentence in zip(ref.sent_ids, ref.sentences, strict=True)
     ]
-    scores = scores_of(trained, cfg, val_lmdb(data))
+    scores = scores_of(model, cfg, val)
     assert [(s.ref_id, s.sent_id, s.sentence) for s in scores] == expected
     for score in scores:
         ref = refs[score.key[0]]
         mask = load_mask(ref) > 0
-        assert (score.image, score.image_id, score.category) == (
-            *(ref.image_key, ref.image_id, ref.category),
-        )
+        assert score.image == ref.image_key
+        assert (score.image_id, score.category) == (ref.image_id, ref.category)
         assert (score.height, score.width) == mask.shape
         assert score.target_area == mask.sum()
 
 
-@pytest.mark.parametrize("name", ["published", "aligned"])
-def test_a_model_that_reproduces_its_target_reaches_exactly_the_ceiling(cfg, data, name):
-    scores = ask_oracle(cfg, val_lmdb(data), name)
+@pytest.mark.parametrize(("name", "least"), [("published", 0.4), ("aligned", 0.75)])
+def test_a_model_that_reproduces_its_target_reaches_exactly_the_ceiling(cfg, val, name, least):
+    scores = ask_oracle(cfg, val, name)
     counts = [(s.intersection, s.union) for s in scores]
     assert counts == [(s.ceiling_intersection, s.ceiling_union) for s in scores]
-    ceiling = summarize_ceiling(scores)
+    ceiling = summarize_scores(scores, "ceiling_")
     assert summarize_scores(scores) == ceiling
-    assert {"published": 0.4, "aligned": 0.75}[name] < ceiling["mIoU"] < 0.95
+    assert least < ceiling["mIoU"] < 0.95
 
 
-def test_swapped_sentences_defeat_a_model_that_reads(cfg, data):
-    own, swapped = (ask_oracle(cfg, val_lmdb(data), "aligned", swap) for swap in (False, True))
+def test_swapped_sentences_defeat_a_model_that_reads(cfg, val):
+    own, swapped = (ask_oracle(cfg, val, swap=swap) for swap in (False, True))
     assert {s.key for s in own} == {s.key for s in swapped}  # every image has two refs or more
     assert {(s.sent_id, s.sentence) for s in own} == {(s.sent_id, s.sentence) for s in swapped}
     for a, b in zip(own, swapped, strict=True):
         assert a.ref_id != b.ref_id
         assert a.image == b.image
     assert summarize_scores(swapped)["mIoU"] < 0.05
-    assert summarize_ceiling(swapped)["mIoU"] > 0.75
+    assert summarize_scores(swapped, "ceiling_")["mIoU"] > 0.75
 
 
-@pytest.mark.parametrize(
-    "changes", [{"batch_size_val": 3}, {"batch_size_val": 64}, {"workers_val": 2}]
-)
-def test_scores_do_not_depend_on_batch_size_or_workers(trained, cfg, data, changes):
-    expected = scores_of(trained, cfg, val_lmdb(data))
+@pytest.mark.parametrize(("key", "value"), [("batch_size", 3), ("batch_size", 64), ("workers", 2)])
+def test_scores_do_not_depend_on_batch_size_or_workers(model, cfg, trained, val, key, value):
+    expected = scores_of(model, cfg, val)
     assert summarize_scores(expected)["mIoU"] > 0.01
-    got = scores_of(trained, with_train(cfg, **changes), val_lmdb(data))
+    got = scores_of(model, load_config(trained, [f"TRAIN.{key}_val", str(value)]), val)
     assert_close(got, expected)
-    if "workers_val" in changes:
-        assert got == expected
-
-
-@pytest.fixture(scope="module")
-def any_lmdb(data, tmp_path_factory) -> str:
-    """Val with sentences that mean one object, several, and none."""
-    return str(write_any_number(Path(val_lmdb(data)), tmp_path_factory.mktemp("any") / "val.lmdb"))
+    assert got == expected or key == "batch_size"
 
 
 def test_sentences_about_nothing_count_by_what_is_said_of_them(cfg, any_lmdb):
-    own = ask_oracle(cfg, any_lmdb, "aligned")
+    own = ask_oracle(cfg, any_lmdb)
     scores = summarize_scores(own)
-    assert scores == summarize_ceiling(own)
+    assert scores == summarize_scores(own, "ceiling_")
     assert (scores["N-acc"], scores["T-acc"]) == (1, 1)
     assert {s.num_targets for s in own} == {0, 1, 3}
     assert {s.iou for s in own if s.num_targets == 0} == {1}
     # With the sentences of its neighbour, what has no target is answered with something.
-    swapped = ask_oracle(cfg, any_lmdb, "aligned", swap=True)
+    swapped = ask_oracle(cfg, any_lmdb, swap=True)
     assert {s.iou for s in swapped if s.union and s.num_targets == 0} == {0}
     answered = [s.union == 0 for s in swapped if s.num_targets == 0]
     assert summarize_scores(swapped)["N-acc"] == np.mean(answered) < 1
 
 
+@pytest.mark.parametrize("is_any", [False, True])
 def test_predictions_under_the_rule_are_emptied_where_some_sentences_have_no_target(
-    cfg, data, any_lmdb
+    cfg, val, any_lmdb, is_any
 ):
-    for lmdb in (val_lmdb(data), any_lmdb):
-        is_ordinary = lmdb != any_lmdb
-        kept = ask_oracle(cfg, lmdb, "aligned")
-        areas = [s.union - s.target_area + s.intersection for s in kept]
-        pixels = sorted(areas)[-3]
-        assert sum(0 < area < pixels for area in areas) > 0
-        less = ask_oracle(cfg, lmdb, "aligned", no_target_pixels=pixels)
-        assert (kept == less) == is_ordinary
-        for before, after, area in zip(kept, less, areas, strict=True):
-            is_emptied = area < pixels and not is_ordinary
-            counts = (0, before.target_area) if is_emptied else (before.intersection, before.union)
-            assert (after.intersection, after.union) == counts
-            assert (after.ceiling_intersection, after.ceiling_union) == counts
+    lmdb = any_lmdb if is_any else val
+    kept = ask_oracle(cfg, lmdb)
+    areas = [s.union - s.target_area + s.intersection for s in kept]
+    pixels = sorted(areas)[-3]
+    assert sum(0 < area < pixels for area in areas) > 0
+    less = ask_oracle(cfg, lmdb, no_target_pixels=pixels)
+    assert (kept != less) == is_any
+    for before, after, area in zip(kept, less, areas, strict=True):
+        is_emptied = area < pixels and is_any
+        counts = (0, before.target_area) if is_emptied else (before.intersection, before.union)
+        assert (after.intersection, after.union) == counts
+        assert (after.ceiling_intersection, after.ceiling_union) == counts
+        assert coco_mask.area(after.record()["pred_rle"]) == (0 if is_emptied else area)
 
 
-def score_on_rank(ranks: Ranks, config: Path, lmdb: str, out: Path) -> None:
+def score_on_rank(ranks: Ranks, config: Path, lmdbs: Iterable[Path], out: Path) -> None:
     """What one of several ranks does: validate, and tell what it got."""
     cfg = load_config(config)
-    scores = scores_of(best_model(cfg, config.parent), cfg, lmdb, ranks=ranks)
-    counts = {score.key: (score.intersection, score.union) for score in scores}
-    torch.save(counts, out / f"{ranks.rank}.pt")
-    own = build_evaluation_loader(cfg, lmdb, ranks).sampler
-    assert 0 < len(own) < len(build_evaluation_loader(cfg, lmdb, ALONE).dataset)
+    model, *_ = restore_trained(cfg, ranks.device, None, "TEST.weights")
+    for number, lmdb in enumerate(lmdbs):
+        scores = scores_of(model, cfg, lmdb, ranks)
+        counts = {score.key: (score.intersection, score.union) for score in scores}
+        torch.save(counts, out / f"{number}.{ranks.rank}.pt")
+        own = build_evaluation_loader(cfg, str(lmdb), ranks)
+        assert 0 < len(own.sampler) < len(own.dataset)
 
 
-@pytest.mark.parametrize("is_any", [False, True])
 def test_two_processes_score_the_same_sentences_as_one(
-    trained, cfg, run_folder, data, any_lmdb, tmp_path, is_any
+    model, cfg, trained, val, any_lmdb, tmp_path
 ):
-    lmdb = any_lmdb if is_any else val_lmdb(data)
-    spawn(2, score_on_rank, run_folder / "tiny.yaml", lmdb, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second
-    expected = scores_of(trained, cfg, lmdb)
-    assert list(first) == [score.key for score in expected]
-    counts = [first[score.key] for score in expected]
-    got = [replace(s, intersection=i, union=u) for s, (i, u) in zip(expected, counts, strict=True)]
-    assert_close(got, expected)
+    spawn(2, score_on_rank, trained, (val, any_lmdb), tmp_path)
+    for number, lmdb in enumerate((val, any_lmdb)):
+        first, second = (torch.load(tmp_path / f"{number}.{rank}.pt") for rank in range(2))
+        assert first == second
+        expected = scores_of(model, cfg, lmdb)
+        assert list(first) == [score.key for score in expected]
+        counts = zip(expected, first.values(), strict=True)
+        assert_close([replace(s, intersection=i, union=u) for s, (i, u) in counts], expected)
 
 
-def test_where_polygons_overlap_is_foreground_too(trained, cfg, data, tmp_path):
+def test_where_polygons_overlap_is_foreground_too(model, cfg, val, tmp_path):
     # There the official masks hold 254, and 253 where three do.
-    reader = RecordReader(val_lmdb(data))
-    ref = reader.ref(0)
+    ref = all_refs(val)[0]
     mask = load_mask(ref)
     overlapping = np.where(np.arange(mask.shape[1]) % 2, mask, mask // 255 * 253)
-    png = cv2.imencode(".png", overlapping)[1].tobytes()
-    lmdb = repack(reader, tmp_path / "overlap.lmdb", [replace(ref, mask=png)])
-    expected = [s for s in scores_of(trained, cfg, val_lmdb(data)) if s.ref_id == ref.ref_id]
-    assert_close(scores_of(trained, cfg, lmdb), expected)
+    lmdb = repack(val, tmp_path / "overlap.lmdb", [replace(ref, mask=encoded(overlapping))])
+    expected = [s for s in scores_of(model, cfg, val) if s.ref_id == ref.ref_id]
+    assert_close(scores_of(model, cfg, lmdb), expected)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [([0, 1, 1, 2, 3, 4], "not scored: 0, scored twice: "), ([0, 1, 2, 3], "not scored: ")],
 )
-def test_a_sentence_scored_twice_or_never_is_an_error(trained, cfg, data, images, message):
-    dataset = build_evaluation_loader(cfg, val_lmdb(data), ALONE).dataset
+def test_a_sentence_scored_twice_or_never_is_an_error(model, cfg, val, images, message):
+    dataset = build_evaluation_loader(cfg, str(val), ALONE).dataset
     loader = DataLoader(dataset, sampler=images, collate_fn=collate_images)
     with on_cpu(), pytest.raises(RuntimeError, match=message):
-        evaluate(trained, loader, ALONE.device, resolve_protocols("aligned"), 16)
+        evaluate(model, loader, ALONE.device, ALIGNED, 16)
 
 
 class Slow:
@@ -332,24 +293,24 @@ class Slow:
         return False
 
 
-def test_what_is_stopped_does_not_wait_for_masks_that_nobody_will_see(trained, cfg, data):
+def test_what_is_stopped_does_not_wait_for_masks_that_nobody_will_see(model, cfg, val):
     def stop_after_a_batch(loader: DataLoader) -> Iterator[dict]:
         for batch in loader:
             yield batch
             assert len(batch["tasks"]) > 8
             raise KeyboardInterrupt
 
-    loader, slow = build_evaluation_loader(cfg, val_lmdb(data), ALONE), Slow()
-    bar, protocols = stop_after_a_batch(loader), resolve_protocols("aligned")
+    loader, slow = build_evaluation_loader(cfg, str(val), ALONE), Slow()
+    asked = model, loader, ALONE.device, ALIGNED, 16
     with on_cpu(), pytest.raises(KeyboardInterrupt):
-        evaluate(trained, loader, ALONE.device, protocols, 16, rle=slow, progress=bar)
+        evaluate(*asked, in_full=slow, progress=stop_after_a_batch(loader))
     assert slow.asked <= 6  # those that two threads had begun
 
 
-def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(trained, cfg, data, tmp_path):
-    refs, seen = all_refs(val_lmdb(data)), []
+def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(model, trained, val, tmp_path):
+    refs, seen = all_refs(val), []
     refs[0] = replace(refs[0], mask=b"no PNG")
-    lmdb = repack(RecordReader(val_lmdb(data)), tmp_path / "cut.lmdb", refs)
+    lmdb = repack(val, tmp_path / "cut.lmdb", refs)
 
     def walk(loader: DataLoader) -> Iterator[dict]:
         for batch in loader:
@@ -357,57 +318,62 @@ def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(trained, cfg,
             yield batch
             time.sleep(0.1)
 
-    loader = build_evaluation_loader(with_train(cfg, batch_size_val=1), lmdb, ALONE)
-    protocols = resolve_protocols("aligned")
+    cfg = load_config(trained, ["TRAIN.batch_size_val", "1"])
+    loader = build_evaluation_loader(cfg, str(lmdb), ALONE)
     assert len(loader) > 3
     with on_cpu(), pytest.raises(UserError, match=f"mask of ref {refs[0].ref_id} cannot"):
-        evaluate(trained, loader, ALONE.device, protocols, 1, progress=walk(loader))
+        evaluate(model, loader, ALONE.device, ALIGNED, 1, progress=walk(loader))
     assert len(seen) <= 2
 
 
-def test_the_model_is_left_as_it_was(trained, cfg, data):
+def test_the_model_is_left_as_it_was(model, cfg, val):
     for mode in (True, False):
-        trained.train(mode)
-        before = {key: value.clone() for key, value in trained.state_dict().items()}
-        scores_of(trained, cfg, val_lmdb(data))
-        assert all(module.training is mode for module in trained.modules())
-        after = trained.state_dict()
+        model.train(mode)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        scores_of(model, cfg, val)
+        assert all(module.training is mode for module in model.modules())
+        after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[key], value) for key, value in before.items())
-        assert all(p.requires_grad for name, p in trained.named_parameters() if "scale" not in name)
+        assert all(p.requires_grad for name, p in model.named_parameters() if "scale" not in name)
 
 
 def test_protocols_are_chosen_by_name_and_may_have_another_threshold():
-    assert resolve_protocols("published") == {"published": PROTOCOLS["published"]}
-    assert list(resolve_protocols("both")) == ["aligned", "published"]
-    changed = resolve_protocols("both", 0.7)
-    assert {protocol.threshold for protocol in changed.values()} == {0.7}
-    assert changed["published"].align_corners
+    published = replace(PROTOCOLS["published"], no_target_pixels=50)
+    assert resolve_protocols(TestConfig(protocol="published")) == {"published": published}
+    both = TestConfig(protocol="both", threshold=0.7, no_target_pixels=1)
+    changed = {name: replace(PROTOCOLS[name], threshold=0.7) for name in ("aligned", "published")}
+    assert list(resolve_protocols(both).items()) == list(changed.items())
+    assert validation_protocol(both) == {"aligned": changed["aligned"]}
 
 
 def test_a_line_names_another_threshold_than_the_protocols(cfg):
     dataset = build_evaluation_loader(cfg, cfg.DATA.val_lmdb, ALONE).dataset
     scores = {"mIoU": 0.5, "oIoU": 0.25, "sentences": 3}
-    line = describe_scores(scores, dataset, resolve_protocols("published", 0.15))
+    line = describe_scores(scores, dataset, resolve_protocols(cfg.TEST))
     assert line == "shapes val, 3 sentences, published, threshold 0.15: mIoU 50.00, oIoU 25.00"
-
-
-def test_validation_scores_by_the_first_protocol_and_threshold_of_the_test(cfg):
-    test = cfg.TEST.model_copy(update={"protocol": "both", "threshold": 0.7})
-    both = cfg.model_copy(update={"TEST": test})
-    assert validation_protocol(both) == resolve_protocols("aligned", 0.7, 50)
-    assert validation_protocol(cfg) == resolve_protocols("published", THRESHOLD, 50)
 
 
 # ------------------------------------------------------------------------------------- test.py
 
 
+def run_test(trained: Path, out: Path, *opts: object) -> Path:
+    """Run test.py with the run's model, writing below `out`; gives the folder of the results."""
+    where = "TRAIN.output_folder", out, "TEST.weights", load_config(trained).run_folder / BEST
+    run_program("test.py", trained, *where, *opts)
+    return out / "tiny"
+
+
 @pytest.fixture(scope="module")
-def tested(run_folder) -> Path:
-    """The run's folder after test.py scored three splits by both protocols."""
+def tested(trained, tmp_path_factory) -> Path:
+    """The folder of what test.py says of three splits by both protocols."""
     opts = ("TEST.splits", "[val, testA, testB]", "TEST.protocol", "both")
-    run_program("test.py", run_folder / "tiny.yaml", *opts)
-    return run_folder / "exp/tiny"
+    return run_test(trained, tmp_path_factory.mktemp("tested"), *opts)
+
+
+def read_result(folder: Path, stem: str) -> tuple[dict, list[dict]]:
+    """Read the two files of a result."""
+    return json.loads((folder / f"{stem}.json").read_text()), read_jsonl(folder / f"{stem}.jsonl")
 
 
 def decode(line: dict) -> np.ndarray:
@@ -416,18 +382,15 @@ def decode(line: dict) -> np.ndarray:
 
 def test_each_split_and_protocol_gets_its_two_files(tested):
     stems = {f"test_shapes_{s}{p}" for s in ("val", "testA", "testB") for p in ("", ".aligned")}
-    stems = {f"{stem}.{LOWERED}" for stem in stems}
     assert {path.name for path in tested.glob("test_*")} == {
-        f"{stem}.{suffix}" for stem in stems for suffix in ("json", "jsonl")
+        f"{stem}.{LOWERED}.{suffix}" for stem in stems for suffix in ("json", "jsonl")
     }
 
 
-@pytest.mark.parametrize(
-    "name", [f"test_shapes_val.{LOWERED}", f"test_shapes_testB.aligned.{LOWERED}"]
-)
-def test_the_summary_is_that_of_the_lines(tested, name, data):
-    result = json.loads((tested / f"{name}.json").read_text())
-    lines = read_jsonl(tested / f"{name}.jsonl")
+@pytest.mark.parametrize(("split", "protocol"), [("val", "published"), ("testB", "aligned")])
+def test_the_summary_is_that_of_the_lines(tested, split, protocol, data):
+    name = "" if protocol == "published" else f".{protocol}"
+    result, lines = read_result(tested, f"test_shapes_{split}{name}.{LOWERED}")
     assert set(result) == RESULT_FIELDS
     assert all(set(line) == LINE_FIELDS for line in lines)
     ious = np.array([line["intersection"] / (line["union"] + 1e-6) for line in lines])
@@ -436,21 +399,18 @@ def test_the_summary_is_that_of_the_lines(tested, name, data):
     expected = {f"Pr@{x}": (ious > x).mean() for x in (0.5, 0.6, 0.7, 0.8, 0.9)}
     expected |= {"mIoU": ious.mean(), "oIoU": total[0] / total[1]}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
-    split = "testB" if "testB" in name else "val"
     meta = RecordReader(data / f"lmdb/shapes/{split}.lmdb").meta
-    assert (result["refs"], result["sentences"]) == (meta["refs"], meta["sentences"])
-    assert (result["dataset"], result["split"]) == ("shapes", split)
-    assert result["protocol"] == ("aligned" if "aligned" in name else "published")
+    expected = {"dataset": "shapes", "split": split, "protocol": protocol, "threshold": THRESHOLD}
+    expected |= {"refs": meta["refs"], "sentences": meta["sentences"], "swapped_sentences": False}
+    assert expected.items() <= result.items()
     assert result["checkpoint"].endswith("exp/tiny/best_model.pth")
     assert set(result["ceiling"]) == set(METRIC_NAMES)
     assert result["ceiling"]["mIoU"] > result["mIoU"] > 0
     assert 0 < result["seconds"] < 60
-    assert result["swapped_sentences"] is False
-    assert result["threshold"] == THRESHOLD
 
 
-def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, data):
-    refs = {ref.ref_id: ref for ref in all_refs(val_lmdb(data))}
+def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, val):
+    refs = {ref.ref_id: ref for ref in all_refs(val)}
     lines = read_jsonl(tested / f"test_shapes_val.aligned.{LOWERED}.jsonl")
     assert any(line["intersection"] for line in lines)
     for line in lines:
@@ -461,19 +421,16 @@ def test_the_run_lengths_decode_to_the_pixels_that_were_counted(tested, data):
         assert mask.sum() == line["target_area"]
 
 
-@pytest.mark.parametrize("pixels", [1, 50])
+@pytest.mark.parametrize(("pixels", "rule"), [(1, "no pixel"), (50, "under 50 pixels")])
 def test_a_split_with_sentences_about_nothing_is_scored_so_and_names_the_rule(
-    run_folder, any_lmdb, tmp_path, capsys, pixels
+    trained, any_lmdb, tmp_path, capsys, pixels, rule
 ):
     opts = ("TEST.test_lmdb", any_lmdb, "TEST.no_target_pixels", pixels, "TEST.protocol", "both")
-    folder = run_test(run_folder, tmp_path, *opts)
+    folder = run_test(trained, tmp_path, *opts)
     names = ["gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
-    rule = {1: "no pixel", 50: "under 50 pixels"}[pixels]
-    output = capsys.readouterr().out
-    assert f"N-acc (none: {rule})" in output
+    assert f"N-acc (none: {rule})" in capsys.readouterr().out
     for stem in (f"test_shapes_val.{LOWERED}", f"test_shapes_val.aligned.{LOWERED}"):
-        result = json.loads((folder / f"{stem}.json").read_text())
-        lines = read_jsonl(folder / f"{stem}.jsonl")
+        result, lines = read_result(folder, stem)
         rule_fields = {"no_target_pixels": pixels, "no_target_rule": rule}
         assert rule_fields.items() <= result.items()
         assert set(result) == RESULT_FIELDS - set(METRIC_NAMES) | set(names) | set(rule_fields)
@@ -487,14 +444,11 @@ def test_a_split_with_sentences_about_nothing_is_scored_so_and_names_the_rule(
             assert area == 0 or area >= pixels
 
 
-def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):
-    opts = ("TEST.splits", "[val, testA]", "TEST.protocol", "published")
-    run_program("test.py", run_folder / "tiny.yaml", *opts)
+def test_the_table_has_a_row_a_split_and_the_papers_row(tested, capsys):
+    stems = [f"test_shapes_{split}.{LOWERED}" for split in ("val", "testA")]
+    results = [read_result(tested, stem)[0] for stem in stems]
+    print_table(results)
     rows = capsys.readouterr().out.splitlines()
-    results = [
-        json.loads((run_folder / f"exp/tiny/test_shapes_{split}.{LOWERED}.json").read_text())
-        for split in ("val", "testA")
-    ]
     assert rows[0].split() == ["dataset", "split", "protocol", "sentences", *METRIC_NAMES]
     for row, result in zip(rows[1::2], results, strict=False):
         values = [f"{100 * result[name]:.2f}" for name in METRIC_NAMES]
@@ -507,61 +461,58 @@ def test_the_table_has_a_row_a_split_and_the_papers_row(run_folder, capsys):
 
 
 def test_what_was_scored_is_printed_though_a_later_split_is_broken(
-    run_folder, data, tmp_path, capsys
+    trained, data, val, tmp_path, capsys
 ):
-    shutil.copy(data / "lmdb/shapes/val.lmdb", tmp_path)
+    shutil.copy(val, tmp_path)
     with_bad_image(data / "lmdb/shapes/testA.lmdb", tmp_path / "testA.lmdb", b"no photo")
     opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
-    opts += ("TRAIN.exp_name", "broken", "TEST.weights", run_folder / "exp/tiny/best_model.pth")
-    line = error_of("test.py", run_folder / "tiny.yaml", *opts)
-    assert "cannot be decoded" in line
+    opts += ("TRAIN.output_folder", tmp_path)
+    best = load_config(trained).run_folder / BEST
+    assert "cannot be decoded" in error_of("test.py", trained, *opts, "TEST.weights", best)
     assert "shapes   val" in capsys.readouterr().out
 
 
-def test_swapped_scores_go_to_files_of_their_own(tested, run_folder):
-    before = (tested / f"test_shapes_val.{LOWERED}.json").read_text()
-    run_program("test.py", run_folder / "tiny.yaml", "TEST.swap_sentences", True)
-    assert (tested / f"test_shapes_val.{LOWERED}.json").read_text() == before
-    result = json.loads((tested / f"test_shapes_val.{LOWERED}.swapped.json").read_text())
+def test_swapped_scores_go_to_files_of_their_own(tested, trained):
+    before = read_result(tested, f"test_shapes_val.{LOWERED}")
+    run_test(trained, tested.parent, "TEST.swap_sentences", True)
+    assert read_result(tested, f"test_shapes_val.{LOWERED}") == before
+    result, _ = read_result(tested, f"test_shapes_val.{LOWERED}.swapped")
     assert result["swapped_sentences"] is True
-    assert result["sentences"] == json.loads(before)["sentences"]
+    assert result["sentences"] == before[0]["sentences"]
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_another_precision_is_in_the_files_names_and_moves_few_pixels(
-    tested, run_folder, tmp_path, precision
+    tested, trained, tmp_path, precision
 ):
-    folder = run_test(run_folder, tmp_path, "TEST.precision", precision)
+    folder = run_test(trained, tmp_path, "TEST.precision", precision)
     lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.{precision}.jsonl")
     exact = read_jsonl(tested / f"test_shapes_val.{LOWERED}.jsonl")
     pixels = sum((decode(a) != decode(b)).mean() for a, b in zip(lines, exact, strict=True))
-    # A CPU has no tf32.
-    assert (pixels == 0) == (precision == "tf32")
+    assert (pixels == 0) == (precision == "tf32")  # a CPU has no tf32
     assert pixels / len(lines) < 0.02
 
 
-def test_a_lower_threshold_makes_larger_predictions(run_folder, tmp_path):
+def test_a_lower_threshold_makes_larger_predictions(trained, tmp_path):
     areas = []
     for threshold in (0.1, 0.3):
-        folder = run_test(run_folder, tmp_path, "TEST.threshold", threshold)
+        folder = run_test(trained, tmp_path, "TEST.threshold", threshold)
         lines = read_jsonl(folder / f"test_shapes_val.threshold{threshold}.jsonl")
         areas.append([decode(x).sum() for x in lines])
     assert all(low >= high for low, high in zip(*areas, strict=True))
     assert sum(areas[0]) > sum(areas[1])
 
 
-def test_the_official_name_of_val_is_understood(run_folder, tested, tmp_path):
-    folder = run_test(run_folder, tmp_path, "TEST.test_split", "val-test")
+def test_the_official_name_of_val_is_understood_and_pictures_may_be_limited(
+    trained, tested, tmp_path
+):
+    pictures = ("TEST.visualize", True, "TEST.visualize_limit", 3)
+    folder = run_test(trained, tmp_path, "TEST.test_split", "val-test", *pictures)
     lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.jsonl")
     assert lines == read_jsonl(tested / f"test_shapes_val.{LOWERED}.jsonl")
-
-
-def test_all_splits_are_looked_for_before_the_first_is_scored(run_folder, tmp_path):
-    opts = ("TEST.splits", "[val, testX]", "TRAIN.output_folder", tmp_path / "out")
-    weights = run_folder / "exp/tiny/best_model.pth"
-    line = error_of("test.py", run_folder / "tiny.yaml", *opts, "TEST.weights", weights)
-    assert "testX.lmdb does not exist" in line
-    assert not (tmp_path / "out").exists()
+    names = sorted(path.name for path in (folder / "vis/shapes_val").iterdir())
+    for name, line in zip(names, sorted(lines[:3], key=lambda x: str(x["ref_id"])), strict=True):
+        assert name.startswith(f"{line['ref_id']}-{line['sent_id']}-iou={line['iou']:.2f}-")
 
 
 ODD = [
@@ -577,12 +528,11 @@ ODD = [
 ]
 
 
-def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_path):
-    reader = RecordReader(val_lmdb(data))
-    ref = replace(reader.ref(0), sentences=tuple(ODD), sent_ids=tuple(range(len(ODD))))
-    lmdb = repack(reader, tmp_path / "odd.lmdb", [ref])
+def test_every_sentence_gets_a_picture_whatever_it_says(trained, val, tmp_path):
+    ref = replace(all_refs(val)[0], sentences=tuple(ODD), sent_ids=tuple(range(len(ODD))))
+    lmdb = repack(val, tmp_path / "odd.lmdb", [ref])
     opts = ("TEST.test_lmdb", lmdb, "TEST.test_split", "odd", "TEST.visualize", True)
-    folder = run_test(run_folder, tmp_path, *opts)
+    folder = run_test(trained, tmp_path, *opts)
     pictures = list((folder / "vis/shapes_odd").iterdir())
     assert len(pictures) == len(ODD)
     assert set(tmp_path.rglob("*.png")) == set(pictures)
@@ -593,12 +543,3 @@ def test_every_sentence_gets_a_picture_whatever_it_says(run_folder, data, tmp_pa
             assert picture.height > 300
     lines = read_jsonl(folder / f"test_shapes_odd.{LOWERED}.jsonl")
     assert [line["sentence"] for line in lines] == ODD
-
-
-def test_pictures_may_be_limited(run_folder, tmp_path):
-    opts = ("TEST.visualize", True, "TEST.visualize_limit", 3)
-    folder = run_test(run_folder, tmp_path, *opts)
-    names = sorted(path.name for path in (folder / "vis/shapes_val").iterdir())
-    lines = read_jsonl(folder / f"test_shapes_val.{LOWERED}.jsonl")[:3]
-    for name, line in zip(names, sorted(lines, key=lambda x: str(x["ref_id"])), strict=True):
-        assert name.startswith(f"{line['ref_id']}-{line['sent_id']}-iou={line['iou']:.2f}-")

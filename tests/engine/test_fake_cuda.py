@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, KeptBytes, build_run, write_config
+from helpers import ROOT, build_run, kept_bytes, write_config
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -36,7 +36,7 @@ from model.projector import resampling_matrix
 from model.segmenter import build_segmenter
 from tools.latency import without_archive
 from tools.published import Published
-from utils.config import load_config
+from utils.config import TestConfig, load_config
 from utils.distributed import Ranks, synchronize_batchnorm
 from utils.transforms import _clip_statistics
 
@@ -169,7 +169,7 @@ def full_size(formulation: Callable[[nn.Module], nn.Module]) -> tuple[int, "Laun
         model = build_segmenter(cfg).to(memory_format=torch.channels_last)
     model = formulation(model).train()
     attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with fake_cuda(), attention, Launches() as launches, KeptBytes() as kept:
+    with fake_cuda(), attention, Launches() as launches, kept_bytes() as kept:
         move(model)
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         images = torch.empty(64, 3, 416, 416, device=GPU, memory_format=torch.channels_last)
@@ -177,7 +177,7 @@ def full_size(formulation: Callable[[nn.Module], nn.Module]) -> tuple[int, "Laun
         with torch.autocast("cuda", torch.float16):
             logits = model(images, tokens)
         steps = count_steps(logits.grad_fn)
-    return sum(n for k, n in kept.sizes.items() if k not in own), launches, steps
+    return sum(n for k, n in kept.items() if k not in own), launches, steps
 
 
 VIEWS = (
@@ -281,9 +281,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     monkeypatch.setattr(
         evaluator,
         "_score",
-        lambda task, row, squares, *_: {
-            n: SimpleNamespace(map=m[row], num_targets=1) for n, m in squares().items()
-        },
+        lambda task, row, squares, *_: {n: maps[row] for n, maps in squares().items()},
     )
     monkeypatch.setattr(evaluator, "_gather", lambda scores, _: scores)
     # It reads whether numbers differ, once an evaluation; these have none.
@@ -295,17 +293,18 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     photo = np.zeros((50, 70, 3), np.uint8)
     with fake_cuda():
         move(run.model)
-        protocols = resolve_protocols("both")
+        protocols = resolve_protocols(TestConfig(protocol="both"))
         batch |= {k: v.clone() for k, v in batch.items() if isinstance(v, Tensor)}  # fakes too
+        part = {"progress": [batch], "batches": 1}
         scores = evaluate(
-            run.model.train(), [batch], GPU, protocols, 4, precision=precision, batches=1
+            run.model.train(), run.val_loader, GPU, protocols, 4, precision=precision, **part
         )
         predict = Predictor(run.cfg)
         found = predict.predict([photo, predict.encode(photo)], [["red star", "blue"], "a"])
     assert {name: len(lines) for name, lines in scores.items()} == dict.fromkeys(
         protocols, len(batch["tasks"])
     )
-    assert {line.map.shape for lines in scores.values() for line in lines} == {(64, 64)}
+    assert {line.shape for lines in scores.values() for line in lines} == {(64, 64)}
     assert [[p.mask.shape for p in each] for each in found] == [[(50, 70)] * 2, [(50, 70)]]
 
 

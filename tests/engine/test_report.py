@@ -284,9 +284,9 @@ def test_a_page_of_sentences_about_nothing_has_their_metrics_kinds_and_rule(tmp_
 
 def test_results_of_a_run_stand_side_by_side_share_photos_and_are_listed(tmp_path, shapes_lmdb):
     folder = tmp_path / "run"
-    write_result(folder, shapes_lmdb, ("aligned", "published"))
+    write_result(folder, shapes_lmdb, "both")
     photos = {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()}
-    write_result(folder, shapes_lmdb, ("published",), step=3, is_swapped=True)
+    write_result(folder, shapes_lmdb, step=3, is_swapped=True)
     assert {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()} == photos
     listed = read_script(folder / "report/results.js")
     stem = "test_shapes_train"

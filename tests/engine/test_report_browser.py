@@ -222,7 +222,7 @@ def test_what_a_data_set_says_is_text(visit, tmp_path):
 
 
 def test_results_of_a_run_are_linked(visit, tmp_path, shapes_lmdb):
-    write_result(tmp_path / "run", shapes_lmdb, ("aligned", "published"))
+    write_result(tmp_path / "run", shapes_lmdb, "both")
     visit.page.goto((tmp_path / "run/report/index.html").as_uri())
     assert visit.page.locator("#scores a").count() == 2
     visit.page.locator("#scores a").first.click()

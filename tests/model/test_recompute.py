@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import (
     SIZES,
-    KeptBytes,
     assert_same,
     build_run,
+    kept_bytes,
     load,
     on_cpu,
     random_batch,
@@ -44,7 +44,7 @@ def step(dtype: torch.dtype, **recompute: bool) -> dict:
     torch.manual_seed(5)
     losses = []
     for _ in range(2):
-        with KeptBytes() as kept:
+        with kept_bytes() as kept:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = model(normalize_images(photos), tokens)
             loss = text_to_pixel_loss(logits, masks)
@@ -55,7 +55,7 @@ def step(dtype: torch.dtype, **recompute: bool) -> dict:
         "gradients": [p.grad for p in model.parameters() if p.requires_grad],
         "buffers": dict(model.named_buffers()),
         "rng": torch.get_rng_state(),
-        "kept": kept.total,
+        "kept": sum(kept.values()),
     }
 
 

@@ -151,7 +151,7 @@ def test_models_of_sentences_about_nothing_compare_under_one_rule(tmp_path, shap
 
 
 def test_two_results_of_one_run_are_told_apart_by_protocol(tmp_path, shapes_lmdb, capsys):
-    write_result(tmp_path / "run", shapes_lmdb, ("aligned", "published"))
+    write_result(tmp_path / "run", shapes_lmdb, "both")
     stem = tmp_path / "run/test_shapes_train"
     main(f"{stem}.jsonl", f"{stem}.aligned.jsonl", "--any-protocol", "-o", tmp_path / "page")
     output = capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_what_cannot_be_answered_is_told_and_not_kept(tmp_path, predictor):
     path.write_text("no photo")
     for photo, sentence, told in [
         (None, "circle", "there is no photo yet"),
-        (str(path), "\n", "has no words"),
+        (str(path), "\n", "cannot be read: say in words"),
         (str(path), "circle", "cannot be decoded"),
     ]:
         with pytest.raises(UserError, match=told):

@@ -212,7 +212,7 @@ def test_mistakes_are_told_and_the_next_question_is_answered(page, photo):
     assert "there is no photo yet" in message(page)
     drop(page, photo)
     ask(page, "red circle")
-    for sentence, told in [("   ", "has no words"), ("a" * 10_001, "give at most 10,000")]:
+    for sentence, told in [("   ", "cannot be read"), ("a" * 10_001, "at most 10,000")]:
         type_in(page, sentence)
         page.wait_for_selector(f".toast-body:has-text('{told}')")
         assert page.locator("#mask img").is_visible()  # of the last answer

@@ -8,7 +8,7 @@ import cv2
 import pytest
 from helpers import ROOT, score_of
 
-from engine.evaluator import SentenceScore, summarize_ceiling, summarize_scores
+from engine.evaluator import SentenceScore, summarize_scores
 from engine.tester import write_scores
 from tools import data_process, folder2lmdb, quickstart, refshapes
 from utils.checkpoint import save_checkpoint
@@ -122,7 +122,8 @@ class Runner:
                 result = {"dataset": "refshapes", "split": split, "protocol": protocol}
                 result |= {"sentences": len(scores), "swapped_sentences": swapped}
                 result |= {"threshold": PROTOCOLS[protocol].threshold}
-                result |= {"ceiling": summarize_ceiling(scores)} | summarize_scores(scores)
+                result |= summarize_scores(scores)
+                result["ceiling"] = summarize_scores(scores, "ceiling_")
                 write_scores(result, scores, self.cfg.run_folder)
 
     @staticmethod
@@ -130,7 +131,7 @@ class Runner:
         """The ref's first sentence, answered with its mask or with the rest of the image."""
         ref = reader.ref(position)
         mask = decode_mask(ref.mask, "mask") > 0
-        return score_of(ref, (position, 0), mask, mask if is_right else ~mask)
+        return score_of(ref, (position, 0), mask, mask if is_right else ~mask, mask)
 
 
 @pytest.fixture
