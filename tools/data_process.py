@@ -18,7 +18,6 @@ from tools.refer import Ref, Refer, refuse_seen
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path, staging_folder
-from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
   python tools/data_process.py --data_root datasets/refer --output_dir datasets \\
@@ -66,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _refs_by_split(refer: Refer, args: argparse.Namespace, odd: OddRecords) -> dict[str, list[Ref]]:
-    """Return the refs of each split; gRefCOCO has no others.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return the refs of each split, one or more in all; gRefCOCO has no other splits."""
     splits = SPLITS_OF.get((args.dataset, args.split)) or refer.split_names()
     skipped = IMAGES_SKIPPED.get(args.dataset, frozenset())
     by_split = {
@@ -150,17 +145,15 @@ def make_entry(refer: Refer, ref: Ref) -> dict:
 
 
 def summary(entries: Mapping[str, Sequence[dict]]) -> str:
-    """Return a table of counts, a row a split, and the lengths of all sentences in tokens."""
+    """Return a table of counts, a row a split."""
     lines = [f"{'split':<8}{'refs':>8}{'sentences':>11}{'images':>8}"]
-    histogram: Counter[int] = Counter()
     for split, items in entries.items():
-        texts = [sentence["sent"] for item in items for sentence in item["sentences"]]
-        histogram.update(token_lengths(texts))
+        sentences = sum(len(item["sentences"]) for item in items)
         images = len({item["img_name"] for item in items})
         note = "" if items else "   no refs: nothing written"
-        lines.append(f"{split:<8}{len(items):>8}{len(texts):>11}{images:>8}{note}")
+        lines.append(f"{split:<8}{len(items):>8}{sentences:>11}{images:>8}{note}")
     numbers = [item.get("num_targets", 1) for items in entries.values() for item in items]
-    return "\n".join([*lines, *target_summary(numbers), token_length_summary(histogram)])
+    return "\n".join([*lines, *target_summary(numbers)])
 
 
 def target_summary(numbers: Iterable[int]) -> list[str]:
@@ -168,16 +161,6 @@ def target_summary(numbers: Iterable[int]) -> list[str]:
     kinds = Counter(min(number, 2) for number in numbers)
     told = f"refs of no target: {kinds[0]:,}, of one: {kinds[1]:,}, of several: {kinds[2]:,}"
     return [told] if set(kinds) - {1} else []
-
-
-def token_length_summary(histogram: Mapping[int, int]) -> str:
-    """Return how long the sentences are, and how many each published `word_len` cuts."""
-    counts = "  ".join(f"{length}:{histogram[length]}" for length in sorted(histogram))
-    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in (17, 22)}
-    return (
-        f"sentences by tokens, start and end included (tokens:sentences): {counts}\n"
-        f"cut at word_len 17: {cut[17]}, at 22: {cut[22]}, of {sum(histogram.values())} sentences"
-    )
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

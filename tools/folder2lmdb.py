@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.data_process import encode_mask, token_length_summary
+from tools.data_process import encode_mask
 from tools.odd_records import EMPTY, MISSING_MASK, MISSING_PHOTO, OddError, OddRecords
 from tools.refer import (
     ImageKey,
@@ -95,6 +95,16 @@ def packed_summary(path: Path) -> str:
     )
 
 
+def token_length_summary(histogram: Mapping[int, int]) -> str:
+    """Return how long the sentences are, and how many each published `word_len` cuts."""
+    counts = "  ".join(f"{length}:{histogram[length]}" for length in sorted(histogram))
+    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in (17, 22)}
+    return (
+        f"sentences by tokens, start and end included (tokens:sentences): {counts}\n"
+        f"cut at word_len 17: {cut[17]}, at 22: {cut[22]}, of {sum(histogram.values())} sentences"
+    )
+
+
 # ------------------------------------------------------------------------ from JSON, images, masks
 
 
@@ -140,12 +150,11 @@ def pack(args: argparse.Namespace) -> Path:
 
 
 def read_entries(paths: Sequence[Path], odd: OddRecords) -> list[tuple[int, Entry]]:
-    """Read and check the JSON of one split, or of several that are packed as one.
+    """Read the JSON of one split, or of several that are packed as one.
 
-    Args:
-        odd: takes note of entries that cannot be packed, or whose numbers were there before.
     Returns:
-        The other entries, each with its place among all.
+        The entries, each with its place among all, but for those that `odd` takes note of: they
+        cannot be packed, or their numbers were there before.
     Raises:
         UserError: a file is missing or broken.
     """

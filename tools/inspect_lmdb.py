@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.data_process import target_summary, token_length_summary
-from tools.folder2lmdb import check_mask
+from tools.data_process import target_summary
+from tools.folder2lmdb import check_mask, token_length_summary
 from utils.arguments import check_at_least, text_parser
 from utils.errors import UserError, run_entry_point
 from utils.logger import progress

@@ -139,11 +139,9 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
     """Read and check a JSON Lines file and all images and masks that it names.
 
     Args:
-        path: the file; empty lines are skipped.
         images, masks: folders that relative paths start at.
     Returns:
-        what it holds, and its problems in order, each "<line>: <text>"; of missing images the first
-        and, last, their number.
+        what it holds, and its problems, each "<line>: <text>", or " <text>" of the whole file.
     Raises:
         UserError: the file is missing, holds no line, or is not UTF-8.
     """

@@ -85,15 +85,11 @@ def test_masks_are_drawn_only_when_asked_for(tmp_path: Path) -> None:
     assert_mask(tmp_path / "b/masks/toys_u/1.png", np.s_[1:5, 2:6])
 
 
-def test_the_summary_counts_refs_sentences_images_and_tokens(tmp_path: Path, capsys) -> None:
+def test_the_summary_counts_refs_sentences_and_images(tmp_path: Path, capsys) -> None:
     prepare(write(tmp_path / "in", ["train", "train", "val"]), tmp_path)
-    out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines()]
-    assert ["split", "refs", "sentences", "images"] in rows
-    assert ["train", "2", "4", "1"] in rows
-    assert ["val", "1", "2", "1"] in rows
-    assert "3:3  4:3" in out  # start, word(s), end
-    assert "cut at word_len 17: 0, at 22: 0, of 6 sentences" in out
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert head == ["split", "refs", "sentences", "images"]
+    assert rows == [["train", "2", "4", "1"], ["val", "1", "2", "1"]]
 
 
 def test_files_of_splits_that_a_run_does_not_write_are_removed(tmp_path: Path, capsys) -> None:
@@ -142,22 +138,6 @@ def test_a_folder_without_any_known_split_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "in", ["dev"], "refclef", "refs(unc).p")
     with pytest.raises(UserError, match=r"no refs of train, val, testA, testB.*; its splits: dev"):
         prepare(root, tmp_path / "out", dataset="refclef", split="unc")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"segmentation": []}, r"annotation 101 \(ref 1\) has no segmentation .*: correct it"),
-        ({"bbox": [1, 2, 3]}, r"annotation 101.bbox: must be x, y, width, height"),
-        ({"bbox": [1, 2, 3, None]}, r"annotation 101.bbox\[3\]: must be a valid number"),
-        (None, "has no annotation 101, which ref 1"),
-    ],
-)
-def test_a_bad_annotation_is_named_and_leaves_no_file(tmp_path: Path, changes, message) -> None:
-    root = write(tmp_path / "in", ["train", "val"], annotations={101: changes})
-    with pytest.raises(UserError, match=message):
-        prepare(root, tmp_path / "out", "--generate_mask")
-    assert files(tmp_path / "out") == set()
 
 
 # ------------------------------------------------------------------------------- odd records

@@ -175,7 +175,6 @@ def test_run_length_masks_are_read(tmp_path: Path, as_list: bool) -> None:
     [
         ([], "has no segmentation .*: correct it, or unpack the folder .*toys again"),
         (None, "has no segmentation"),
-        ([[1, 2]], "has an unreadable segmentation"),
         ({"size": [8, 10]}, "has an unreadable segmentation"),
         ("polygon", "has an unreadable segmentation"),
         ({"size": [4, 4], "counts": [0, 16]}, "of 4 x 4 pixels on an image of 8 x 10"),
@@ -261,6 +260,8 @@ def test_broken_instances_are_refused(tmp_path: Path) -> None:
         ("[]", "must be a valid dictionary"),
         ("{}", "images: is missing"),
         (content.replace('"bbox"', '"box"'), r"annotation 101.bbox: is missing"),
+        (content.replace(", 4.9]", "]"), r"annotation 101.bbox: must be x, y, width, height"),
+        (content.replace(", 4.9]", ", null]"), r"annotation 101.bbox\[3\]: must be a valid number"),
         (content.replace('"height": 8', '"height": null'), "image 7.height: must be .*, not None"),
     ):
         path.write_text(text)
