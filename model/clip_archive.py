@@ -91,11 +91,6 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
         raise ArchiveError(
             "a CRIS checkpoint, not a CLIP archive: give it as TRAIN.weight to start from it"
         )
-    if "visual.class_embedding" in state:
-        raise ArchiveError(
-            "a CLIP with a ViT, which has no feature maps at stride 8, 16 and 32: use a ResNet "
-            f"({', '.join(PUBLISHED_DIGESTS)})"
-        )
     try:
         # One row for the class token and one for each cell of a square map at stride 32.
         num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
@@ -114,7 +109,8 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
     except KeyError as missing:
         held = ", ".join(list(state)[:3]) or "no tensors"
         raise ArchiveError(
-            f"no CLIP: it has {held} ..., but no {missing}: {DOWNLOAD_HINT}"
+            f"no CLIP with a ResNet ({', '.join(PUBLISHED_DIGESTS)}): it has {held} ..., "
+            f"but no {missing}: {DOWNLOAD_HINT}"
         ) from None
 
 
@@ -156,9 +152,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict):
-        raise ArchiveError(f"a {type(content).__name__} saved by torch.save, not a state dict")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    items = content.items() if isinstance(content, dict) else ()
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
 
 
 def _refusal(asked: str) -> ArchiveError:

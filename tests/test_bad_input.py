@@ -128,9 +128,9 @@ def archive_error(config: Path, content: bytes | None, *opts: object) -> str:
         (lambda _: b"<!DOCTYPE html><html></html>", "a web page"),
         (lambda _: saved({"visual.conv1.weight": torch.ones(999)})[:900], "cut off at 900 bytes"),
         (lambda checkpoint: checkpoint.read_bytes(), "TRAIN.weight"),
-        (lambda _: saved({"visual.class_embedding": torch.ones(8)}), "a CLIP with a ViT"),
+        (lambda _: saved({"visual.class_embedding": torch.ones(8)}), "no CLIP with a ResNet"),
         (lambda _: b"", "cut off at 0 bytes"),
-        (lambda _: saved({"some.weight": torch.ones(2)}), "no CLIP: it has some.weight"),
+        (lambda _: saved({"some.weight": torch.ones(2)}), ": it has some.weight"),
     ],
     ids=["page", "cut", "checkpoint", "vit", "empty", "other"],
 )

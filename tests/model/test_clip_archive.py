@@ -257,8 +257,7 @@ def test_content_that_is_no_clip_is_named(tmp_path):
     del state["text_projection"]
     assert "no 'text_projection'" in only_line(path, state)
     assert "it has text_model.x" in only_line(path, {"text_model.x": torch.zeros(1)})
-    assert "no tensors" in only_line(path, {"epoch": 1})
-    assert "a Tensor saved by torch.save" in only_line(path, torch.zeros(2))
-    message = only_line(path, {"visual.class_embedding": torch.zeros(8)})
-    assert "a CLIP with a ViT" in message
-    assert "RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt" in message
+    for content in ({"epoch": 1}, torch.zeros(2)):
+        assert "no tensors" in only_line(path, content)
+    vit = only_line(path, {"visual.class_embedding": torch.zeros(8)})
+    assert "no CLIP with a ResNet (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt)" in vit
