@@ -3,8 +3,3 @@
 Legend, used in every file here: B batch, C channels, H W map size, L tokens, D embedding width,
 S side of the square network input in pixels. "Stride 16" is a map of S/16 × S/16.
 """
-
-from model.clip_archive import ArchiveError
-from model.segmenter import build_segmenter
-
-__all__ = ["ArchiveError", "build_segmenter"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, load, read_jsonl, run_command, write_config
+from helpers import assert_same, load, read_jsonl, run_command, run_program, write_config
 
 from engine.predictor import Predictor
 from utils.photos import read_photo
@@ -25,8 +25,10 @@ def device(request) -> str:
 
 
 def run(device: str, program: str, config: Path, *opts: object, switches: tuple = ()) -> None:
+    if device == "cpu":
+        return run_program(program, config, *opts, switches=[str(word) for word in switches])
     command = (sys.executable, program, "--config", config, *switches, "--opts", *opts)
-    ending = run_command(*command, CUDA_VISIBLE_DEVICES="0" if device == "cuda" else "")
+    ending = run_command(*command, CUDA_VISIBLE_DEVICES="0")
     assert ending.returncode == 0, ending.stderr
 
 
