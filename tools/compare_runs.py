@@ -1,12 +1,11 @@
 """Compare two models sentence by sentence: who won, where, and is it more than luck?"""
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.report.pages import PHOTOS, Scored, write_page
@@ -30,44 +29,11 @@ DRAWS, LEVEL = 10_000, 0.95  # of the bootstrap
 # What two results must share for their numbers to be comparable.
 SAME = ("dataset", "split")
 SAME_PROTOCOL = ("protocol", "threshold", "no_target_pixels", "swapped_sentences")
-
-
-class Line(BaseModel):
-    """Hold what is read of a sentence's record."""
-
-    model_config = ConfigDict(strict=True)
-
-    ref_id: int
-    sent_id: int
-    sentence: str
-    image: str
-    category: int | None
-    height: int
-    width: int
-    target_area: int
-    intersection: int
-    union: int
-    iou: float
-    pred_rle: dict
-    num_targets: int = 1
-
-
-class Result(BaseModel):
-    """Hold what the scores and the way they were made must name; all else is kept too."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    dataset: str
-    split: str
-    protocol: str
-    threshold: float
-    swapped_sentences: bool
-    no_target_pixels: int | None = None
-    checkpoint: str
-    refs: int
-    ceiling: dict
-    lmdb: str
-    records: str  # their digest
+# What is read of a sentence's record, and of the scores and the way they were made.
+LINE = ("ref_id", "sent_id", "sentence", "image", "category", "height", "width", "target_area")
+LINE += ("intersection", "union", "iou", "pred_rle")
+RESULT = ("dataset", "split", "protocol", "threshold", "swapped_sentences", "checkpoint", "refs")
+RESULT += ("ceiling", "lmdb", "records")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,7 +65,7 @@ def read_result(path: Path) -> Scored:
     if path.suffix != ".jsonl":
         raise UserError(f"{path} is no .jsonl: name the file with a line a sentence")
     with path.open("rb") as file:
-        lines = [_checked(Line, text, f"{path}:{number}") for number, text in enumerate(file, 1)]
+        lines = [_parse(text, LINE, f"{path}:{number}") for number, text in enumerate(file, 1)]
     if not lines:
         raise UserError(f"{path} has no sentences")
     beside = path.with_suffix(".json")
@@ -107,19 +73,20 @@ def read_result(path: Path) -> Scored:
         raise UserError(
             f"{beside} is not there; test.py writes it beside the .jsonl, to say how that was made"
         )
-    result = _checked(Result, beside.read_bytes(), str(beside))
+    result = _parse(beside.read_bytes(), RESULT, str(beside))
     return Scored(path.resolve().parent.name, result | count_lines(lines).scores(), lines)
 
 
-def _checked(model: type[BaseModel], text: bytes, where: str) -> dict:
+def _parse(text: bytes, names: Sequence[str], where: str) -> dict:
+    """Parse an object that must have some names."""
     try:
-        return model.model_validate_json(text).model_dump()
-    except ValidationError as error:
-        fault = error.errors()[0]
-    if fault["type"] == "json_invalid":
-        raise UserError(f"{where} is no JSON: run test.py again")
-    name = fault["loc"][0] if fault["loc"] else "object"
-    raise UserError(f"{where} has no usable {name}: test.py did not write it")
+        value = json.loads(text)
+    except ValueError:
+        raise UserError(f"{where} is no JSON: run test.py again") from None
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(f"{where} has no {name}: test.py did not write it")
+    return value
 
 
 def match_lines(
@@ -133,10 +100,10 @@ def match_lines(
     """
     a, b = (model.result for model in models)
     for name in SAME + (() if any_protocol else SAME_PROTOCOL):
-        if a[name] != b[name]:
+        if a.get(name) != b.get(name):
             how = "" if name in SAME else "; if that is meant, add --any-protocol"
             raise UserError(
-                f"{paths[0]} has {name} {a[name]}, {paths[1]} has {b[name]}: "
+                f"{paths[0]} has {name} {a.get(name)}, {paths[1]} has {b.get(name)}: "
                 f"their scores do not compare{how}"
             )
     keyed = [by_sentence(path, model.lines) for path, model in zip(paths, models, strict=True)]
@@ -149,7 +116,7 @@ def match_lines(
             )
     for key, line in keyed[0].items():
         for name in ("sentence", "image", "height", "width", "target_area", "num_targets"):
-            values = [lines[key][name] for lines in keyed]
+            values = [lines[key].get(name) for lines in keyed]
             if values[0] != values[1]:
                 raise UserError(
                     f"not the same records: {_describe(line)} has {name} {values[0]!r:.60} in "

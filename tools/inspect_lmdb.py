@@ -68,26 +68,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print what a file holds and what is wrong with it; write the contact sheet."""
     args = _parse_args(argv)
     sheet = args.output or args.lmdb.with_suffix(".jpg")
-    faults = inspect(args.lmdb, sheet, args.samples, args.seed, args.word_len, args.subset)
+    faults = inspect(args.lmdb, sheet, args.subset, args.samples, args.seed)
     if faults:
         raise UserError(f"{args.lmdb}: {len(faults)} faults, listed above")
 
 
 def inspect(
-    path: Path,
-    sheet: Path,
-    samples: int = 12,
-    seed: int = 0,
-    word_len: int = 17,
-    is_subset: bool = False,
+    path: Path, sheet: Path, is_subset: bool, samples: int = 12, seed: int = 0
 ) -> list[str]:
     """Print what a file holds, check all of it, and write a picture of some of it.
 
     Args:
         sheet: where the picture goes (PNG or JPEG); none is written for 0 samples.
-        seed: chooses the refs on it.
-        word_len: how many sentences it would cut is counted.
         is_subset: do not compare with the published numbers.
+        samples, seed: how many refs are on the sheet, and what chooses them.
     Returns:
         A line for each fault.
     """
@@ -101,7 +95,7 @@ def inspect(
     if "left_out" in meta:
         print(f"  left out {meta['left_out']:,} odd refs, when it was packed")
     found = check_records(reader)
-    for line in statistics(meta, found, word_len):
+    for line in statistics(meta, found):
         print(f"  {line}")
     if not is_subset and meta["dataset"] in PUBLISHED:
         differing = differences(meta)
@@ -184,17 +178,15 @@ def _problems(ref: RefRecord, image: tuple | None, ids: set[tuple[str, int]]) ->
             yield f"its sentence {sentence!r} has no words"
 
 
-def statistics(meta: Mapping, found: Inspection, word_len: int) -> Iterator[str]:
+def statistics(meta: Mapping, found: Inspection) -> Iterator[str]:
     """Yield the statistics of a file, a line each; of the refs, those without a fault count."""
     refs = found.sound.values()
     if refs:
         sizes = {ref.image_key: (ref.height, ref.width) for ref in refs}.values()
         heights, widths = zip(*sizes, strict=True)
         (((height, width), _),) = Counter(sizes).most_common(1)
-        yield (
-            f"photos   {min(heights)}-{max(heights)} high, {min(widths)}-{max(widths)} wide, "
-            f"mostly {height} x {width}"
-        )
+        high, wide = (f"{min(sides)}-{max(sides)}" for sides in (heights, widths))
+        yield f"photos   {high} high, {wide} wide, mostly {height} x {width}"
         shares = [share for share in found.shares if share]  # of those with a target
         quantiles = np.quantile(shares or [0], QUANTILES, method="nearest")
         values = "  ".join(f"{100 * share:.1f}" for share in quantiles)
@@ -202,11 +194,9 @@ def statistics(meta: Mapping, found: Inspection, word_len: int) -> Iterator[str]
         yield f"masks    % of the photo they cover, at quantiles {names} %: {values}"
     yield from (f"targets  {line}" for line in target_summary(ref.num_targets for ref in refs))
     yield f"classes  {len({ref.category for ref in refs} - {None}) or 'no'} categories"
-    lengths = meta["token_length"]
-    histogram = token_length_summary(lengths).splitlines()[0]
+    histogram, cut = token_length_summary(meta["token_length"]).splitlines()
     yield textwrap.fill(f"tokens   {histogram}", 97, subsequent_indent=" " * 11)
-    cut = sum(count for length, count in lengths.items() if length > word_len)
-    yield f"         {cut:,} of {meta['sentences']:,} sentences are cut at word_len {word_len}"
+    yield f"         {cut}"
 
 
 def save_sheet(
@@ -251,7 +241,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=12, metavar="N", help="refs on the sheet (%(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="chooses them (%(default)s)")
     add("-o", "--output", type=Path, help="the contact sheet, PNG or JPEG (X.jpg beside X.lmdb)")
-    add("--word-len", type=int, default=17, help="TRAIN.word_len to try (%(default)s)")
     add("--subset", action="store_true", help="a part of a known data set: compare no counts")
     args = parser.parse_args(argv)
     check_at_least(parser, args, samples=0)

@@ -92,14 +92,14 @@ def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
         words = ["-j", anns / f"{split}.json", "-i", images, "-m", root / "masks" / target]
         folder2lmdb.main([*map(str, [*words, "-o", lmdb, "--dataset", name]), *odd])
     for split in splits:
-        verify(lmdb / f"{split}.lmdb", data["word_len"], args.subset)
+        verify(lmdb / f"{split}.lmdb", args.subset)
 
 
-def verify(lmdb: Path, word_len: int, is_subset: bool) -> None:
+def verify(lmdb: Path, is_subset: bool) -> None:
     """Check every record of a file, if it is there; the sheet beside it tells that it was done."""
     sheet, faults = lmdb.with_suffix(".jpg"), []
     if lmdb.is_file() and not sheet.is_file():
-        faults = inspect(lmdb, sheet, word_len=word_len, is_subset=is_subset)
+        faults = inspect(lmdb, sheet, is_subset)
     elif lmdb.is_file() and not is_subset:
         faults = differences(RecordReader(lmdb).meta)
     if faults:

@@ -37,23 +37,19 @@
 
   // ------------------------------------------------------------------------------------------- head
 
-  function modelFacts(model) {
-    const facts = [["protocol", model.protocol], ["threshold", model.threshold]];
-    facts.push(["checkpoint", model.checkpoint]);
-    const swapped = ["sentences are", "swapped with those of another object of the photo"];
-    return model.swapped_sentences ? [...facts, swapped] : facts;
-  }
-
-  const factNodes = (facts) => facts.map(([name, value]) =>
+  const facts = (pairs) => pairs.flatMap(([name, value]) =>
     [el("span", {}, `${name} `, el("b", {}, value)), "  "]);
+  const modelFacts = (model) => facts([["protocol", model.protocol],
+    ["threshold", model.threshold], ["checkpoint", model.checkpoint], ...(model.swapped_sentences
+      ? [["sentences are", "swapped with those of another object of the photo"]] : [])]);
 
   function drawHead() {
     const [first, second] = models, { title } = report;
     document.title = `${title}: ${isPair ? "comparison" : first.protocol}`;
     $("title").textContent = isPair ? `${title}: ${second.name} against ${first.name}` : title;
-    const facts = [["data set", first.dataset], ["split", first.split],
+    const shared = [["data set", first.dataset], ["split", first.split],
       ["refs", number(first.refs)], ["sentences", number(report.sentences)]];
-    fill($("facts"), {}, factNodes([...facts, ...(isPair ? [] : modelFacts(first))]));
+    $("facts").append(...facts(shared), ...(isPair ? [] : modelFacts(first)));
   }
 
   function drawScores() {
@@ -63,7 +59,7 @@
       report.metrics.map((name) => el("td", { class: name === main ? "main" : "" }, value(name))));
     const body = models.map((model, m) => {
       const label = isPair
-        ? [swatch(`m${m}`), el("b", {}, model.name), el("small", {}, factNodes(modelFacts(model)))]
+        ? [swatch(`m${m}`), el("b", {}, model.name), el("small", {}, modelFacts(model))]
         : "this model";
       return [row("", label, (name) => percent(model[name])),
         row("quiet", PERFECT, (name) => percent(model.ceiling[name]))];
@@ -369,7 +365,7 @@
     tied: (row) => Math.abs(difference(row)) <= report.comparison.margin,
   };
   const choices = () => Object.fromEntries(new FormData(form));
-  let defaults, address = "", found = [], page = 1;
+  let defaults, address = null, found = [], page = 1;
 
   function drawControls() {
     const options = (entries) => entries.map(([value, text]) => el("option", { value }, text));
@@ -392,13 +388,6 @@
     form.oninput = () => show();
     form.onsubmit = (event) => event.preventDefault();
     $("clear").onclick = () => { form.reset(); show(); };
-    const turn = (id, target) => {
-      $(id).onclick = () => { show(target()); $("gallery").scrollIntoView(); };
-    };
-    turn("first", () => 1);
-    turn("previous", () => page - 1);
-    turn("next", () => page + 1);
-    turn("last", () => Infinity);
     form.reset();
     defaults = { ...choices(), page: "1" };
   }
@@ -433,8 +422,11 @@
     $("count").textContent =
       `${number(found.length)} of ${plural(rows.sentence.length, "sentence")}${ofAll}`;
     $("page").textContent = `page ${page} of ${number(pages)}`;
-    $("first").disabled = $("previous").disabled = page === 1;
-    $("next").disabled = $("last").disabled = page === pages;
+    const targets = { first: 1, previous: page - 1, next: page + 1, last: pages };
+    for (const [id, target] of Object.entries(targets)) {
+      $(id).disabled = target === page || target < 1 || target > pages;
+      $(id).onclick = () => { show(target); $("gallery").scrollIntoView(); };
+    }
     const changed = Object.entries({ ...choices(), page: String(page) })
       .filter(([key, value]) => value !== defaults[key]);
     address = new URLSearchParams(changed).toString();
@@ -448,7 +440,7 @@
   }
 
   function readAddress() {
-    if (address && address === location.hash.slice(1)) return;
+    if (address === location.hash.slice(1)) return; // show() has set it
     form.reset();
     const wanted = new URLSearchParams(location.hash.slice(1));
     for (const [key, value] of wanted) {
@@ -462,33 +454,24 @@
 
   // ----------------------------------------------------------------------------- one sentence, large
 
-  let enlarged = null;
+  const large = $("large");
   function enlarge(row) {
-    enlarged = row;
     const [, height, width, , , key] = photos[rows.photo[row]];
     const size = el("p", { class: "small" }, `${key} · ${width}×${height} pixels`);
     $("enlarged").replaceChildren(panels(row, "panels"), ...words(row).flat(), size);
     const place = found.indexOf(row);
-    $("before").disabled = place <= 0;
-    $("after").disabled = place === found.length - 1;
-    if (!$("large").open) $("large").showModal();
+    for (const [id, other] of [["before", found[place - 1]], ["after", found[place + 1]]]) {
+      $(id).disabled = other === undefined;
+      $(id).onclick = () => enlarge(other);
+    }
+    if (!large.open) large.showModal();
   }
-
-  function drawDialog() {
-    const large = $("large");
-    const step = (by) => {
-      const row = found[found.indexOf(enlarged) + by];
-      if (row !== undefined) enlarge(row);
-    };
-    $("before").onclick = () => step(-1);
-    $("after").onclick = () => step(1);
-    $("close").onclick = () => large.close();
-    large.onclick = (event) => { if (event.target === large) large.close(); }; // beside it
-    large.onkeydown = ({ key }) => {
-      if (key === "ArrowLeft") step(-1);
-      if (key === "ArrowRight") step(1);
-    };
-  }
+  $("close").onclick = () => large.close();
+  large.onclick = (event) => { if (event.target === large) large.close(); }; // beside it
+  large.onkeydown = ({ key }) => {
+    if (key === "ArrowLeft") $("before").click();
+    if (key === "ArrowRight") $("after").click();
+  };
 
   // ------------------------------------------------------------------------------ the other results
 
@@ -508,7 +491,6 @@
   $("charts").append(histogramChart(), curveChart(), ...scales.map(groupChart));
   drawTables();
   drawControls();
-  drawDialog();
   readAddress();
   window.onhashchange = readAddress;
   if (report.results) load(report.results, drawResults);

@@ -4,15 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import (
-    ALONE,
-    build_run,
-    load,
-    on_cpu,
-    run_program,
-    spawn,
-    write_config,
-)
+from helpers import ALONE, build_run, load, on_cpu, run_program, spawn, write_config
 from PIL import Image
 
 from engine.pictures import show_sentences, watched_sentences
@@ -39,24 +31,23 @@ class Shown(Tracker):
         self.epochs[epoch] = pictures
 
 
-def val_dataset(data: Path, sentences: str = "all") -> EvaluationDataset:
-    return EvaluationDataset(RecordReader(data / "lmdb/shapes/val.lmdb"), 64, 17, sentences)
-
-
 def test_each_watched_sentence_is_on_another_image_and_there_are_no_more_than_images(data):
-    dataset = val_dataset(data)
+    reader = RecordReader(data / "lmdb/shapes/val.lmdb")
+    dataset, of_first = (EvaluationDataset(reader, 64, 17, which) for which in ("all", "first"))
     image_of = {p: number for number, group in enumerate(dataset.groups) for p in group}
     for count in (0, 1, 3, len(dataset), 100):
         keys = watched_sentences(dataset, count)
         assert len(keys) == min(count, len(dataset))
         assert len({image_of[position] for position, _ in keys}) == len(keys)
         assert keys <= dataset.keys()
-        assert keys <= val_dataset(data, "first").keys()
+        assert keys <= of_first.keys()
 
 
 def test_the_same_sentences_are_shown_after_each_epoch(config, data):
     run = build_run(config)
     run.tracker = Shown()
+    show_sentences(run, [])
+    assert not (run.folder / "pictures").exists()
     with on_cpu():
         for run.epoch in (0, 1):
             validate(run)
@@ -80,12 +71,6 @@ def test_watching_changes_neither_scores_nor_weights(config, tmp_path):
     assert all(w.equal(some["state_dict"][name]) for name, w in none["state_dict"].items())
     assert not (tmp_path / "exp/none/pictures").exists()
     assert len(list((tmp_path / "exp/some/pictures").iterdir())) == 2
-
-
-def test_nothing_to_show_writes_nothing(config):
-    run = build_run(config)
-    show_sentences(run, [])
-    assert not (run.folder / "pictures").exists()
 
 
 def shown_by(ranks: Ranks, config: Path, out: Path) -> None:

@@ -48,12 +48,10 @@ def test_a_sentence_without_a_target_is_told_over_both_masks():
 def test_heat_map_brightens_with_the_probability():
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
     heat = heat_map(ramp)
-    assert heat.shape == (1, 256, 3)
-    assert heat.dtype == np.uint8
+    assert (heat.shape, heat.dtype) == ((1, 256, 3), np.uint8)
     light = heat @ np.array([0.299, 0.587, 0.114])
     assert (np.diff(light) > -1).all()
-    assert light[0, 0] < 40
-    assert light[0, -1] > 200
+    assert light[0, 0] < 40 < 200 < light[0, -1]
     assert heat[0, 0, 2] > heat[0, 0, 1]  # dark blue, in the order RGB
     assert heat[0, -1, 0] > 2 * heat[0, -1, 2]  # yellow
 
@@ -68,6 +66,8 @@ def test_overlay_tints_the_mask_or_pales_the_rest_and_leaves_the_source(is_tinte
     assert (shown[INSIDE] == inside).all()
     assert (shown[~NEAR] == outside).all()
     assert (shown[NEAR & ~INSIDE] == TRUTH_COLOR).all(-1).any()
+    assert np.array_equal(overlay(GREY, NOTHING, PRED_COLOR), GREY)
+    assert (overlay(GREY, ~NOTHING, PRED_COLOR) != GREY).any(-1).all()
 
 
 def test_a_mask_stands_out_on_a_faded_photo_of_any_colour():
@@ -76,11 +76,6 @@ def test_a_mask_stands_out_on_a_faded_photo_of_any_colour():
     shown = overlay(photo, np.ones(photo.shape[:2], bool), PRED_COLOR)
     distance = np.linalg.norm(shown.astype(float) - photo, axis=2)
     assert distance[3:-3, 3:-3].min() > 40
-
-
-def test_empty_and_full_masks_can_be_drawn():
-    assert np.array_equal(overlay(GREY, NOTHING, PRED_COLOR), GREY)
-    assert (overlay(GREY, np.ones_like(MASK), PRED_COLOR) != GREY).any(-1).all()
 
 
 def test_photo_truth_and_prediction_stand_side_by_side():
