@@ -44,12 +44,7 @@ class OddRecords:
         return [text for (place, _), (_, text) in self._found.items() if place == split]
 
     def settle(self) -> None:
-        """List what is left out, or refuse the set.
-
-        Raises:
-            UserError: records are odd and not left out; the text is the only problem, or counts
-                the problems that are listed above.
-        """
+        """List what is left out, or refuse the set with a `UserError`."""
         kinds = Counter(kind for kind, _ in self._found.values())
         lines = [line for kind in kinds for line in self._lines(kind)]
         is_refused = not self._skip and set(kinds) - ({EMPTY} if self._skip_empty else set())

@@ -48,17 +48,14 @@ def _are_ids(value: Any) -> bool:
     return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
 
 
-_Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
-Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-ImageKey = Annotated[
-    str,
-    Field(min_length=1),
-    must(
-        lambda key: "\0" not in key and len(key.encode()) <= LONGEST_KEY,
-        f"a path of at most {LONGEST_KEY} bytes",
-    ),
-]
+def _is_key(text: str) -> bool:
+    return "\0" not in text and len(text.encode()) <= LONGEST_KEY
 
+
+_Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
+_SHORT_PATH = must(_is_key, f"a path of at most {LONGEST_KEY} bytes")
+ImageKey = Annotated[str, Field(min_length=1), _SHORT_PATH]
+Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
 Text = Annotated[str, Field(min_length=0), must(has_words, "a text with words")]
 
@@ -118,8 +115,7 @@ class Refer:
     """Holds a REFER folder with one way of splitting it.
 
     Args:
-        data_root: the folder that holds the folder.
-        dataset: the folder's name (refcoco, refcoco+, refcocog, refclef, or any other).
+        data_root, dataset: the folder is `data_root`/`dataset`.
         split_by: what stands in brackets in refs(...).p (unc, umd, google, berkeley, ...).
         odd: takes note of refs that cannot be read; without it the first is refused.
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +43,10 @@ def data(tmp_path: Path) -> Path:
     for name in (COCO, "q.png"):
         pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
         (tmp_path / "images" / name).write_bytes(encoded(pixels, Path(name).suffix))
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:4, :4] = 254
     for ref_id in range(3):
-        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-        mask[ref_id : ref_id + 4, :4] = 254
-        (tmp_path / f"masks/toys/{ref_id}.png").write_bytes(encoded(mask))
+        (tmp_path / f"masks/toys/{ref_id}.png").write_bytes(encoded(np.roll(mask, ref_id, 0)))
     return tmp_path
 
 
@@ -162,98 +161,90 @@ def test_an_object_of_253_to_255_is_packed_bit_for_bit(data, capsys) -> None:
     assert "note:" not in capsys.readouterr().out
 
 
-def set_field(**fields: object) -> Callable[[Path], None]:
+def set_field(data: Path, **fields: object) -> None:
     """Change the second entry; ... takes a field out."""
-
-    def apply(data: Path) -> None:
-        path = data / "anns/toys/val.json"
-        entries = json.loads(path.read_text())
-        changed = entries[1] | fields
-        entries[1] = {key: value for key, value in changed.items() if value is not ...}
-        path.write_text(json.dumps(entries))
-
-    return apply
+    path = data / "anns/toys/val.json"
+    entries = json.loads(path.read_text())
+    changed = entries[1] | fields
+    entries[1] = {key: value for key, value in changed.items() if value is not ...}
+    path.write_text(json.dumps(entries))
 
 
-def set_sentence(**fields: object) -> Callable[[Path], None]:
-    first, second = make_entry(1, COCO)["sentences"]
-    return set_field(sentences=[first, second | fields])
+def sentence(**fields: object) -> dict:
+    """The second entry with a changed second sentence."""
+    first, second = make_entry(1, "q.png")["sentences"]
+    return {"sentences": [first, second | fields]}
 
 
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda data: (data / name).write_bytes(content)
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    return lambda data: os.truncate(data / name, (data / name).stat().st_size // 2)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda data: (data / name).unlink()
-
-
-BLANK = encoded(np.zeros((HEIGHT, WIDTH), np.uint8))
+BLANK = encoded(NONE)
 OTHER_SIZE = encoded(np.full((WIDTH, HEIGHT), 255, np.uint8))
+CUT_OFF = encoded(np.zeros((99, 99, 3), np.uint8), ".jpg")[:500]
+JSON = "anns/toys/val.json"
 
 
 def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
-    set_field(num_targets=0)(data)
-    write("masks/toys/1.png", BLANK)(data)
+    set_field(data, num_targets=0)
+    with pytest.raises(UserError, match=r"1\.png is not empty, though num_targets is 0: check -m"):
+        pack(data)
+    (data / "masks/toys/1.png").write_bytes(BLANK)
     reader = pack(data)
     assert [reader.ref(i).num_targets for i in range(3)] == [1, 0, 1]
     assert reader.ref(1).mask == BLANK
-    set_field(num_targets=2)(data)
+    set_field(data, num_targets=2)
     with pytest.raises(UserError, match=r"1\.png is an empty mask: check -m"):
         pack(data)
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "content", "message"),
     [
-        (remove("images/q.png"), r"q\.png does not exist: check --images"),
-        (write("images/q.png", b"<html>"), r"q\.png cannot be decoded \(6 bytes.*check --images"),
-        (cut(f"images/{COCO}"), r"012\.jpg cannot be decoded .* cut off"),
-        (remove("masks/toys/1.png"), r"1\.png does not exist: .*data_process.py --generate_mask"),
-        (write("masks/toys/1.png", b""), r"1\.png is an empty file: .*data_process"),
-        (write("masks/toys/1.png", BLANK), r"1\.png is an empty mask: check -m"),
-        (write("masks/toys/1.png", OTHER_SIZE), r"1\.png is 16 x 12 pixels, its image 12 x 16"),
-        (set_field(num_targets=0), r"1\.png is not empty, though num_targets is 0: check -m"),
+        ("images/q.png", None, r"q\.png does not exist: check --images"),
+        ("images/q.png", b"<html>", r"q\.png cannot be decoded \(6 bytes.*check --images"),
+        (f"images/{COCO}", CUT_OFF, r"012\.jpg cannot be decoded .* cut off"),
+        ("masks/toys/1.png", None, r"1\.png does not exist: .*data_process.py --generate_mask"),
+        ("masks/toys/1.png", b"", r"1\.png is an empty file: .*data_process"),
+        ("masks/toys/1.png", BLANK, r"1\.png is an empty mask: check -m"),
+        ("masks/toys/1.png", OTHER_SIZE, r"1\.png is 16 x 12 pixels, its image 12 x 16"),
+        (JSON, None, r"val\.json does not exist: make it again with .*data_proc"),
+        (JSON, b'[{"bbox": [0', r"val\.json is not readable JSON"),
+        (JSON, b"[" * 100_000, r"val\.json is not readable JSON \(.*recurs"),
+        (JSON, b"{}", r"val\.json: must be a valid list, not \{\}"),
+        (JSON, b'["ref"]', r"val\.json\[0\]: must be a valid dictionary, not 'ref'"),
     ],
+    ids=lambda value: repr(value)[:30],
 )
-def test_a_bad_image_or_mask_is_named_and_leaves_no_file(data: Path, damage, message) -> None:
-    damage(data)
+def test_a_bad_file_is_named_and_leaves_no_packed_one(data: Path, name, content, message) -> None:
+    if content is None:
+        (data / name).unlink()
+    else:
+        (data / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         pack(data)
     assert "\n" not in str(caught.value)
-    assert os.listdir(data / "lmdb/toys") == []
+    assert not list(data.glob("lmdb/toys/*"))
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("fields", "message"),
     [
-        (remove("anns/toys/val.json"), r"val\.json does not exist: make it again with .*data_proc"),
-        (cut("anns/toys/val.json"), r"val\.json is not readable JSON"),
-        (write("anns/toys/val.json", b"[" * 100_000), r"val\.json is not readable JSON \(.*recurs"),
-        (write("anns/toys/val.json", b"{}"), r"val\.json: must be a valid list, not \{\}"),
-        (write("anns/toys/val.json", b'["ref"]'), r"\[0\]: must be a valid dictionary, not 'ref'"),
-        (set_field(img_name=...), r"\[1\].img_name: is missing: make it"),
-        (set_field(num_targets=-1), r"\[1\].num_targets: must be greater than .* 0, not -1"),
-        (set_field(img_name=None), r"\[1\].img_name: must be a valid string, not None"),
-        (set_field(img_name="x" * 600), r"img_name: must be a path of at most 500 bytes, not 'xxx"),
-        (set_field(img_name="a\0.jpg"), r"img_name: must be a path .*, not 'a\\x00"),
-        (set_field(img_name="\udc80"), r"img_name: .* unicode string, not '.udc80"),
-        (set_field(sentences=[]), r"\[1\].sentences: must be one or more, not \[\]"),
-        (set_field(cat=10**30), r"\[1\].cat: must be less than or equal to .*, not 1000"),
-        (set_field(segment_id=10**30), r"\[1\].segment_id: must be less than"),
-        (set_field(segment_id=0), r"val\.json\[1\]: segment_id 0 is there twice"),
-        (set_sentence(sent=3), r"\[1\].sentences\[1\].sent: must be a valid string, not 3"),
-        (set_sentence(sent="mug \ud800"), r"sent: .* unicode string, not 'mug .ud800"),
-        (set_sentence(sent=" &nbsp; "), r"sent: must be a text with words, not ' &nbsp; '"),
-        (set_sentence(sent_id=10), r"val\.json\[1\]: sent_id 10 is there twice"),
+        ({"img_name": ...}, r"\[1\].img_name: is missing: make it"),
+        ({"img_name": None}, r"\[1\].img_name: must be a valid string, not None"),
+        ({"img_name": "x" * 600}, r"img_name: must be a path of at most 500 bytes, not 'xxx"),
+        ({"img_name": "a\0.jpg"}, r"img_name: must be a path .*, not 'a\\x00"),
+        ({"img_name": "\udc80"}, r"img_name: .* unicode string, not '.udc80"),
+        ({"num_targets": -1}, r"\[1\].num_targets: must be greater than .* 0, not -1"),
+        ({"sentences": []}, r"\[1\].sentences: must be one or more, not \[\]"),
+        ({"cat": 10**30}, r"\[1\].cat: must be less than or equal to .*, not 1000"),
+        ({"segment_id": 10**30}, r"\[1\].segment_id: must be less than"),
+        ({"segment_id": 0}, r"val\.json\[1\]: segment_id 0 is there twice"),
+        (sentence(sent=3), r"\[1\].sentences\[1\].sent: must be a valid string, not 3"),
+        (sentence(sent="mug \ud800"), r"sent: .* unicode string, not 'mug .ud800"),
+        (sentence(sent=" &nbsp; "), r"sent: must be a text with words, not ' &nbsp; '"),
+        (sentence(sent_id=10), r"val\.json\[1\]: sent_id 10 is there twice"),
     ],
 )
-def test_a_bad_json_is_refused_by_entry_and_field(data: Path, damage, message: str) -> None:
-    damage(data)
+def test_a_bad_entry_is_named_by_its_field(data: Path, fields, message: str) -> None:
+    set_field(data, **fields)
     with pytest.raises(UserError, match=message):
         pack(data)
     assert not list(data.glob("lmdb/toys/*"))
