@@ -1,7 +1,7 @@
 """The one place that touches `torch.distributed`; without a process group everything still works.
 
 Ranks come from `torchrun`'s environment, which only this file reads. CUDA ranks speak nccl, CPU
-ranks gloo, and what lies on the CPU always goes by gloo.
+ranks gloo, and what lies on the CPU always goes by gloo, so that no device waits for it.
 """
 
 import os
@@ -46,7 +46,6 @@ def start(alone: bool = False) -> Ranks:
         UserError: there are GPUs, and fewer than ranks on this machine; or the environment names
             ranks, but not as torchrun does.
     """
-    environ = os.environ
     numbers = None if alone else _announced()
     local_rank = numbers["LOCAL_RANK"] if numbers else 0
     has_mps = alone and torch.backends.mps.is_available()
@@ -63,14 +62,13 @@ def start(alone: bool = False) -> Ranks:
         return Ranks(0, 1, 0, 1, device)
     rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
     store = None
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there,
         # after a restart, under which address a dead rank listened; ranks would wait for it until
         # the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
-        address, port = environ["MASTER_ADDR"], numbers["MASTER_PORT"]
-        shared = dist.TCPStore(address, port, timeout=dist.default_pg_timeout)
+        address = os.environ["MASTER_ADDR"], numbers["MASTER_PORT"]
+        shared = dist.TCPStore(*address, timeout=dist.default_pg_timeout)
         store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
-    # What lies on the CPU goes by gloo everywhere, so that no device waits for it.
     is_cuda = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
@@ -84,42 +82,33 @@ def start(alone: bool = False) -> Ranks:
 
 def _announced() -> dict[str, int] | None:
     """Return the numbers that torchrun gives a rank; None where no rank is named."""
-    environ = os.environ
-    named = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in environ]
-    if not named:
+    given = {"LOCAL_WORLD_SIZE": "1"} | os.environ
+    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & given.keys():
         return None
-    remedy = f"unset {' '.join(named)} for a single process, or start ranks with torchrun"
-    given = {"LOCAL_WORLD_SIZE": "1"} | environ
-    whole = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    for name in (*whole, "MASTER_ADDR"):
-        if name not in given:
-            raise UserError(f"{named[0]} is set in the environment, but {name} is not: {remedy}")
-        if name in whole and not (given[name].isascii() and given[name].isdecimal()):
-            raise UserError(f"{name} in the environment is {given[name]!r}, no number: {remedy}")
-    numbers = {name: int(given[name]) for name in whole}
-    if not 0 < numbers["MASTER_PORT"] < 1 << 16:
-        raise UserError(f"MASTER_PORT in the environment is {numbers['MASTER_PORT']}: {remedy}")
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     try:
-        socket.getaddrinfo(given["MASTER_ADDR"], None)
-    except (OSError, UnicodeError):
+        numbers = {name: int(given[name]) for name in names}
+        size, rank, local_rank, local_size, port = numbers.values()
+        if not (0 <= rank < size and 0 <= local_rank < size and local_size > 0):
+            raise ValueError("no such rank")
+        if not 0 < port < 1 << 16:
+            raise ValueError("no such port")
+        socket.getaddrinfo(given["MASTER_ADDR"], port)
+    except (KeyError, ValueError, OSError) as error:
+        told = ", ".join(f"{name}={given.get(name)}" for name in (*names, "MASTER_ADDR"))
         raise UserError(
-            f"MASTER_ADDR in the environment, {given['MASTER_ADDR']}, is no host that can be "
-            f"found: {remedy}"
+            f"the environment names no rank that can start ({error}): {told}; unset WORLD_SIZE, "
+            "RANK and LOCAL_RANK for a single process, or start ranks with torchrun"
         ) from None
-    ranks = max(numbers["RANK"], numbers["LOCAL_RANK"])
-    if not ranks < numbers["WORLD_SIZE"] or not numbers["LOCAL_WORLD_SIZE"]:
-        told = ", ".join(f"{name}={numbers[name]}" for name in whole[:4])
-        raise UserError(f"{told} in the environment name no rank: {remedy}")
     return numbers
 
 
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
     """Return a name of this start of the ranks: the same on all of them, and new.
 
-    What dead ranks wrote is still in the store. So rank 0's name is believed only by who got it
-    in answer to a word of its own. Rank 0 writes its name before it looks who called, the others
-    call before they look for the name: so one of each two finds the other's word. All ranks of
-    an earlier start are dead, which torchrun sees to.
+    What dead ranks wrote is still in the store, so rank 0's name is believed only by who got it in
+    answer to a word of its own. Rank 0 writes its name before it looks who called, the others call
+    before they look for the name: so one of each two finds the other's word.
 
     Args:
         store: that all ranks share. Its timeout limits the wait for ranks that do not come.
@@ -131,8 +120,7 @@ def name_start(store: dist.Store, rank: int, world_size: int) -> str:
             if store.check([f"start/call/{other}"]):  # perhaps a dead rank's
                 store.set(f"start/answer/{store.get(f'start/call/{other}').decode()}", word)
         for other in range(1, world_size):
-            call = store.get(f"start/{word}/{other}").decode()
-            store.set(f"start/answer/{call}", word)
+            store.set(f"start/answer/{store.get(f'start/{word}/{other}').decode()}", word)
         return word
     store.set(f"start/call/{rank}", word)
     if store.check(["start/name"]):  # perhaps a dead rank's
@@ -321,16 +309,8 @@ class _Normalize(torch.autograd.Function):
     """Normalisation by moments over all ranks, through which gradients flow to every rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        count: Tensor,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *moments: Any) -> Tensor:
+        mean, variance, count, eps = moments
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
