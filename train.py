@@ -17,7 +17,7 @@ from engine.build import compile_model, settle_memory
 from engine.dry_run import dry_run, without_writing
 from engine.evaluator import validation_protocol
 from engine.loaders import build_loaders
-from engine.optim import build_optimizer, build_schedule, parameter_groups
+from engine.optim import build_optimizer, parameter_groups
 from engine.run import Run
 from engine.trainer import build_scaler, fit, resolve_precision
 from utils import distributed
@@ -96,7 +96,6 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
                 folder=folder,
                 model=distributed.wrap(model, ranks, options.sync_bn, accumulation == 1),
                 optimizer=optimizer,
-                schedule=build_schedule(optimizer, cfg),
                 scaler=build_scaler(dtype, device),
                 dtype=dtype,
                 train_loader=train_loader,

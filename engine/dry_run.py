@@ -6,9 +6,8 @@ from itertools import islice
 import torch
 from loguru import logger
 
-from engine.guard import optimizer_step
 from engine.run import Run
-from engine.trainer import forward_backward, means, validate
+from engine.trainer import means, take_step, validate
 from utils.config import Config
 from utils.distributed import gather_objects
 from utils.machine import GIB, peak_memory
@@ -40,16 +39,13 @@ def dry_run(run: Run) -> None:
 
 def _one_step(run: Run) -> tuple[dict[str, float], float]:
     """Return means over the step by name, and the seconds it took, loading included."""
-    start, passes = time.monotonic(), run.cfg.TRAIN.accumulation_steps
+    start = time.monotonic()
     if run.position >= run.length:  # it was stopped in the validation
         run.epoch, run.position = run.epoch + 1, 0
     run.model.train()
     run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
-    run.schedule.set(run.progress, run.step)
     total = torch.zeros_like(run.sums[0])
-    for count, batch in enumerate(islice(run.train_loader, passes), start=1):
-        total += forward_backward(run, batch, synchronize=count == passes)
-    optimizer_step(run)
+    take_step(run, list(islice(run.train_loader, run.cfg.TRAIN.accumulation_steps)), total)
     return means(total), time.monotonic() - start
 
 

@@ -77,14 +77,12 @@ def log_skipped_steps(run: Run) -> int:
     Waits for the device.
 
     Raises:
-        UserError: the last `PERSISTENT` steps were all left out (on rank 0; others just end).
+        UserError: the last `PERSISTENT` steps were all left out.
     """
     count, streak, first = run.faults.tolist()
     run.faults[0], run.faults[2] = 0, 0
     if streak >= PERSISTENT:
         refs = _name_refs(run, run.position)
-        if not run.ranks.is_main:
-            raise SystemExit(1)
         raise UserError(
             f"gradients were not finite in {streak} steps in a row, and nothing was learnt since "
             f"step {run.step - streak + 1}; the last is step {run.step}: {refs}. Try "

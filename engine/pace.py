@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from utils.distributed import gather_objects
-from utils.machine import GIB, resident_memory
+from utils.machine import GIB, peak_memory
 
 # What a lap measures: it differs from run to run, as nothing else in the records does.
 MEASURED = ("refs_per_second", "data_wait_share", "memory_gib")
-_END = object()
 
 
 class Pace:
@@ -30,28 +29,22 @@ class Pace:
 
     def watch(self, batches: Iterable) -> Iterator[Any]:
         """Go through a loader, counting its batches and the seconds until each is there."""
-        iterator = iter(batches)
-        while True:
-            asked = time.monotonic()
-            batch = next(iterator, _END)
+        asked = time.monotonic()
+        for batch in batches:
             self._waited += time.monotonic() - asked
-            if batch is _END:
-                return
             self._batches += 1
             yield batch
+            asked = time.monotonic()
 
     def lap(self, batch_size: int) -> dict[str, float]:
         """Return what was measured since the last lap, named as in `MEASURED`; all ranks call it.
-
-        A GPU may still compute while the host waits for data, so there the share is the most that
-        faster loading could save.
 
         Args:
             batch_size: refs in a batch, those of all ranks together.
         Returns:
             Refs a second; the share of the time in [0, 1] in which the loop waited for the loader,
-            on the rank that waited longest; the GiB that the fullest device has held at most, or
-            on the CPU what the largest rank's process holds, without its loaders.
+            on the rank that waited longest (a GPU may still compute then); the most GiB that the
+            tensors of any rank's GPU have taken, or its process on a CPU, without loaders.
         """
         seconds = max(time.monotonic() - self._start, 1e-9)
         own = self._waited / seconds, memory_in_use(self._device)
@@ -62,7 +55,6 @@ class Pace:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """GiB: the most that tensors have taken on a GPU, or the memory of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resident_memory() / GIB
+    """Return the most GiB so far: of a GPU's tensors, or of this process."""
+    on_gpu = device.type == "cuda"
+    return (torch.cuda.max_memory_allocated(device) if on_gpu else peak_memory()) / GIB

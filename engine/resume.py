@@ -3,6 +3,7 @@
 A run that was interrupted anywhere and resumed computes what it would have computed otherwise.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch.utils.data import DataLoader
 
 from engine.build import build_model, restore_model
 from engine.checks import check_checkpoint
@@ -30,9 +31,11 @@ from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
-SAVED = ("config", "position", "rng", "sums", "faults", "version", "threads", "length", "best_on")
-PUBLISHED = to_dict(Config())
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+# Without these a checkpoint is weights alone. The release's has epoch and optimizer too.
+NEEDED = {
+    *("epoch", "step", "position", "length", "progress", "sums", "faults", "best_iou", "best_on"),
+    *("records", "optimizer", "scaler", "rng", "config", "version", "threads"),
+}
 ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
 MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
@@ -63,7 +66,9 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         "best_iou": run.best,
         "best_on": measured_on(run),
         "records": digests(run),
-        "no_target": any("no_target" in reader.meta for reader in train_readers(run)),
+        "no_target": any(
+            "no_target" in reader.meta for reader, _ in run.train_loader.dataset.records.parts
+        ),
         "scores": scores,
         "state_dict": unwrap(run.model).state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -85,45 +90,41 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
     return True
 
 
-def fetch(run: Run, batches: Iterator, count: int) -> list:
-    """Return the next batches, at most `count`; a lost loader process asks the run to stop."""
-    try:
-        return list(islice(batches, count))
-    except (RuntimeError, OSError, EOFError) as error:
-        run.stop.loss = loader_loss(error)
-        if run.stop.loss is None:
-            raise
-        return []
-    finally:
-        raise_losses_when_fetching()
+def stoppable(
+    run: Run, loader: DataLoader, batches: Iterable, size: int = 1, count: float = math.inf
+) -> Iterator[list]:
+    """Yield so many batches at a time; between them save what is due, and stop if any rank has to.
 
+    A rank that loses its loader's processes reads here, until ranks ask each other and save.
 
-def stoppable_steps(run: Run, batches: Iterable) -> Iterator[list]:
-    """Yield each step's batches, all that it takes at once, and between steps save what is due."""
-    source, passes = iter(batches), run.cfg.TRAIN.accumulation_steps
-    begun = asked = run.step
-    ask_at, since = run.step, time.monotonic()
+    Args:
+        batches: goes through `loader`.
+        count: groups of the rank with the fewest: so many go by while all ranks ask each other.
+    """
+    source, begun = iter(batches), run.step
+    done = asked = ask_at = 0
+    since = time.monotonic()
     while True:
-        step = fetch(run, source, passes)
-        if run.stop.loss and run.step < ask_at:  # the others take these steps, and wait for its
-            source = read_here(run)
-            step = list(islice(source, passes))
-        asks = run.step >= ask_at or not step
+        try:
+            group = list(islice(source, size))
+        except (RuntimeError, OSError, EOFError) as error:
+            run.stop.loss = loader_loss(error)
+            if run.stop.loss is None:
+                raise
+            rest = islice(loader.batch_sampler, size * done, None)
+            source = (loader.collate_fn([loader.dataset[i] for i in batch]) for batch in rest)
+            group = list(islice(source, size))
+        finally:
+            raise_losses_when_fetching()
+        asks = not group or done == ask_at < count
         save_if_due(run, has_stepped=run.step > begun, asks=asks)
-        if not step:
+        if not group:
             return
         if asks:
-            ask_at = run.step + steps_apart(time.monotonic() - since, run.step - asked)
-            asked, since = run.step, time.monotonic()
-        yield step
-
-
-def read_here(run: Run) -> Iterator:
-    """Read the epoch's next micro-batches without the loader's processes."""
-    loader = run.train_loader
-    loader.batch_sampler.set_epoch(run.epoch, run.position)
-    for visits in loader.batch_sampler:
-        yield loader.collate_fn(loader.dataset.__getitems__(visits))
+            ask_at = done + steps_apart(time.monotonic() - since, done - asked)
+            asked, since = done, time.monotonic()
+        yield group
+        done += 1
 
 
 def steps_apart(seconds: float, count: int) -> int:
@@ -152,27 +153,6 @@ def save_if_due(run: Run, has_stepped: bool = True, asks: bool = True) -> None:
             save_and_stop(run)
     if has_stepped and (is_late or (unit == "steps" and run.step % interval == 0)):
         save(run, {}, is_best=False)
-
-
-def stoppable(run: Run, batches: Iterable, count: int) -> Iterator:
-    """Go through the validation's batches; when any rank was asked to stop, save and stop.
-
-    Args:
-        count: of the rank with the fewest: so many go by while all ranks ask each other.
-    """
-    source, done = iter(batches), 0
-    asked = ask_at = 0
-    since = time.monotonic()
-    while batch := fetch(run, source, 1) or run.stop.loss:
-        if ask_at < count and (done == ask_at or run.stop.loss):
-            if any_rank(run.stop.is_set)[0]:
-                save_and_stop(run)
-            ask_at += steps_apart(time.monotonic() - since, done - asked)
-            asked, since = done, time.monotonic()
-        if run.stop.loss:  # the other ranks ask no more
-            raise UserError(run.stop.loss)
-        yield from batch
-        done += 1
 
 
 def save_and_stop(run: Run) -> NoReturn:
@@ -308,7 +288,7 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if not {"epoch", "step", "optimizer"} <= state.keys():
+    if not state.keys() >= NEEDED:
         raise UserError(
             f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
             "from them give it as TRAIN.weight"
@@ -327,32 +307,23 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
     """
     saved = state["optimizer"]
     try:
-        pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        pairs = list(zip(optimizer.param_groups, saved["param_groups"], strict=True))
+        # Torch takes settings and moments of any kind for any other's.
+        for own, group in pairs:
+            is_decoupled = [bool(g.get("decoupled_weight_decay")) for g in (own, group)]
+            if own.keys() != group.keys() or is_decoupled[0] != is_decoupled[1]:
+                raise ValueError("it is of another kind")
         groups = [own | {"params": group["params"]} for own, group in pairs]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        fault = _misfit(optimizer, saved["param_groups"])
+        for parameter, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                if (moment := moments.get(name)) is not None and moment.shape != parameter.shape:
+                    raise ValueError("its moments have other shapes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = str(error).splitlines()[0]
-    if fault:
         raise UserError(
-            f"TRAIN.resume: the optimiser in {source} does not fit ({fault}); resume with the "
-            "config of its run, or start from its weights with TRAIN.weight"
-        )
-
-
-def _misfit(optimizer: torch.optim.Optimizer, groups: list[dict]) -> str | None:
-    """Tell what torch does not: it takes settings and moments of any kind for any other's."""
-    for own, saved in zip(optimizer.param_groups, groups, strict=True):
-        is_decoupled = [bool(g.get("decoupled_weight_decay")) for g in (own, saved)]
-        if not saved.keys() <= own.keys() or is_decoupled[0] != is_decoupled[1]:
-            return "it is of another kind"
-    for parameter, moments in optimizer.state.items():
-        if isinstance(optimizer, torch.optim.Adam) and not moments.keys() <= ADAM_STATE:
-            return "it is of another kind"
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if (moment := moments.get(name)) is not None and moment.shape != parameter.shape:
-                return "its moments have other shapes"
-    return None
+            f"TRAIN.resume: the optimiser in {source} does not fit ({str(error).splitlines()[0]}); "
+            "resume with the config of its run, or start from its weights with TRAIN.weight"
+        ) from None
 
 
 def records_until(state: dict) -> Callable[[dict], bool]:
@@ -378,14 +349,9 @@ def measured_on(run: Run) -> dict[str, object]:
     }
 
 
-def train_readers(run: Run) -> list[RecordReader]:
-    """Return the readers of the files that are trained on."""
-    return [reader for reader, _ in run.train_loader.dataset.records.parts]
-
-
 def digests(run: Run) -> dict[str, str]:
     """Return the digest of each file that is trained on, or left out of that, by its path."""
-    readers = train_readers(run)
+    readers = [reader for reader, _ in run.train_loader.dataset.records.parts]
     if len(readers) > 1:
         readers += map(RecordReader, run.cfg.DATA.exclude_lmdb)
     return {str(reader.path): reader.digest() for reader in readers}
@@ -394,74 +360,51 @@ def digests(run: Run) -> dict[str, str]:
 def resume(run: Run, state: dict, source: str) -> None:
     """Continue where the checkpoint stopped; model and optimiser have been restored before.
 
-    What has changed since is logged: the run may differ from an uninterrupted one. What a
-    checkpoint of an older version lacks starts anew.
+    What has changed since is logged: the run may differ from an uninterrupted one.
     """
-    trained = state.get("config", {})
-    train = to_dict(run.cfg)["TRAIN"] | trained.get("TRAIN", {})
-    position, rngs = state.get("position", 0), state.get("rng", [])
-    length = state.get("length", len(run.train_loader.dataset) // train["batch_size"])
-    length = max(length, position, 1)
+    position, length, rngs, sums = (state[key] for key in ("position", "length", "rng", "sums"))
     run.epoch, run.step, run.position = state["epoch"], state["step"], position
-    run.reached = state.get("progress", run.epoch + position / length)
+    run.reached = state["progress"]
     if length == run.length:
-        run.faults.copy_(state.get("faults", run.faults))
+        run.faults.copy_(state["faults"])
     elif position:
         run.position = position * run.length // length
         logger.warning(
             f"epoch {run.epoch + 1} goes on at step {run.position} of {run.length}, where {source} "
             f"had taken {position} of {length}: some refs may come twice"
         )
-    if state.get("scaler"):  # empty if the precision needed no scaling then
+    if state["scaler"]:  # empty if the precision needed no scaling then
         run.scaler.load_state_dict(state["scaler"])
-    sums = [_counted(s, position * train["accumulation_steps"]) for s in state.get("sums", [])]
     if len(rngs) == run.ranks.world_size:
         set_rng_state(rngs[run.ranks.rank])
-    if len(sums) == run.ranks.world_size:
         run.sums.copy_(sums[run.ranks.rank])
-    elif sums:
+    else:
         run.sums.copy_(torch.stack(sums).mean(0))  # gives the same means over all ranks
     _resume_best(run, state, source)
     for path, digest in digests(run).items():
-        if state.get("records", {}).get(path, digest) != digest:
+        if state["records"].get(path, digest) != digest:
             logger.warning(f"{path} holds other records now than when {source} was saved")
-    was = {"ranks": len(rngs), "threads": state.get("threads"), "code": state.get("version")}
+    was = {"ranks": len(rngs), "threads": state["threads"], "code": state["version"]}
     now = {"ranks": run.ranks.world_size, "threads": torch.get_num_threads(), "code": run.version}
-    if absent := [key for key in SAVED if key not in state]:
-        logger.warning(f"{source} is of an older version, without {', '.join(absent)}")
-        was |= {name: now[name] for name in now if not was[name]}
     for section, values in to_dict(run.cfg).items():
         for key, value in values.items():
-            was[f"{section}.{key}"] = trained.get(section, {}).get(key, PUBLISHED[section][key])
+            was[f"{section}.{key}"] = state["config"][section].get(key)
             now[f"{section}.{key}"] = value
     for name in now:
         if was[name] != now[name] and name not in ("TRAIN.resume", "TRAIN.force"):
             logger.warning(f"{name} was {was[name]} when {source} was saved, now {now[name]}")
 
 
-def _counted(sums: Tensor, count: int) -> Tensor:
-    """Add to the sums of an older version how many micro-batches they are of."""
-    if sums.shape[1] == 4:
-        return sums
-    total = torch.cat([sums.sum(0), torch.tensor([float(count)])])
-    return torch.stack([total, torch.zeros(4)])
-
-
 def _resume_best(run: Run, state: dict, source: str) -> None:
     """Take over the best score, unless it was measured otherwise or its model is not there."""
-    best, now, was = float(state.get("best_iou", -1)), measured_on(run), state.get("best_on", {})
-    # An older checkpoint does not say all of it.
-    faults = [
-        f"{key} {was[key]}, now {now[key]}" for key in now if was.get(key, now[key]) != now[key]
-    ]
-    if not was:
-        faults = ["it does not say what it was measured on"]
-    elif not (run.folder / BEST).exists():
+    now, was = measured_on(run), state["best_on"]
+    faults = [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
+    if not (run.folder / BEST).exists():
         faults.append(f"{run.folder / BEST} is not there")
     if not faults:
-        run.best = best
-    elif best >= 0:
+        run.best = state["best_iou"]
+    elif state["best_iou"] >= 0:
         logger.warning(
-            f"best score {100 * best:.2f} of {source} does not count, a new best begins: "
-            f"{'; '.join(faults)}"
+            f"best score {100 * state['best_iou']:.2f} of {source} does not count, a new best "
+            f"begins: {'; '.join(faults)}"
         )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.optim import Schedule
 from utils.config import Config
 from utils.distributed import Ranks
 from utils.logger import Tracker
@@ -50,7 +49,6 @@ class Run:
     folder: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     train_loader: DataLoader

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 from loguru import logger
@@ -10,9 +11,10 @@ from torch import Tensor
 from engine.evaluator import describe_scores, evaluate, summarize_scores
 from engine.guard import finite_statistics, log_skipped_steps, optimizer_step
 from engine.loaders import to_device
+from engine.optim import set_rates
 from engine.pace import Pace
 from engine.pictures import show_sentences, watched_sentences
-from engine.resume import save, stoppable, stoppable_steps
+from engine.resume import save, stoppable
 from engine.run import Run
 from model.loss import resize_target, text_to_pixel_loss
 from utils.dataset import TrainingBatch
@@ -86,19 +88,16 @@ def train_one_epoch(run: Run) -> dict[str, float]:
     """
     train = run.cfg.TRAIN
     run.model.train()
-    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
     if run.position == 0:
         run.sums.zero_()
     total, window = run.sums
     done = run.position * train.accumulation_steps
-    pace = Pace(run.ranks.device)
-    loader = pace.watch(run.train_loader)
-    bar = progress(loader, len(run.train_loader), f"epoch {run.epoch + 1}", run.ranks.is_main, done)
-    for micro_batches in stoppable_steps(run, bar):
-        run.schedule.set(run.progress, run.step)
-        for count, batch in enumerate(micro_batches, start=1):
-            window += forward_backward(run, batch, synchronize=count == train.accumulation_steps)
-        optimizer_step(run)
+    loader, pace = run.train_loader, Pace(run.ranks.device)
+    loader.batch_sampler.set_epoch(run.epoch, run.position)
+    watched = pace.watch(loader)
+    bar = progress(watched, len(loader), f"epoch {run.epoch + 1}", run.ranks.is_main, done)
+    for micro_batches in stoppable(run, loader, bar, train.accumulation_steps):
+        take_step(run, micro_batches, window)
         run.step += 1
         run.position += 1
         if run.position % train.print_freq == 0 or run.position == run.length:
@@ -110,6 +109,14 @@ def train_one_epoch(run: Run) -> dict[str, float]:
             total += window
             window.zero_()
     return means(total + window)
+
+
+def take_step(run: Run, micro_batches: list[TrainingBatch], sums: Tensor) -> None:
+    """Take an optimiser step, and add to `sums` what `forward_backward` returns."""
+    set_rates(run.optimizer, run.cfg, run.progress, run.step)
+    for count, batch in enumerate(micro_batches, start=1):
+        sums += forward_backward(run, batch, synchronize=count == len(micro_batches))
+    optimizer_step(run)
 
 
 def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tensor:
@@ -174,6 +181,7 @@ def validate(run: Run, batches: int | None = None) -> dict[str, float]:
     shown = 0 if batches else run.cfg.TRAIN.val_pictures
     watched = watched_sentences(loader.dataset, shown)
     bar = progress(loader, len(loader), "validation", run.ranks.is_main)
+    fewest = min(gather_objects(len(loader)))
     scores = evaluate(
         unwrap(run.model),
         loader,
@@ -181,7 +189,7 @@ def validate(run: Run, batches: int | None = None) -> dict[str, float]:
         run.protocols,
         sentences_per_batch=-(-run.cfg.TRAIN.batch_size_val // run.ranks.world_size),
         in_full=watched,
-        progress=stoppable(run, bar, min(gather_objects(len(loader)))),
+        progress=bar if batches else chain.from_iterable(stoppable(run, loader, bar, 1, fewest)),
         batches=batches,
     )
     lines = next(iter(scores.values()))

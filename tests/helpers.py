@@ -102,10 +102,11 @@ def repack(
     target: Path,
     refs: Sequence[RefRecord] | None = None,
     photos: Mapping[str, bytes] | None = None,
+    dataset: str | None = None,
 ) -> Path:
     """Pack records anew: these refs in place of all, other files in place of some photos."""
     reader, photos = RecordReader(source), photos or {}
-    with RecordWriter(target, reader.meta["dataset"], target.stem) as writer:
+    with RecordWriter(target, dataset or reader.meta["dataset"], target.stem) as writer:
         for ref in all_refs(source) if refs is None else refs:
             key = ref.image_key
             writer.add_image(key, photos[key] if key in photos else reader.image(key))
@@ -355,8 +356,13 @@ def loader_config(
     keys |= {"workers": 0, "workers_val": 0}
     opts = ["DATA.train_lmdb", files or lmdb, "DATA.val_lmdb", lmdb]
     opts += ["DATA.exclude_lmdb", list(exclude), "DATA.cache", cache]
-    opts += [w for key, value in (keys | train).items() for w in (f"TRAIN.{key}", value)]
+    opts += train_opts(**keys | train)
     return load_config(ROOT / "config/refshapes/cris_tiny.yaml", [str(opt) for opt in opts])
+
+
+def train_opts(**keys: object) -> list[object]:
+    """`TRAIN.key value` for each, as `--opts` takes them."""
+    return [word for key, value in keys.items() for word in (f"TRAIN.{key}", value)]
 
 
 def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None, side: int = 32):

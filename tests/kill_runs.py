@@ -28,24 +28,21 @@ LINGER = 0.004  # seconds at each boundary, which would last microseconds otherw
 
 
 class Diary:
-    """What a life is at: a phase, and how many it has entered of each kind."""
+    """What a life is at, and how often it has come to the phase in which it is to be killed."""
 
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, len(PHASES) + 1)  # shared with forks
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.memory = mmap.mmap(-1, 2)  # shared with forks
 
     @property
     def phase(self) -> str:
         return PHASES[self.memory[0]]
 
     def enter(self, phase: str) -> None:
-        number = PHASES.index(phase)
-        self.memory[0] = number
-        self.memory[number + 1] = min(255, self.memory[number + 1] + 1)
+        self.memory[0] = PHASES.index(phase)
+        self.memory[1] = min(255, self.memory[1] + (phase == self.target))
         if phase == "boundary":
             time.sleep(LINGER)
-
-    def entered(self, phase: str) -> int:
-        return self.memory[PHASES.index(phase) + 1]
 
     def during(self, phase: str, function, after: str | None = None):
         """`function`, told in the diary, and then what was before it or `after`."""
@@ -96,13 +93,11 @@ def fork(config: Path, diary: Diary) -> int:
 
 def kill_one(config: Path, metrics: Path, target: str, rng: random.Random) -> str | None:
     """Start a life and kill it in `target`: what it was at, or None if it came to its end."""
-    diary, nth = Diary(), rng.randint(1, 4 if target == "step" else 2)
+    diary, nth = Diary(target), rng.randint(1, 4 if target == "step" else 2)
     child = fork(config, diary)
-    while diary.entered(target) < nth or not (metrics.exists() and metrics.stat().st_size):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            assert status == 0, f"a life ended with {status}"
-            return None
+    while diary.memory[1] < nth or not (metrics.exists() and metrics.stat().st_size):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
         time.sleep(0.0002)
     time.sleep(rng.uniform(0, DELAY[target]))
     os.kill(child, signal.SIGKILL)
@@ -115,18 +110,16 @@ def kill_one(config: Path, metrics: Path, target: str, rng: random.Random) -> st
 
 def main() -> None:
     """Kill until each phase has had its share, then let the run come to its end."""
-    config, wanted = Path(sys.argv[1]), {}
-    for word in sys.argv[2:]:
-        name, _, count = word.partition("=")
-        wanted[name] = int(count)
-    metrics = config.parent / "exp/tiny/metrics.jsonl"
+    config, *words = sys.argv[1:]
+    wanted = {name: int(count) for name, count in (word.split("=") for word in words)}
+    metrics = Path(config).parent / "exp/tiny/metrics.jsonl"
     rng, killed = random.Random(0), Counter()
     while open_phases := [name for name, count in wanted.items() if killed[name] < count]:
-        phase = kill_one(config, metrics, rng.choice(open_phases), rng)
+        phase = kill_one(Path(config), metrics, rng.choice(open_phases), rng)
         if phase is None:
             break
         killed[phase] += 1
-    _, status = os.waitpid(fork(config, Diary()), 0)
+    _, status = os.waitpid(fork(Path(config), Diary("start")), 0)
     print(json.dumps(killed))
     sys.exit(0 if status == 0 else 1)
 

@@ -32,7 +32,7 @@ from engine.build import build_model, compile_model, find_device, settle_memory
 from engine.evaluator import evaluate
 from engine.guard import optimizer_step
 from engine.loaders import build_evaluation_loader
-from engine.optim import build_optimizer, build_schedule, parameter_groups
+from engine.optim import build_optimizer, parameter_groups
 from engine.run import Run
 from engine.trainer import build_scaler, forward_backward, resolve_precision
 from tools import data_process, folder2lmdb, published, refshapes
@@ -228,7 +228,6 @@ def build_run(setting: Setting, model: nn.Module) -> Run:
         ranks=setting.ranks,
         model=model,
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, setting.cfg),
         scaler=build_scaler(setting.dtype, setting.device),
         dtype=setting.dtype,
         **dict.fromkeys(unused),

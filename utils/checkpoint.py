@@ -100,10 +100,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    def age(path: Path) -> tuple[bool, int, str]:
-        return path.name == LAST, path.stat().st_mtime_ns, path.name
-
-    return sorted(paths, key=age, reverse=True)
+    return sorted(paths, key=lambda p: (p.name == LAST, p.stat().st_mtime_ns, p.name), reverse=True)
 
 
 def _is_whole(path: Path) -> bool:
@@ -157,8 +154,9 @@ def read_checkpoint(path: str | Path, purpose: str) -> dict:
     except Exception as error:  # a parser can stumble over foreign bytes in any way
         raise UserError(f"{purpose}: {path} {_fault(error, path)}") from None
     state = {"state_dict": state} if _are_weights(state) else state
-    place = isinstance(state, dict) and next((k for k in WEIGHTS if _are_weights(state.get(k))), "")
-    if not place:
+    places = WEIGHTS if isinstance(state, dict) else ()
+    place = next((name for name in places if _are_weights(state.get(name))), None)
+    if place is None:
         raise UserError(f"{purpose}: {path} has no state_dict; it is no CRIS checkpoint")
     weights = state.pop(place)
     return state | {"state_dict": {k.removeprefix("module."): v for k, v in weights.items()}}

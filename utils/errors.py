@@ -78,24 +78,18 @@ def loader_loss(error: Exception) -> str | None:
 
 def _foreseen(error: Exception) -> str | None:
     """Return the line for the person at the terminal; None for what nobody foresaw."""
-    if isinstance(error, UserError):
-        return _line(error)
+    text = str(error)
+    if isinstance(error, UserError):  # a loader process puts the traceback before it
+        is_of_loader = re.match(r"Caught \w+ in DataLoader worker", text)
+        return text.splitlines()[-1].partition(": ")[2] if is_of_loader else text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if is_named or "can't allocate memory" in str(error):  # torch's on the CPU
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    if is_named or "can't allocate memory" in text:  # torch's on the CPU
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
         what = f" for {asked[1]} more" if asked else ""
         return (
             f"there is not enough memory{what}; lower TRAIN.batch_size or TRAIN.batch_size_val, or "
             "see docs/memory.md"
         )
     return loader_loss(error)
-
-
-def _line(error: Exception) -> str:
-    """Return the error's text, which ends the traceback where a DataLoader's worker failed."""
-    text = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker", text):
-        return text.splitlines()[-1].partition(": ")[2]
-    return text

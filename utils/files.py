@@ -71,27 +71,26 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
+def _partial(path: Path, pid: int) -> Path:
+    return path.with_name(f".{path.name}.{pid}.partial")
+
+
 def _remove_leftovers(path: Path) -> None:
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = partial.name.removesuffix(".partial").rpartition(".")[2]
-        if pid.isdecimal() and partial == _partial(path, int(pid)) and not _is_running(int(pid)):
+        pid = partial.suffixes[-2][1:]
+        if pid.isdecimal() and not _is_running(int(pid)):
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 partial.unlink(missing_ok=True)
 
 
-def _partial(path: Path, pid: int) -> Path:
-    return path.with_name(f".{path.name}.{pid}.partial")
-
-
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is no question
-        return True
     try:
-        os.kill(pid, 0)
+        if os.name == "posix":  # elsewhere signal 0 is no question
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; no process id at all
+    except PermissionError:  # another user's
         pass
     return True

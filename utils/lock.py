@@ -1,5 +1,6 @@
 """Files that one process holds at a time."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -44,13 +45,11 @@ def hold(path: Path, on_busy: Callable[[], object], patience: float = 0.0) -> It
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     on_busy()
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                    break
+                    deadline = math.inf
+                time.sleep(0.1)
             except OSError as error:  # a file system without locks
-                raise OSError(
-                    error.errno, f"cannot be locked: {error.strerror}", str(path)
-                ) from None
-            time.sleep(0.1)
+                text = f"cannot be locked: {error.strerror}"
+                raise OSError(error.errno, text, str(path)) from None
         if os.fstat(file.fileno()).st_nlink == 0:  # others may hold a file in its place
             on_busy()
         yield

@@ -27,15 +27,6 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def resident_memory() -> int:
-    """Return the bytes that this process holds; its peak where the system tells no more (macOS)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_memory()
-
-
 def peak_memory() -> int:
     """Return the most bytes that this process has held at a time."""
     status = Path("/proc/self/status")

@@ -383,7 +383,6 @@ def test_torchrun_with_a_batch_that_does_not_divide_ends_with_one_line(data, tmp
     message = "error: TRAIN.batch_size 7 must be a multiple of 2 x 1 (ranks x"
     lines = [line for line in ending.stderr.splitlines() if message in line]
     assert 1 <= len(lines) <= 2
-    assert "nearest that works: 6 or 8" in lines[0]
     assert not (tmp_path / "exp").exists()
 
 

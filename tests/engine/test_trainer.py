@@ -19,6 +19,7 @@ from helpers import (
     load_state,
     on_cpu,
     read_metrics,
+    repack,
     run_program,
     write_any_number,
     write_config,
@@ -37,8 +38,7 @@ from engine.trainer import (
 from model.loss import text_to_pixel_loss
 from utils.config import load_config
 from utils.metrics import METRIC_NAMES
-from utils.records import RecordReader, RecordWriter
-from utils.tokenizer import token_lengths
+from utils.records import RecordReader
 from utils.transforms import normalize_images, normalize_masks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,12 +49,16 @@ def config(tmp_path, data) -> Path:
     return write_config(tmp_path, data)
 
 
+def recipe(folder: Path, data: Path, **keys: object) -> Path:
+    """Dropout on, and three rates that differ."""
+    return write_config(folder, data, dropout=0.2, milestones=[2], lr_multi=0.1, **keys)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, data) -> Path:
-    """The folder of a run of three epochs without interruption, dropout on."""
+    """The folder of a run of three epochs without interruption."""
     folder = tmp_path_factory.mktemp("straight")
-    config = write_config(folder, data, dropout=0.2, epochs=3, milestones=[2], lr_multi=0.1)
-    run_program("train.py", config, "TRAIN.workers_val", 2)
+    run_program("train.py", recipe(folder, data, epochs=3), "TRAIN.workers_val", 2)
     return folder
 
 
@@ -73,7 +77,7 @@ def num_sentences(data: Path) -> int:
 
 def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp_path, data):
     # Other numbers of workers before and after must change nothing.
-    config = write_config(tmp_path, data, dropout=0.2, milestones=[2], lr_multi=0.1)
+    config = recipe(tmp_path, data)
     last = tmp_path / "exp/tiny/last_model.pth"
     run_program("train.py", config, "TRAIN.epochs", 1, "TRAIN.workers", 2)
     run_program("train.py", config, "TRAIN.epochs", 2, "TRAIN.resume", last)
@@ -82,12 +86,11 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(straight, tmp
 
 
 def test_where_sentences_may_be_about_nothing_giou_under_the_rule_is_the_best(tmp_path, data):
-    lmdbs = {s: data / f"lmdb/shapes/{s}.lmdb" for s in ("train", "val")}
-    opts = [word for split, path in lmdbs.items() for word in (
-        f"DATA.{split}_lmdb", write_any_number(path, tmp_path / f"{split}.lmdb")
-    )]  # fmt: skip
-    config = write_config(tmp_path, data)
-    run_program("train.py", config, *opts, "TRAIN.epochs", 2, "TEST.threshold", 0.2)
+    opts, config = ["TEST.threshold", 0.2], write_config(tmp_path, data)
+    for split in ("train", "val"):
+        path = write_any_number(data / f"lmdb/shapes/{split}.lmdb", tmp_path / f"{split}.lmdb")
+        opts += [f"DATA.{split}_lmdb", path]
+    run_program("train.py", config, *opts, "TRAIN.epochs", 2)
     folder = tmp_path / "exp/tiny"
     state, records = load(folder / "last_model.pth"), read_metrics(folder)
     scores = [record["gIoU"] for record in records if record["kind"] == "epoch"]
@@ -95,10 +98,9 @@ def test_where_sentences_may_be_about_nothing_giou_under_the_rule_is_the_best(tm
     assert all("mIoU" not in record for record in records)
     assert state["best_on"]["no_target_pixels"] == 50
     assert state["no_target"] is True
-    resumed = (*opts, "TRAIN.epochs", 3, "TRAIN.resume", "auto", "TEST.threshold", 0.2)
+    resumed = (*opts, "TRAIN.epochs", 3, "TRAIN.resume", "auto")
     assert build_run(config, *resumed).best == max(scores)
-    other = ("TEST.no_target_pixels", 1)
-    assert build_run(config, *resumed, *other).best == -1
+    assert build_run(config, *resumed, "TEST.no_target_pixels", 1).best == -1
     log = (folder / "train.log").read_text()
     assert "N-acc" in log
     assert "(none: under 50 pixels)" in log
@@ -127,13 +129,9 @@ def test_deterministic_runs_are_the_same_to_the_bit_when_resumed_too(tmp_path, d
 
 def test_the_number_of_objects_of_a_mask_changes_no_bit_of_a_training(straight, tmp_path, data):
     """A mask is a mask: `straight` has records of one object a ref, as all data sets had."""
-    path = tmp_path / "data/lmdb/shapes/train.lmdb"
-    reader = RecordReader(data / "lmdb/shapes/train.lmdb")
-    with RecordWriter(path, "shapes", "train") as writer:
-        for ref in all_refs(reader.path):
-            writer.add_image(ref.image_key, reader.image(ref.image_key))
-            writer.add_ref(replace(ref, num_targets=2), token_lengths(ref.sentences))
-    config = write_config(tmp_path, data, dropout=0.2, epochs=3, milestones=[2], lr_multi=0.1)
+    source = data / "lmdb/shapes/train.lmdb"
+    refs = [replace(ref, num_targets=2) for ref in all_refs(source)]
+    path, config = repack(source, tmp_path / "train.lmdb", refs), recipe(tmp_path, data, epochs=3)
     run_program("train.py", config, "TRAIN.workers_val", 2, "DATA.train_lmdb", path)
     folders = tmp_path / "exp/tiny", straight / "exp/tiny"
     got, expected = (load_state(folder / "last_model.pth") for folder in folders)
@@ -156,8 +154,7 @@ def test_a_sentence_about_nothing_has_a_target_of_zeros(config, tmp_path):
 
 
 def test_another_seed_gives_another_run(straight, tmp_path, data):
-    config = write_config(tmp_path, data, dropout=0.2, lr_multi=0.1, manual_seed=1)
-    run_program("train.py", config)
+    run_program("train.py", recipe(tmp_path, data, manual_seed=1))
     first_loss = read_metrics(tmp_path / "exp/tiny")[0]["loss"]
     assert first_loss != read_metrics(straight / "exp/tiny")[0]["loss"]
 
@@ -212,6 +209,7 @@ def test_the_log_file_tells_the_run(straight, data):
 
 def test_short_epochs_do_not_fill_the_log(tmp_path, data):
     train = {"batch_size": 8 * num_steps(data), "epochs": 12, "val_freq": 6, "print_freq": 5}
+    train["input_size"] = 32
     run_program("train.py", write_config(tmp_path, data, **train))
     text = (tmp_path / "exp/tiny/train.log").read_text()
     assert re.findall(r"epoch (\d+) step 1/1: loss .* refs/s", text) == ["1", "6", "11"]
@@ -267,14 +265,9 @@ def test_the_best_model_survives_worse_epochs_and_a_resume(config, tmp_path, mon
     assert epochs_kept() == {"last": (4, 0.5), "best": (2, 0.5)}
     run_program("train.py", config, "epochs", 5, "resume", folder / "last_model.pth")
     assert epochs_kept() == {"last": (5, 0.6), "best": (5, 0.6)}
-
-
-def test_resume_from_a_finished_run_changes_nothing(config, tmp_path):
-    run_program("train.py", config)
-    last = tmp_path / "exp/tiny/last_model.pth"
-    before = last.read_bytes()
-    run_program("train.py", config, "TRAIN.resume", last)
-    assert last.read_bytes() == before
+    before = (folder / "last_model.pth").read_bytes()  # of a run that is finished
+    run_program("train.py", config, "epochs", 5, "resume", folder / "last_model.pth")
+    assert (folder / "last_model.pth").read_bytes() == before
 
 
 def test_validation_may_score_first_sentences_only(config):
@@ -290,11 +283,11 @@ def batch_of(run: Run) -> dict:
     return next(iter(run.train_loader))
 
 
-def halves(batch: dict) -> list[dict]:
-    parts = (
-        {key: value[i::2] for key, value in batch.items() if value is not None} for i in (0, 1)
-    )
-    return [{"image_index": None, **part} for part in parts]
+def accumulate(run: Run, *batches: dict) -> float:
+    """Add up gradients in evaluation mode, since batch norm sees a pass alone: the mean loss."""
+    run.model.eval()
+    with on_cpu():
+        return mean(forward_backward(run, batch, True)[0].item() for batch in batches)
 
 
 def assert_same_gradients(got: Run, expected: Run) -> None:
@@ -320,30 +313,20 @@ def test_one_batch_is_learnt(config):
 
 
 def test_two_half_batches_accumulate_to_the_gradient_of_the_whole(config):
-    # In evaluation mode: batch norm normalises by what one forward pass sees, which is half.
-    whole = build_run(config)
-    parts = build_run(config, "TRAIN.accumulation_steps", 2)
+    whole, parts = build_run(config), build_run(config, "TRAIN.accumulation_steps", 2)
     batch = batch_of(whole)
-    with on_cpu():
-        for run, batches in ((whole, [batch]), (parts, halves(batch))):
-            run.model.eval()
-            losses = [forward_backward(run, part, True)[0].item() for part in batches]
-            run.loss = sum(losses) / len(losses)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    tensors = {key: value for key, value in batch.items() if value is not None}
+    halves = [batch | {key: value[i::2] for key, value in tensors.items()} for i in (0, 1)]
+    assert accumulate(parts, *halves) == pytest.approx(accumulate(whole, batch), rel=1e-6)
     assert_same_gradients(parts, whole)
 
 
 def test_an_image_is_encoded_once_for_its_refs_and_they_learn_the_same(config):
-    by_image = build_run(config, "TRAIN.batch_by", "images")
-    by_ref = build_run(config)
+    by_image, by_ref = build_run(config, "TRAIN.batch_by", "images"), build_run(config)
     batch = batch_of(by_image)
     assert len(batch["images"]) < len(batch["tokens"]) == 8
     repeated = batch | {"images": batch["images"][batch["image_index"]], "image_index": None}
-    with on_cpu():
-        for run, same in ((by_image, batch), (by_ref, repeated)):
-            run.model.eval()
-            run.loss = forward_backward(run, same, True)[0].item()
-    assert by_image.loss == pytest.approx(by_ref.loss, rel=1e-6)
+    assert accumulate(by_image, batch) == pytest.approx(accumulate(by_ref, repeated), rel=1e-6)
     assert_same_gradients(by_image, by_ref)
 
 
@@ -437,22 +420,16 @@ def test_only_fp16_scales_the_loss():
     assert enabled == {torch.float16: True, torch.bfloat16: False, torch.float32: False}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_runs_on_the_cpu_and_keeps_float32_weights(config, tmp_path, precision):
-    run_program("train.py", config, "TRAIN.precision", precision)
-    *steps, _ = read_metrics(tmp_path / "exp/tiny")
-    assert all(math.isfinite(record["loss"]) for record in steps)
-    state = load(tmp_path / "exp/tiny/last_model.pth")
-    assert {w.dtype for w in state["state_dict"].values()} == {torch.float32, torch.int64}
-    assert bool(state["scaler"]) == (precision == "fp16")
-
-
-def test_resume_may_change_the_precision(config, tmp_path):
-    last = tmp_path / "exp/tiny/last_model.pth"
-    for epochs, precision in ((1, "fp32"), (2, "fp16"), (3, "fp32")):
-        opts = ("epochs", epochs, "resume", last if epochs > 1 else None)
-        run_program("train.py", config, *opts, "TRAIN.precision", precision)
-    assert load(last)["epoch"] == 3
+def test_lower_precision_runs_on_the_cpu_keeps_float32_weights_and_may_change(config, tmp_path):
+    folder = tmp_path / "exp/tiny"
+    for epochs, precision in enumerate(("fp16", "bf16", "fp16"), start=1):
+        opts = ("epochs", epochs, "resume", "auto", "input_size", 32, "TRAIN.precision", precision)
+        run_program("train.py", config, *opts)
+        state = load(folder / "last_model.pth")
+        assert state["epoch"] == epochs
+        assert {w.dtype for w in state["state_dict"].values()} == {torch.float32, torch.int64}
+        assert bool(state["scaler"]) == (precision == "fp16")
+    assert all(math.isfinite(record["loss"]) for record in read_metrics(folder))
 
 
 # ------------------------------------------------------------------------------ Weights & Biases
