@@ -6,9 +6,11 @@ from pathlib import Path
 
 import cv2
 import pytest
-from helpers import ROOT, make_run, make_shapes, threads, write_records
+from helpers import ROOT, make_run, pack, threads, write_records
 from loguru import logger
 from odd_server import OddServer, serve
+
+from tools import refshapes
 
 # Tests fork. A child whose parent had OpenCV's pool of threads can wait for one of them for ever.
 cv2.setNumThreads(1)
@@ -33,7 +35,11 @@ def shapes_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small RefShapes: its REFER files, and lmdb/shapes/{train,val,testA,testB}.lmdb."""
-    return make_shapes(tmp_path_factory.mktemp("data") / "shapes")
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    counts = "--train 12 --val 5 --testA 2 --testB 2"  # images
+    refshapes.main(["--output", str(root), *counts.split(), "--seed", "3"])
+    pack(root, root, "refshapes", "unc", "shapes")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from engine.pace import MEASURED
 from engine.trainer import Run, save
 from model.clip import ClipSizes
 from model.segmenter import Segmenter, assemble
-from tools import data_process, folder2lmdb, refshapes
+from tools import data_process, folder2lmdb
 from utils import distributed
 from utils.cache import SquareCache
 from utils.config import Config, TestConfig, TrainConfig, load_config
@@ -217,7 +217,6 @@ def put(path: Path, entries: dict[bytes, bytes | None]) -> Path:
     return path
 
 
-SPLITS = {"train": 12, "val": 5, "testA": 2, "testB": 2}  # images
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
 
@@ -252,14 +251,6 @@ TINY_RECIPE = {
     "lr_multi": 1.0,
     "print_freq": 2,
 }
-
-
-def make_shapes(root: Path) -> Path:
-    """RefShapes through the three tools: a folder with lmdb/shapes/*.lmdb."""
-    counts = [word for split, count in SPLITS.items() for word in (f"--{split}", str(count))]
-    refshapes.main(["--output", str(root), *counts, "--seed", "3"])
-    pack(root, root, "refshapes", "unc", "shapes")
-    return root
 
 
 def pack(refer_root: Path, out: Path, dataset: str, split_by: str, name: str) -> None:

@@ -20,6 +20,7 @@ from helpers import (
     all_refs,
     error_of,
     put,
+    repack,
     run_command,
     run_program,
     with_bad_image,
@@ -28,7 +29,7 @@ from helpers import (
 )
 
 from utils.errors import UserError, run_entry_point
-from utils.records import RecordReader, RecordWriter
+from utils.records import RecordReader
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +215,7 @@ def test_records_that_lack_an_image(config, data, tmp_path, checkpoint):
 
 def test_a_mask_that_cannot_be_decoded(config, data, tmp_path, checkpoint):
     source, bad = data / "lmdb/shapes/val.lmdb", tmp_path / "bad.lmdb"
-    with RecordWriter(bad, "shapes", "bad") as writer:
-        for ref in all_refs(source):
-            writer.add_image(ref.image_key, RecordReader(source).image(ref.image_key))
-            writer.add_ref(replace(ref, mask=b"no PNG"), [4] * len(ref.sentences))
+    repack(source, bad, [replace(ref, mask=b"no PNG") for ref in all_refs(source)])
     for line in errors_of(config, bad, checkpoint):
         assert re.match(r"mask of ref \d+ cannot be decoded \(6 bytes", line)
 

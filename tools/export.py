@@ -1,20 +1,25 @@
 """Write a trained model for other programs: safetensors with its config, or two ONNX graphs."""
 
 import argparse
+import logging
 import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import restore_trained
-from engine.export import NAMES, Case, Difference, compare, export_graphs, random_cases
+from engine.evaluator import validation_protocol
 from engine.predictor import check_sentence
 from engine.tester import print_aligned
+from model.neck import ImageFeatures
 from model.segmenter import Segmenter
 from tools.refshapes import draw_example
 from utils.arguments import model_parser, parse_with_opts
@@ -24,8 +29,8 @@ from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import setup_logging
 from utils.photos import read_photo
-from utils.tokenizer import tokenize
-from utils.transforms import letterbox_image
+from utils.tokenizer import END_ID, START_ID, tokenize
+from utils.transforms import Protocol, letterbox_image, normalize_images, upsample_probability
 
 EPILOG = """examples:
   python tools/export.py --config config/refcoco/cris_r50.yaml --format safetensors -o cris
@@ -38,7 +43,73 @@ text_head.onnx and config.yaml, after it has run both graphs by ONNX Runtime bes
 random inputs and on a photo with sentences (none given: a picture of RefShapes), and prints the
 differences. A larger one than the tolerance ends with an error and without a file."""
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+# image_encoder.onnx: images (N, S, S, 3) uint8, letterboxed RGB -> v3, v4, v5, all that is needed
+# of an image. text_head.onnx: those, image_index (B,) int64 and tokens (B, L) int64, a row a
+# sentence -> logits (B, 1, S/4, S/4) and probability (B, S, S). N and B may be any number, so a
+# server encodes an image once and asks as many sentences of it as come.
+IMAGE_ENCODER, TEXT_HEAD = "image_encoder.onnx", "text_head.onnx"
+OPSET = 20
+NAMES = {  # inputs, outputs
+    IMAGE_ENCODER: (("images",), ("v3", "v4", "v5")),
+    TEXT_HEAD: (("v3", "v4", "v5", "image_index", "tokens"), ("logits", "probability")),
+}
+
+
+class ImageEncoder(nn.Module):
+    """Compute what depends on the image alone."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, S, S, 3) uint8 -> v3, v4, v5."""
+        return tuple(self.model.encode_image(normalize_images(images)))
+
+
+class TextHead(nn.Module):
+    """Compute what depends on the sentence: from an image's features to its probabilities."""
+
+    def __init__(self, model: Segmenter, side: int, protocol: Protocol) -> None:
+        super().__init__()
+        self.model = model
+        self.side = side
+        self.protocol = protocol
+
+    def forward(
+        self, v3: Tensor, v4: Tensor, v5: Tensor, image_index: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features of N images, (B,), (B, L) -> logits (B, 1, S/4, S/4), probability (B, S, S)."""
+        features = ImageFeatures(v3, v4, v5).repeat(image_index)
+        logits = self.model.segment(features, tokens)
+        return logits, upsample_probability(logits.sigmoid(), self.side, self.protocol)
+
+
+class Case(NamedTuple):
+    """Hold inputs on which graphs and PyTorch are compared: N images with B sentences."""
+
+    name: str
+    images: np.ndarray  # (N, S, S, 3) uint8
+    image_index: np.ndarray  # (B,) int64
+    tokens: np.ndarray  # (B, L) int64
+
+
+class Difference(NamedTuple):
+    """State how far an output of a graph is from PyTorch's in one case."""
+
+    case: str
+    output: str
+    largest: float  # |difference|
+    magnitude: float  # the largest |value|
+
+    @property
+    def relative(self) -> float:
+        """Return the difference over the largest value; that of a probability as it is.
+
+        One that is small everywhere must not be more exact than its threshold needs.
+        """
+        scale = 1.0 if self.output == "probability" else self.magnitude
+        return self.largest / max(scale, 1e-12)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,25 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format == "onnx":
         write_graphs(model, cfg, folder, real_case(cfg, args.image, args.text), args.tolerance)
     else:
-        save_weights(model.state_dict(), state | {"config": to_dict(cfg)}, folder / WEIGHTS)
-    save_config(cfg, folder / CONFIG)
+        state["config"] = to_dict(cfg)
+        save_weights(model.state_dict(), state, folder / "model.safetensors")
+    save_config(cfg, folder / "config.yaml")
     print(f"{weights} is in {folder}, with its config")
-
-
-def real_case(cfg: Config, image: str | None, texts: Sequence[str]) -> Case:
-    """Return a photo with sentences as the model gets them; without one, a picture of RefShapes."""
-    if image is None:
-        photo, sentences = draw_example(seed=0)
-        name = "a picture of RefShapes"
-    else:
-        photo, sentences, name = read_photo(image), list(texts), Path(image).name
-    tokens = tokenize([check_sentence(s) for s in sentences], cfg.TRAIN.word_len)
-    return Case(
-        f"{name}, sentences {len(sentences)}",
-        letterbox_image(photo, cfg.TRAIN.input_size)[None],
-        np.zeros(len(sentences), np.int64),
-        tokens.numpy(),
-    )
 
 
 def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolerance: float) -> None:
@@ -83,6 +139,108 @@ def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolera
             print(f"{kind}: {path.stat().st_size / 1e6:.1f} MB")
             with atomic_path(folder / kind) as partial:
                 shutil.copyfile(path, partial)
+
+
+def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> None:
+    """Trace and write both graphs; the first axis of each input may have any size.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        paths: by `IMAGE_ENCODER` and `TEXT_HEAD`.
+    """
+    ((name, protocol),) = validation_protocol(cfg.TEST).items()
+    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
+    about = {"input_size": side, "word_len": length, "protocol": name}
+    about["threshold"] = protocol.threshold
+    encoder, head = ImageEncoder(model).eval(), TextHead(model, side, protocol).eval()
+    # Two images and three sentences: a batch of one would be taken for a constant.
+    images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    tokens = torch.zeros(3, length, dtype=torch.int64)
+    tokens[:, 0], tokens[:, 1] = START_ID, END_ID
+    with torch.no_grad():
+        features = encoder(images)
+    traced = {
+        IMAGE_ENCODER: (encoder, (images,)),
+        TEXT_HEAD: (head, (*features, torch.tensor([0, 1, 1]), tokens)),
+    }
+    of_images, of_sentences = (
+        {0: torch.export.Dim(name, min=1, max=1 << 16)} for name in ("images", "sentences")
+    )
+    # What is wrong with a graph is measured; the exporter's remarks on its own insides are not.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for kind, (module, inputs) in traced.items():
+        names, outputs = NAMES[kind]
+        per_sentence = ("image_index", "tokens")
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                module,
+                inputs,
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes=[of_sentences if n in per_sentence else of_images for n in names],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        program.model.metadata_props.update({key: str(value) for key, value in about.items()})
+        program.save(paths[kind], external_data=False)
+
+
+def compare(
+    model: Segmenter, cfg: Config, paths: Mapping[str, Path], cases: Sequence[Case]
+) -> Iterator[Difference]:
+    """Run the graphs by ONNX Runtime, one after the other as a server does, beside PyTorch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    encode, segment = (
+        onnxruntime.InferenceSession(paths[kind], options, providers=["CPUExecutionProvider"])
+        for kind in (IMAGE_ENCODER, TEXT_HEAD)
+    )
+    (protocol,) = validation_protocol(cfg.TEST).values()
+    encoder, head = ImageEncoder(model), TextHead(model, cfg.TRAIN.input_size, protocol)
+    outputs = (*NAMES[IMAGE_ENCODER][1], *NAMES[TEXT_HEAD][1])
+    for case in cases:
+        found = encode.run(None, {"images": case.images})
+        asked = dict(zip(NAMES[TEXT_HEAD][0], (*found, case.image_index, case.tokens), strict=True))
+        found += segment.run(None, asked)
+        with torch.inference_mode():
+            features = encoder(torch.from_numpy(case.images))
+            rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
+        for name, got, expected in zip(outputs, found, (*features, *rest), strict=True):
+            assert got.shape == expected.shape, f"{name}: {got.shape}, {expected.shape}"
+            largest = np.abs(got - expected.numpy()).max()
+            yield Difference(case.name, name, float(largest), float(expected.abs().max()))
+
+
+def real_case(cfg: Config, image: str | None, texts: Sequence[str]) -> Case:
+    """Return a photo with sentences as the model gets them; without one, a picture of RefShapes."""
+    if image is None:
+        (photo, texts), name = draw_example(seed=0), "a picture of RefShapes"
+    else:
+        photo, name = read_photo(image), Path(image).name
+    tokens = tokenize([check_sentence(text) for text in texts], cfg.TRAIN.word_len).numpy()
+    images = letterbox_image(photo, cfg.TRAIN.input_size)[None]
+    index = np.zeros(len(texts), np.int64)
+    return Case(f"{name}, sentences {len(texts)}", images, index, tokens)
+
+
+def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
+    """Make noise and random words, in other sizes of batch than the graphs were traced with."""
+    rng = np.random.default_rng(seed)
+    side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
+    cases = []
+    for num_images, num_sentences in ((1, 1), (1, 4), (3, 5)):
+        tokens = np.zeros((num_sentences, length), np.int64)
+        for row in tokens:
+            words = rng.integers(1, START_ID, rng.integers(0, length - 1))
+            row[: len(words) + 2] = [START_ID, *words, END_ID]
+        name = f"random, images {num_images}, sentences {num_sentences}"
+        images = rng.integers(0, 256, (num_images, side, side, 3), np.uint8)
+        cases.append(Case(name, images, rng.integers(0, num_images, num_sentences), tokens))
+    return cases
 
 
 def check(differences: Sequence[Difference], tolerance: float) -> None:

@@ -23,11 +23,6 @@ def predictor(trained) -> Predictor:
     return Predictor(trained, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def reader(data) -> RecordReader:
-    return RecordReader(data / "lmdb/shapes/val.lmdb")
-
-
 @pytest.fixture
 def photo() -> np.ndarray:
     return smooth_photo(np.random.default_rng(1), 70, 100)
@@ -41,9 +36,8 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("protocol", ["published", "aligned"])
-def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(
-    tmp_path, trained, reader, protocol
-):
+def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(tmp_path, trained, data, protocol):
+    reader = RecordReader(data / "lmdb/shapes/val.lmdb")
     opts = ["TEST.protocol", protocol, "TEST.weights", load_config(trained).run_folder / BEST]
     run_program("test.py", trained, *opts, "TRAIN.output_folder", tmp_path)
     stem = "test_shapes_val" + (".aligned" if protocol == "aligned" else "")
@@ -156,26 +150,20 @@ def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo, one_t
     assert not predictor.model.training
 
 
-def test_photos_in_a_batch_give_what_each_gives_alone(predictor, one_thread):
+@pytest.mark.parametrize("size", [2, 16])
+def test_photos_in_batches_of_any_size_give_what_each_gives_alone(
+    trained, predictor, one_thread, size
+):
+    cfg = load_config(trained, ["TRAIN.batch_size_val", str(size)])
     photos = [smooth_photo(np.random.default_rng(n), 60 + 9 * n, 80 - 7 * n) for n in range(4)]
     asked = [SENTENCES, SENTENCES[:1], [], SENTENCES[1:]]
-    photos[1] = predictor.encode(photos[1])
-    found = predictor.predict(photos, asked)
-    assert [len(row) for row in found] == [3, 1, 0, 2]
+    mixed = [photos[0], predictor.encode(photos[1]), *photos[2:]]
+    found = Predictor(cfg, device="cpu").predict(mixed, asked)
+    assert [[p.sentence for p in row] for row in found] == asked
     for photo, sentences, row in zip(photos, asked, found, strict=True):
         for alone, together in zip(predictor(photo, sentences), row, strict=True):
-            assert alone.sentence == together.sentence
             assert alone.mask.shape == together.mask.shape
             assert np.abs(alone.probability - together.probability).max() < 1e-5
-
-
-def test_more_sentences_than_a_batch_keep_their_order(trained, photo, one_thread):
-    small = load_config(trained, ["TRAIN.batch_size_val", "2"])
-    many = SENTENCES + [f"thing {n}" for n in range(6)]
-    found = Predictor(small, device="cpu")(photo, many)
-    assert [p.sentence for p in found] == many
-    alone = Predictor(trained, device="cpu")(photo, many[5])[0]
-    assert np.abs(found[5].probability - alone.probability).max() < 1e-5
 
 
 def test_lists_that_do_not_fit_are_a_mistake_of_the_program(predictor, photo):
@@ -214,9 +202,7 @@ def test_weights_that_do_not_belong_to_the_config_are_named(trained, tmp_path, l
         Predictor(tmp_path / "none.yaml", best)
 
 
-def test_weights_default_to_those_of_the_config_then_of_the_run(trained, tmp_path):
-    cfg = load_config(trained)
-    assert Predictor(cfg).weights == str(cfg.run_folder / BEST)
-    last = str(cfg.run_folder / LAST)
-    named = cfg.model_copy(update={"TEST": cfg.TEST.model_copy(update={"weights": last})})
-    assert Predictor(named).weights == last
+def test_weights_default_to_those_of_the_config_then_of_the_run(trained):
+    best, last = (str(load_config(trained).run_folder / name) for name in (BEST, LAST))
+    assert Predictor(trained).weights == best
+    assert Predictor(load_config(trained, ["TEST.weights", last])).weights == last

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,10 +54,9 @@ def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, trained
     table = capsys.readouterr().out
     assert sum(found.area > 0 for found in expected) > 0
     for stem, found in zip(stems, expected, strict=True):
-        mask = np.asarray(Image.open(out / f"{stem}.mask.png"))
+        mask, shown = (np.asarray(Image.open(out / f"{stem}.{n}.png")) for n in ("mask", "overlay"))
         assert mask.dtype == np.uint8
         assert np.array_equal(mask, 255 * found.mask)
-        shown = np.asarray(Image.open(out / f"{stem}.overlay.png"))
         changed = (shown != pixels).any(axis=2)
         assert changed[found.mask].mean() > 0.9 or found.area == 0
         assert found.area == 0 or (shown == PRED_COLOR).all(axis=2).any()
@@ -96,20 +96,15 @@ def test_json_lines_name_photos_beside_them_and_each_photo_is_encoded_once(
     asked = tmp_path / "asked.jsonl"
     text = "\n\n".join(json.dumps({"image": i, "sentence": s, "more": 1}) for i, s in lines)
     asked.write_text(text, "utf-8")
-    encoded, original = [], Predictor.encode
-
-    def counted(self, image):
-        encoded.append(image)
-        return original(self, image)
-
-    monkeypatch.setattr(Predictor, "encode", counted)
+    encode = mock.Mock(wraps=Predictor.encode)
+    monkeypatch.setattr(Predictor, "encode", lambda *call: encode(*call))
     ask(trained, "--jsonl", asked, "-o", tmp_path / "out")
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     assert sorted((r["image"], r["sentence"]) for r in records) == [
         (str(photo), "A!"), (str(photo), "A!"), (str(tmp_path / "street.png"), "a?"),
     ]  # fmt: skip
     assert len(names(tmp_path / "out")) == 9  # no answer overwrote another
-    assert len(encoded) == 2
+    assert encode.call_count == 2
 
 
 def test_a_table_has_a_row_an_answer(capsys):
@@ -156,10 +151,8 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, trained, photo):
     not_utf8 = b"caf\xe9".decode("utf-8", "surrogateescape")
     for sentence in ("", "a" * (MAX_CHARACTERS + 1), not_utf8):
         assert "cannot be read: say in words" in fault(trained, out, *image, *texts("a", sentence))
-    missing = tmp_path / "none"
-    assert fault(trained, out, "--image", missing, *texts("a")) == (
-        f"{missing}: there is no such image file"
-    )
+    missing = fault(trained, out, "--image", tmp_path / "none", *texts("a"))
+    assert missing == f"{tmp_path / 'none'}: there is no such image file"
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<html>")
     assert "cannot be decoded" in fault(trained, out, "--image", broken, *texts("a"))

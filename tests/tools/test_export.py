@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine.build import restore_trained
-from engine.export import IMAGE_ENCODER, NAMES, TEXT_HEAD, Difference, compare, random_cases
 from engine.predictor import Predictor
 from tools import export
+from tools.export import IMAGE_ENCODER, NAMES, TEXT_HEAD, Difference, compare, random_cases
 from tools.refshapes import draw_example
 from utils.checkpoint import BEST, read_checkpoint
 from utils.config import Config, load_config, to_dict
