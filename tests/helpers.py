@@ -51,16 +51,10 @@ from utils.transforms import load_mask, normalize_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ClipSizes(  # of the golden case "tiny"
-    embed_dim=96,
-    image_resolution=224,
-    vision_layers=(1, 2, 1, 1),
-    vision_width=8,
-    context_length=77,
-    vocab_size=512,
-    transformer_width=64,
-    transformer_heads=1,
-    transformer_layers=2,
-)
+    embed_dim=96, image_resolution=224, context_length=77, vocab_size=512,
+    vision_layers=(1, 2, 1, 1), vision_width=8,
+    transformer_layers=2, transformer_width=64, transformer_heads=1,
+)  # fmt: skip
 COLOURS = ("red", "green", "blue", "white", "yellow", "black")
 
 
@@ -223,34 +217,17 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 TINY_MODEL = {
     "clip_pretrain": None,
     "clip_arch": {
-        "embed_dim": 64,
-        "image_resolution": 64,
-        "vision_layers": [1, 1, 1, 1],
-        "vision_width": 8,
-        "context_length": 20,
-        "vocab_size": 49408,
-        "transformer_width": 64,
-        "transformer_heads": 1,
-        "transformer_layers": 1,
+        "embed_dim": 64, "image_resolution": 64, "context_length": 20, "vocab_size": 49408,
+        "vision_layers": [1, 1, 1, 1], "vision_width": 8,
+        "transformer_layers": 1, "transformer_width": 64, "transformer_heads": 1,
     },
-    "input_size": 64,
-    "vis_dim": 64,
-    "fpn_out": [32, 64, 64],
-    "num_layers": 1,
-    "num_head": 4,
-    "dim_ffn": 64,
-}
+    "input_size": 64, "vis_dim": 64, "fpn_out": [32, 64, 64],
+    "num_layers": 1, "num_head": 4, "dim_ffn": 64,
+}  # fmt: skip
 TINY_RECIPE = {
-    "workers": 0,
-    "workers_val": 0,
-    "epochs": 1,
-    "milestones": [],
-    "batch_size": 8,
-    "batch_size_val": 16,
-    "base_lr": 0.001,
-    "lr_multi": 1.0,
-    "print_freq": 2,
-}
+    "workers": 0, "workers_val": 0, "epochs": 1, "milestones": [], "batch_size": 8,
+    "batch_size_val": 16, "base_lr": 0.001, "lr_multi": 1.0, "print_freq": 2,
+}  # fmt: skip
 
 
 def pack(refer_root: Path, out: Path, dataset: str, split_by: str, name: str) -> None:

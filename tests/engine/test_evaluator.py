@@ -357,10 +357,15 @@ def test_a_line_names_another_threshold_than_the_protocols(cfg):
 # ------------------------------------------------------------------------------------- test.py
 
 
+def with_best(trained: Path, out: Path) -> tuple:
+    """Options to score the run's model and write below `out`."""
+    best = load_config(trained).run_folder / BEST
+    return "TRAIN.output_folder", out, "TEST.weights", best
+
+
 def run_test(trained: Path, out: Path, *opts: object) -> Path:
     """Run test.py with the run's model, writing below `out`; gives the folder of the results."""
-    where = "TRAIN.output_folder", out, "TEST.weights", load_config(trained).run_folder / BEST
-    run_program("test.py", trained, *where, *opts)
+    run_program("test.py", trained, *with_best(trained, out), *opts)
     return out / "tiny"
 
 
@@ -466,10 +471,16 @@ def test_what_was_scored_is_printed_though_a_later_split_is_broken(
     shutil.copy(val, tmp_path)
     with_bad_image(data / "lmdb/shapes/testA.lmdb", tmp_path / "testA.lmdb", b"no photo")
     opts = ("TEST.splits", "[val, testA]", "TEST.test_lmdb", tmp_path / "val.lmdb")
-    opts += ("TRAIN.output_folder", tmp_path)
-    best = load_config(trained).run_folder / BEST
-    assert "cannot be decoded" in error_of("test.py", trained, *opts, "TEST.weights", best)
+    line = error_of("test.py", trained, *with_best(trained, tmp_path), *opts)
+    assert "cannot be decoded" in line
     assert "shapes   val" in capsys.readouterr().out
+
+
+def test_all_splits_are_looked_for_before_the_first_is_scored(trained, tmp_path):
+    where = with_best(trained, tmp_path / "out")
+    line = error_of("test.py", trained, *where, "TEST.splits", "[val, testX]")
+    assert "testX.lmdb does not exist" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_swapped_scores_go_to_files_of_their_own(tested, trained):
