@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.predictor import Prediction, Predictor, check_sentence
-from engine.tester import print_aligned
 from utils.arguments import model_parser, parse_with_opts
 from utils.config import load_config
 from utils.errors import UserError, run_entry_point
@@ -51,7 +50,7 @@ class Question(BaseModel):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read what is asked, answer it photo by photo, print a table."""
+    """Read what is asked, answer it photo by photo, print a line an answer."""
     args = _parse_args(argv)
     questions = read_questions(args)
     setup_logging(None, is_main=True)
@@ -59,13 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_sentence(sentence)
     predictor = Predictor(load_config(args.config, args.opts), args.weights)
     records, failed = answer(predictor, questions, args.output)
-    for sentence in dict.fromkeys(r["sentence"] for r in records if r["is_cut"]):
-        logger.warning(
-            f"“{_short(sentence, 60)}” has more than TRAIN.word_len "
-            f"{predictor.config.TRAIN.word_len} tokens: its end is not read"
-        )
+    for record in records:
+        print(describe_answer(record))
     if records:
-        print_table(records)
         print(f"\n{len(records)} masks and overlays are in {args.output}")
     if failed:
         raise UserError(f"{failed} of {len(questions)} photos could not be read, see above")
@@ -162,22 +157,15 @@ def write_answer(
     return record
 
 
-def print_table(records: Sequence[Mapping]) -> None:
-    """Print a row an answer: share of the photo, box, mean probability."""
-    rows = [("photo", "sentence", "area", "of photo", "box (x1 y1 x2 y2)", "mean prob.")]
-    for record in records:
-        name, sentence = _short(Path(record["image"]).name, 24), _short(record["sentence"], 36)
-        area, box, mean = record["area"], "nothing found", ""
-        if record["box"]:
-            box, mean = " ".join(map(str, record["box"])), f"{record['mean_probability']:.2f}"
-        share = area / (record["height"] * record["width"])
-        rows.append((name, sentence, str(area), f"{share:.1%}", box, mean))
-    print_aligned(rows, left=2)
-
-
-def _short(text: str, limit: int) -> str:
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def describe_answer(record: Mapping) -> str:
+    """Say in a line what was found; texts are quoted, since a terminal obeys some characters."""
+    found = "nothing found"
+    if record["box"] is not None:
+        share = record["area"] / (record["height"] * record["width"])
+        found = f"{record['area']} pixels, {share:.1%} of the photo, box {record['box']}, "
+        found += f"mean probability {record['mean_probability']:.2f}"
+    cut = "; the sentence is too long, its end was not read" if record["is_cut"] else ""
+    return f"{Path(record['image']).name!r} {record['sentence'][:80]!r}: {found}{cut}"
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
