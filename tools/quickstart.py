@@ -12,12 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -26,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 from engine.report.pages import INDEX
 from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
-from tools.refer import load_refs
 from tools.refshapes import DEFAULT_IMAGES, is_complete
 from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, read_checkpoint
@@ -148,8 +145,9 @@ def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = F
 
 def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     """Print the scores, the time and where everything lies; write the picture of examples."""
-    lines = read_lines(result(cfg, "val"))
-    swapped = read_lines(result(cfg, "val", swapped=True))
+    text = result(cfg, "val").with_suffix(".jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    swapped = json.loads(result(cfg, "val", swapped=True).read_text())
     pictures = cfg.run_folder / "vis"
     save_picture(contact_sheet(choose_examples(lines)), pictures / "examples.png")
 
@@ -157,7 +155,8 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     scores = [result(cfg, split, p) for split in cfg.TEST.splits for p in ("aligned", "published")]
     print_table([json.loads(path.read_text()) for path in scores])
     print("\nmIoU on val (aligned): of each kind of sentence, and does it read?")
-    for name, score in val_scores(lines, swapped, REFER).items():
+    rows = scores_by_kind(lines) | {"another object's sentences, swapped": swapped["mIoU"]}
+    for name, score in rows.items():
         print(f"  {name:<64}{100 * score:>6.2f}")
     print("\ntime")
     for name, value in seconds.items():
@@ -171,56 +170,14 @@ where to look
   training      {cfg.run_folder / "train.log"}, numbers in metrics.jsonl""")
 
 
-def read_lines(result: Path) -> list[dict]:
-    """Read the records of all sentences behind a result."""
-    return [json.loads(line) for line in result.with_suffix(".jsonl").read_text().splitlines()]
-
-
-def mean_iou(lines: Sequence[dict]) -> float:
-    """Return the mIoU of sentence records, in [0, 1]."""
-    return summarize([r["intersection"] for r in lines], [r["union"] for r in lines])["mIoU"]
-
-
-def val_scores(lines: Sequence[dict], swapped: Sequence[dict], refer: Path) -> dict[str, float]:
-    """Return mIoU by kind of sentence, of the model misled, and of guesses that see masks alone.
-
-    Args:
-        lines, swapped: sentences of val, their own and those of another object of the image.
-        refer: the generated data.
-    """
-    kinds = {k: [r for r in lines if k in sentence_kinds(r["sentence"])] for k in KIND_PATTERNS}
-    scores = {f"{k} ({len(rows):,} sentences)": mean_iou(rows) for k, rows in kinds.items() if rows}
-    scores |= {"all sentences": mean_iou(lines), "all sentences, swapped": mean_iou(swapped)}
-    blind = blind_baselines(refer, "val")
-    return scores | {f"no model, the true mask of one object: {k}": v for k, v in blind.items()}
-
-
-def blind_baselines(root: Path, split: str) -> dict[str, float]:
-    """Score three ways of choosing a ground-truth object without reading the sentence.
-
-    Returns:
-        mIoU over a split's sentences in [0, 1] of choosing the largest object, the one nearest the
-        centre of the image, and any object at random (the exact expectation, not a draw).
-    """
-    instances = json.loads((root / "refshapes" / "instances.json").read_text())
-    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
-    objects = defaultdict(list)
-    for annotation in instances["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
-    scores, weights = [], []
-    for ref in load_refs(root / "refshapes" / "refs(unc).p"):
-        if ref["split"] == split:
-            size, seen = sizes[ref["image_id"]], objects[ref["image_id"]]
-            masks = [coco_mask.frPyObjects(o["segmentation"], *size)[0] for o in seen]
-            truth = [o["id"] for o in seen].index(ref["ann_id"])
-            ious = coco_mask.iou(masks, [masks[truth]], [0])[:, 0]
-            boxes = np.array([o["bbox"] for o in seen])
-            offsets = np.hypot(*(boxes[:, :2] + boxes[:, 2:] / 2 - np.array(size[::-1]) / 2).T)
-            largest = np.argmax(coco_mask.area(masks))
-            scores.append((ious[largest], ious[np.argmin(offsets)], ious.mean()))
-            weights.append(len(ref["sentences"]))
-    means = np.average(scores, axis=0, weights=weights).tolist()
-    return dict(zip(("largest", "central", "random"), means, strict=True))
+def scores_by_kind(lines: Sequence[dict]) -> dict[str, float]:
+    """Return the mIoU of the sentences of each of the report's kinds that occurs."""
+    scores = {}
+    for kind in KIND_PATTERNS:
+        if rows := [r for r in lines if kind in sentence_kinds(r["sentence"])]:
+            summary = summarize([r["intersection"] for r in rows], [r["union"] for r in rows])
+            scores[f"{kind}, {len(rows):,} sentences"] = summary["mIoU"]
+    return scores
 
 
 def choose_examples(lines: Sequence[dict]) -> list[dict]:

@@ -197,13 +197,6 @@ def test_an_example_is_answered_with_a_click(page):
     assert picture(page, "mask").shape == picture(page, "heat").shape
 
 
-def test_what_is_typed_is_shown_as_it_is(page, photo):
-    drop(page, photo)
-    odd = "<img src=x onerror=document.title='taken'> <b>circle</b> 🙂"
-    ask(page, odd)
-    assert page.title() == "CRIS"
-
-
 # ---------------------------------------------------------------------------------------- mistakes
 
 
@@ -245,10 +238,11 @@ def test_a_file_that_cannot_be_read_is_told_of_and_the_next_one_read(
 # ------------------------------------------------------------------------------- alone and together
 
 
-def test_the_page_asks_no_other_host(visit, demo, photo):
+def test_the_page_asks_no_other_host_and_shows_what_is_typed_as_it_is(visit, demo, photo):
     drop(visit.page, photo)
-    ask(visit.page, "red circle")
+    ask(visit.page, "<img src=x onerror=document.title='taken'> <b>circle</b> 🙂")
     picture(visit.page, "heat")
+    assert visit.page.title() == "CRIS"
     assert len(visit.requests) > 10
     local = (demo.url, "data:", "blob:")
     assert [url for url in visit.requests if not url.startswith(local)] == []
