@@ -215,7 +215,7 @@ def test_mistakes_are_told_and_the_next_question_is_answered(page, photo):
 @pytest.mark.parametrize(
     ("write", "told"),
     [
-        (lambda path: path.write_bytes(b"no photo at all"), "cannot be decoded"),
+        (lambda path: path.write_bytes(b"no photo at all"), "cannot identify image file"),
         (Image.new("1", (20_000, 6_000)).save, "has 120.0 million pixels, at most 100 million"),
         (lambda path: path.write_bytes(bytes(1_500_000)), "exceed the maximum allowed size"),
     ],
