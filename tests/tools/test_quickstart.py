@@ -6,16 +6,12 @@ from unittest import mock
 
 import cv2
 import pytest
-from helpers import ROOT, score_of
+from helpers import ROOT, write_result
 
-from engine.evaluator import SentenceScore, summarize_scores
-from engine.tester import write_scores
 from tools import data_process, folder2lmdb, quickstart, refshapes
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config, to_dict
 from utils.errors import UserError
-from utils.records import RecordReader
-from utils.transforms import PROTOCOLS, decode_mask
 
 CONFIG = ROOT / "config/refshapes/cris_tiny.yaml"
 COUNTS = {"train": 2, "val": 4, "testA": 2, "testB": 2}
@@ -105,29 +101,11 @@ class Runner:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(state, folder, is_best=True)
             case "test":
-                self.test(swapped="TEST.swap_sentences" in arguments)
+                swapped = "TEST.swap_sentences" in arguments
+                for split in ("val",) if swapped else self.cfg.TEST.splits:
+                    lmdb = quickstart.LMDB / f"{split}.lmdb"
+                    write_result(self.cfg.run_folder, lmdb, "both", is_swapped=swapped)
         return 0
-
-    def test(self, swapped: bool) -> None:
-        for split in ("val",) if swapped else self.cfg.TEST.splits:
-            reader = RecordReader(quickstart.LMDB / f"{split}.lmdb")
-            scores = [
-                self.score(reader, i, is_right=i % 3 and not swapped) for i in range(len(reader))
-            ]
-            for protocol in ("aligned", "published"):
-                result = {"dataset": "refshapes", "split": split, "protocol": protocol}
-                result |= {"sentences": len(scores), "swapped_sentences": swapped}
-                result |= {"threshold": PROTOCOLS[protocol].threshold}
-                result |= summarize_scores(scores)
-                result["ceiling"] = summarize_scores(scores, "ceiling_")
-                write_scores(result, scores, self.cfg.run_folder)
-
-    @staticmethod
-    def score(reader: RecordReader, position: int, is_right: bool) -> SentenceScore:
-        """The ref's first sentence, answered with its mask or with the rest of the image."""
-        ref = reader.ref(position)
-        mask = decode_mask(ref.mask, "mask") > 0
-        return score_of(ref, (position, 0), mask, mask if is_right else ~mask, mask)
 
 
 @pytest.fixture

@@ -222,41 +222,36 @@ def test_an_image_does_not_depend_on_how_many_are_asked_for(root, tmp_path):
 
 def test_refs_have_refers_fields_and_stable_unique_ids(root):
     instances, refs = read(root)
-    names = {image["id"]: image["file_name"] for image in instances["images"]}
+    names = {image["id"]: image["file_name"].removesuffix(".jpg") for image in instances["images"]}
     annotations = {a["id"]: a for a in instances["annotations"]}
     assert len(annotations) == len(instances["annotations"])
     assert len({ref["ref_id"] for ref in refs}) == len({ref["ann_id"] for ref in refs}) == len(refs)
     sent_ids = [i for ref in refs for i in ref["sent_ids"]]
     assert len(set(sent_ids)) == len(sent_ids)
     assert max(sent_ids) < 2**31
+    fields = "ref_id ann_id image_id category_id split sentences sent_ids file_name"
     for ref in refs:
-        assert set(ref) == {
-            *("ref_id", "ann_id", "image_id", "category_id", "split"),
-            *("sentences", "sent_ids", "file_name"),
-        }
+        assert list(ref) == fields.split()
         annotation = annotations[ref["ann_id"]]
-        assert annotation["image_id"] == ref["image_id"]
-        assert annotation["category_id"] == ref["category_id"]
-        stem = names[ref["image_id"]].removesuffix(".jpg")
-        assert ref["file_name"] == f"{stem}_{ref['ann_id']}.jpg"
+        for name in ("image_id", "category_id"):
+            assert annotation[name] == ref[name]
+        assert ref["file_name"] == f"{names[ref['image_id']]}_{ref['ann_id']}.jpg"
         assert [s["sent_id"] for s in ref["sentences"]] == ref["sent_ids"]
         for sentence in ref["sentences"]:
             assert sentence["sent"] == sentence["raw"] == " ".join(sentence["tokens"])
 
 
-def test_instances_are_whole_objects_inside_their_image(root):
-    instances, _ = read(root)
-    assert set(instances) == {"info", "licenses", "images", "annotations", "categories"}
-    sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
-    for annotation in instances["annotations"]:
-        polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2)
-        x, y, w, h = annotation["bbox"]
+def test_instances_are_whole_objects_inside_their_image(root, images):
+    assert list(read(root)[0]) == ["info", "licenses", "images", "annotations", "categories"]
+    for thing in (o for image in images.values() for o in image["objects"]):
+        polygon = np.array(thing["segmentation"][0]).reshape(-1, 2)
+        x, y, w, h = thing["bbox"]
         assert np.allclose([*polygon.min(0), *polygon.max(0)], [x, y, x + w, y + h])
         assert polygon.min() > 0
-        assert (polygon.max(0) < sizes[annotation["image_id"]]).all()
+        assert (polygon.max(0) < (thing["width"], thing["height"])).all()
         area = cv2.contourArea(polygon.astype(np.float32))
-        assert annotation["area"] == pytest.approx(area, rel=1e-3)
-        assert annotation["iscrowd"] == 0
+        assert thing["area"] == pytest.approx(area, rel=1e-3)
+        assert thing["iscrowd"] == 0
 
 
 def test_images_hold_three_to_seven_objects_that_do_not_touch_and_are_small(images):
@@ -279,19 +274,18 @@ def test_painted_colour_lies_where_the_polygon_says(root, images):
             assert min(distance, key=distance.get) == thing["colour"]
 
 
-def test_splits_hold_their_kinds_and_share_no_image(root):
-    _, refs = read(root)
-    kinds, of_split = defaultdict(Counter), defaultdict(set)
-    for ref in refs:
-        of_split[ref["split"]].add(ref["image_id"])
-        kinds[ref["split"]].update(FORMS[kind_of(s["sent"])] for s in ref["sentences"])
-    assert {split: len(ids) for split, ids in of_split.items()} == COUNTS
-    assert sum(map(len, of_split.values())) == len(set().union(*of_split.values()))
+def test_splits_hold_their_kinds_and_share_no_image(images):
+    kinds, counts = defaultdict(Counter), Counter()
+    for image in images.values():
+        (split,) = {ref["split"] for ref in image["refs"]}
+        counts[split] += 1
+        texts = [s["sent"] for ref in image["refs"] for s in ref["sentences"]]
+        kinds[split].update(FORMS[kind_of(text)] for text in texts)
+    assert counts == COUNTS
     for split, allowed in refshapes.SPLITS.items():
         assert set(kinds[split]) == set(allowed)
-    for kind, low, high in zip(
-        refshapes.FORMS, (0.28, 0.2, 0.12, 0.15), (0.42, 0.34, 0.24, 0.28), strict=True
-    ):
+    lowest, highest = (0.28, 0.2, 0.12, 0.15), (0.42, 0.34, 0.24, 0.28)
+    for kind, low, high in zip(refshapes.FORMS, lowest, highest, strict=True):
         assert low < kinds["val"][kind] / kinds["val"].total() < high, kind
 
 
