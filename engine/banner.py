@@ -38,7 +38,7 @@ def announce(run: Run, source: str | None) -> None:
         logger.info(notice)
     report_records(run.cfg, run.train_loader.dataset.records)
     for label, text in banner(run, source):
-        logger.info(f"{label:<12}{text}".rstrip())
+        logger.info(f"{label:<12}{text}")
 
 
 def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
@@ -75,8 +75,8 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     yield "length", f"{length}: {run.step + left:,} in all{done}{idle}"
     yield "output", str(run.folder)
     options = ", ".join(options_on(run.cfg)) or "as published"
-    lines = textwrap.wrap(options, 80, break_long_words=False, break_on_hyphens=False)
-    yield from zip(["options", *[""] * (len(lines) - 1)], lines, strict=True)
+    for line in textwrap.wrap(options, 80, break_long_words=False, break_on_hyphens=False):
+        yield "options", line
 
 
 def origin(run: Run, source: str | None) -> str:

@@ -3,12 +3,10 @@
 Errors of the data preparation tools are in the tests of those tools.
 """
 
-import io
 import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -109,62 +107,37 @@ def test_an_unknown_option_of_the_command_line_is_told_with_the_usage(config, ca
 # ------------------------------------------------------------------------------------- archives
 
 
-def saved(content: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def archive_error(config: Path, content: bytes | None, *opts: object) -> str:
-    """How training ends that starts from an archive of that content."""
-    path = config.with_name("archive.pt")
-    if content is not None:
-        path.write_bytes(content)
-    return train_error(config, "TRAIN.clip_arch", None, "TRAIN.clip_pretrain", path, *opts)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda _: b"<!DOCTYPE html><html></html>", "a web page"),
-        (lambda _: saved({"visual.conv1.weight": torch.ones(999)})[:900], "cut off at 900 bytes"),
-        (lambda checkpoint: checkpoint.read_bytes(), "TRAIN.weight"),
-        (lambda _: saved({"visual.class_embedding": torch.ones(8)}), "no CLIP with a ResNet"),
-        (lambda _: b"", "cut off at 0 bytes"),
-        (lambda _: saved({"some.weight": torch.ones(2)}), ": it has some.weight"),
+        (b"<!DOCTYPE html><html></html>", "/archive.pt: a web page"),
+        ({"some.weight": torch.ones(2)}, ": it has some.weight"),
+        (None, "no CLIP archive at .*/archive.pt.*tools/prepare_datasets.md"),
     ],
-    ids=["page", "cut", "checkpoint", "vit", "empty", "other"],
+    ids=["page", "other", "missing"],
 )
-def test_an_archive_that_is_none(config, checkpoint, content: Callable, message):
-    line = archive_error(config, content(checkpoint))
-    assert line.startswith(f"TRAIN.clip_pretrain: {config.with_name('archive.pt')}: ")
-    assert message in line
+def test_an_archive_that_is_none(config, tmp_path, content, message):
+    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", tmp_path / "archive.pt")
+    if isinstance(content, bytes):
+        opts[-1].write_bytes(content)
+    elif content:
+        torch.save(content, opts[-1])
+    assert re.match(f"TRAIN.clip_pretrain: .*{message}", train_error(config, *opts))
 
 
-def test_a_missing_archive(config, tmp_path):
-    line = archive_error(config, None)
-    assert f"no CLIP archive at {tmp_path / 'archive.pt'}" in line
-    assert "tools/prepare_datasets.md" in line
-
-
-def clip_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The CLIP inside a checkpoint, under its own names."""
+def test_an_archive_that_does_not_fit(config, checkpoint, tmp_path):
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    return {
+    clip = {
         key.removeprefix("backbone."): value
         for key, value in weights.items()
         if key.startswith("backbone.") and ".connect." not in key
     }
-
-
-def test_an_archive_that_does_not_fit(config, checkpoint):
-    clip = clip_of(checkpoint)
-    line = archive_error(config, saved(clip), "TRAIN.word_dim", 1024)
+    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", tmp_path / "archive.pt")
+    torch.save(clip, opts[-1])
+    line = train_error(config, *opts, "TRAIN.word_dim", 1024)
     assert "TRAIN.word_dim 1024 does not fit the CLIP: use 64 or null" in line
-    line = archive_error(config, saved(clip), "TRAIN.word_len", 30)
-    assert "TRAIN.word_len 30 exceeds CLIP's context_length 20" in line
-    line = archive_error(config, saved(clip | {"visual.adapter": torch.ones(3)}))
-    assert "unexpected ['visual.adapter']" in line
+    torch.save(clip | {"visual.adapter": torch.ones(3)}, opts[-1])
+    assert "unexpected ['visual.adapter']" in train_error(config, *opts)
 
 
 # ---------------------------------------------------------------------------------------- LMDBs
@@ -238,12 +211,6 @@ def test_testing_before_training(config, tmp_path):
     line = error_of("test.py", config)
     assert f"TEST.weights: there is no checkpoint {tmp_path / 'exp/tiny/best_model.pth'}" in line
     assert "train first" in line
-
-
-def test_a_checkpoint_of_another_clip(config, checkpoint):
-    opts = ("TRAIN.clip_arch.vision_width", 16, "TEST.weights", checkpoint)
-    line = error_of("test.py", config, *opts)
-    assert "backbone.visual.conv1.weight is (4, 3, 3, 3), the model has (8, 3, 3, 3)" in line
 
 
 def test_a_checkpoint_whose_clip_lacks_something(config, checkpoint, tmp_path):

@@ -163,7 +163,7 @@ class TrainConfig(_Group):
     clip_pretrain: FilePath | None = "pretrain/RN50.pt"
     # Sizes of a CLIP without an archive, a mapping as in config/refshapes/cris_tiny.yaml.
     clip_arch: ClipArch | None = None
-    input_size: Pixels = 416  # side in pixels of the square that images are letterboxed into
+    input_size: Pixels = 416  # side of the square that images are letterboxed into; 32 divides it
     # Tokens a sentence, start and end included; longer ones are cut, shorter ones padded.
     word_len: Annotated[Integer, Field(ge=2)] = 17
     # The next four follow from CLIP where they are null; numbers must agree with it.
@@ -189,8 +189,8 @@ class TrainConfig(_Group):
     # How the rates fall: at milestones (published), or along half a cosine to 0 over all epochs.
     schedule: Literal["milestones", "cosine"] = "milestones"
     milestones: tuple[Size, ...] = (35,)  # epochs after which rates are multiplied by lr_decay
-    start_epoch: Count = 0  # to count from; a resumed checkpoint brings its own
-    batch_size: Size = 64  # refs an optimiser step, over all ranks and accumulation steps
+    start_epoch: Count = 0  # epoch to count from; a resumed checkpoint brings its own
+    batch_size: Size = 64  # refs an optimiser step; ranks x accumulation_steps divides it
     batch_size_val: Size = 64  # sentences a validation step, over all ranks
     accumulation_steps: Size = 1  # passes whose gradients add up to an optimiser step
     # What stands side by side in a batch: refs at random (published), or all refs of an image,
@@ -240,7 +240,7 @@ class TrainConfig(_Group):
     # Write to the run's folder even if another process is training there, an earlier training has
     # left its checkpoints (one that begins there removes them), or it has scores of other records.
     force: StrictBool = False
-    wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # or offline, online: W&B
 
     @property
     def save_interval(self) -> tuple[int, str]:

@@ -256,7 +256,7 @@ class RecordReader:
     def index(self) -> RefIndex:
         """Return the `__index__` entry."""
         len(self)  # refuses a file that is not ours
-        return self._read(_INDEX_KEY, self._parse_index)
+        return self._read(_INDEX_KEY, _parse_index)
 
     def digest(self) -> str:
         """Return what tells these records from others; "" for a file that does not say it."""
@@ -291,12 +291,6 @@ class RecordReader:
         except lmdb.Error as error:
             fault = f"{self.path} is damaged at {key.decode()} ({error!r:.120})"
             raise UserError(f"{fault}: {REPACK}") from None
-
-    def _parse_index(self, data: bytes) -> RefIndex:
-        batch = _from_arrow(data, _INDEX_SCHEMA)
-        if batch.num_rows != len(self):
-            raise ValueError(f"{batch.num_rows} rows for {len(self)} refs")
-        return RefIndex(*(batch[name].to_pylist() for name in _INDEX_SCHEMA.names))
 
 
 class JoinedReader:
@@ -424,6 +418,10 @@ def _from_arrow(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
     if stream.schema not in schemas:
         raise ValueError(f"columns {stream.schema.names}")
     return stream.read_next_batch()
+
+
+def _parse_index(data: bytes) -> RefIndex:
+    return RefIndex(*_from_arrow(data, _INDEX_SCHEMA).to_pydict().values())
 
 
 def _parse_ref(data: bytes) -> RefRecord:

@@ -17,11 +17,11 @@ def config(tmp_path, data) -> Path:
 
 
 def lines_of(run, source: str | None = None) -> dict[str, list[str]]:
-    """What is said, by subject; lines without one go on with the subject before."""
+    """What is said, by subject."""
     found: dict[str, list[str]] = {}
     with on_cpu():
         for label, text in banner(run, source):
-            found.setdefault(label or list(found)[-1], []).append(text)
+            found.setdefault(label, []).append(text)
     return found
 
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -22,25 +22,17 @@ SHARED = "café.jpg"
 
 
 def make_ref(ref_id: int, **changes) -> RefRecord:
-    fields = {
-        "ref_id": ref_id,
-        "image_key": SHARED,
-        "image_id": 7,
-        "category": 3,
-        "height": 4,
-        "width": 6,
-        "mask": b"\x89PNG" + bytes([ref_id]),
-        "sentences": ("the red one", "número dos"),
-        "sent_ids": (10 * ref_id, 10 * ref_id + 1),
-    }
-    return RefRecord(**{**fields, **changes})
+    size = {"height": 4, "width": 6, "mask": b"\x89PNG" + bytes([ref_id])}
+    text = {"sentences": ("the red one", "número dos"), "sent_ids": (10 * ref_id, 10 * ref_id + 1)}
+    fields = {"image_key": SHARED, "image_id": 7, "category": 3} | size | text
+    return RefRecord(ref_id, **(fields | changes))
 
 
 NAMELESS = {"image_key": "b.png", "image_id": None, "category": None}
 REFS = [make_ref(1), make_ref(2, **NAMELESS), make_ref(3)]
 
 
-def write(path: Path, refs: list[RefRecord] = REFS, content: str = "bytes of") -> Path:
+def write(path: Path, refs: Iterable[RefRecord] = REFS, content: str = "bytes of") -> Path:
     with RecordWriter(path, "toys", "val") as writer:
         for ref in refs:
             writer.add_image(ref.image_key, f"{content} {ref.image_key}".encode())
@@ -50,15 +42,12 @@ def write(path: Path, refs: list[RefRecord] = REFS, content: str = "bytes of") -
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write(tmp_path / "lmdb" / "toys" / "val.lmdb")
+    return write(tmp_path / "val.lmdb")
 
 
-def entries_of(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    with (
-        lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env,
-        env.begin() as txn,
-    ):
-        yield from txn.cursor()
+def entries_of(path: Path) -> dict[bytes, bytes]:
+    with lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env:
+        return dict(env.begin().cursor())
 
 
 def test_what_is_written_is_read(path: Path) -> None:
@@ -84,16 +73,11 @@ def test_a_ref_of_one_target_is_stored_as_before_there_were_others(path: Path) -
         "category": pa.int64(), "height": pa.int32(), "width": pa.int32(), "mask": pa.binary(),
         "sentences": pa.list_(pa.string()), "sent_ids": pa.list_(pa.int64()),
     }  # fmt: skip
-    fields = [
-        pa.field(name, kind, nullable=name in ("image_id", "category"))
-        for name, kind in columns.items()
-    ]
-    entries = dict(entries_of(path))
+    nullable = ("image_id", "category")
+    schema = pa.schema([pa.field(n, k, nullable=n in nullable) for n, k in columns.items()])
     for i, ref in enumerate(REFS):
-        stored = entries[b"ref:%09d" % i]
-        assert stored == records._to_arrow(
-            [{n: getattr(ref, n) for n in columns}], pa.schema(fields)
-        )
+        row = {name: getattr(ref, name) for name in columns}
+        assert entries_of(path)[b"ref:%09d" % i] == records._to_arrow([row], schema)
     assert "num_targets" not in json.dumps(RecordReader(path).meta)
     assert RecordReader(path).ref(0).num_targets == 1
 
@@ -140,7 +124,7 @@ def test_an_image_is_stored_once_and_a_second_one_of_its_name_is_ignored(tmp_pat
 
 
 def test_values_are_arrow_or_json_or_the_original_bytes(path: Path) -> None:
-    entries = dict(entries_of(path))
+    entries = entries_of(path)
     assert set(entries) == {
         b"__meta__", b"__index__", b"ref:000000000", b"ref:000000001", b"ref:000000002",
         b"image:" + SHARED.encode(), b"image:b.png",
@@ -161,13 +145,12 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, error, old: list
     for name in old:
         write(tmp_path / name)
 
-    def fail() -> None:
-        with RecordWriter(tmp_path / "x.lmdb", "toys", "val") as writer:
-            writer.add_image(SHARED, b"x")
-            raise error
+    def refs() -> Iterator[RefRecord]:
+        yield REFS[0]
+        raise error
 
     with pytest.raises(error):
-        fail()
+        write(tmp_path / "x.lmdb", refs())
     assert os.listdir(tmp_path) == old
     assert all(RecordReader(tmp_path / name).ref(2) == REFS[2] for name in old)
 
@@ -198,8 +181,7 @@ def test_an_inconsistent_ref_is_refused(tmp_path: Path, ref, lengths, message) -
 
 
 def test_two_readers_of_one_file_live_side_by_side(path: Path, tmp_path: Path) -> None:
-    link = tmp_path / "train.lmdb"
-    link.symlink_to(path)
+    (link := tmp_path / "train.lmdb").symlink_to(path)
     train, val = RecordReader(link), RecordReader(path)
     assert train.ref(0) == val.ref(0) == REFS[0]
     del train
@@ -230,11 +212,9 @@ def read_in_child(reader: RecordReader, queue: multiprocessing.Queue) -> None:
     queue.put(([reader.ref(i) for i in range(len(reader))], reader.image(SHARED)))
 
 
-@pytest.mark.parametrize(
-    ("method", "opened_before"), [("fork", False), ("fork", True), ("spawn", True)]
-)
-def test_children_read_what_the_parent_reads(path: Path, method: str, opened_before: bool) -> None:
-    context = multiprocessing.get_context(method)
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_forked_children_read_what_the_parent_reads(path: Path, opened_before: bool) -> None:
+    context = multiprocessing.get_context("fork")
     reader, other = RecordReader(path), RecordReader(path)
     if opened_before:
         assert reader.ref(0) == other.ref(0)
@@ -253,12 +233,6 @@ def test_children_read_what_the_parent_reads(path: Path, method: str, opened_bef
 META = b'{"format_version": %d, "refs": %s, "token_length": %s}'
 
 
-def index_of(refs: int) -> bytes:
-    """A sound index of another number of refs."""
-    row = {"ref_id": 1, "image_key": "a", "num_sentences": 1}
-    return records._to_arrow([row] * refs, records._INDEX_SCHEMA)
-
-
 @pytest.mark.parametrize(
     ("key", "content", "message"),
     [
@@ -269,11 +243,16 @@ def index_of(refs: int) -> bytes:
         (b"__meta__", b'{"refs": 3}', r"an unreadable __meta__ \(KeyError\('format_version'"),
         (b"__meta__", b'{"format_version": 1}', r"an unreadable __meta__ \(KeyError\('refs'"),
         (b"__meta__", META % (1, b"3", b'{"a": 1}'), "an unreadable __meta__"),
+        (b"__meta__", META % (9, b"1", b"{}"), ".*record format 9, this code reads 1"),
+        (b"__meta__", META % (1, b"0", b"{}"), ".*it holds no refs"),
         (b"__index__", None, "no __index__"),
         (b"__index__", b"garbage", "an unreadable __index__"),
-        (b"__index__", index_of(2), "an unreadable __index__ .*2 rows for 3 refs"),
         (b"ref:000000000", None, "no ref:000000000"),
-        (b"ref:000000000", index_of(1), "an unreadable ref:000000000 .*columns"),
+        (
+            b"ref:000000000",
+            records._to_arrow([], records._INDEX_SCHEMA),
+            "an unreadable ref:0.*columns",
+        ),
         (b"image:" + SHARED.encode(), None, f"no image:{SHARED}"),
     ],
 )
@@ -282,11 +261,9 @@ def test_what_is_missing_or_damaged_is_named_with_the_command(
 ) -> None:
     put(path, {key: content})
 
-    def use(reader: RecordReader) -> None:
-        len(reader), reader.index, reader.ref(0), reader.image(SHARED)
-
+    reader = RecordReader(path)
     with pytest.raises(UserError, match=rf"val\.lmdb has {message}.*: re-pack with") as caught:
-        use(RecordReader(path))
+        _ = len(reader), reader.index, reader.ref(0), reader.image(SHARED)
     assert "\n" not in str(caught.value)
 
 
@@ -309,13 +286,9 @@ def test_damaged_pages_are_named_with_the_command(path: Path) -> None:
         (lambda p: p.write_text("<html>" * 4000), "no LMDB can be read from .*: re-pack with"),
         (lambda p: put(p, {b"__keys__": b"\x80", b"__len__": b"\x80"}), "the release's pickled"),
         (lambda p: put(p, {b"a": b"b"}), "has no __meta__: re-pack with"),
-        (
-            lambda p: put(p, {b"__meta__": META % (9, b"1", b"{}")}),
-            "record format 9, this code reads 1",
-        ),
-        (lambda p: put(p, {b"__meta__": META % (1, b"0", b"{}")}), "it holds no refs"),
+        (lambda p: os.truncate(write(p), 9_000), r"is cut off \(9000 bytes of [1-9]\d+\): re-pack"),
     ],
-    ids=["missing", "folder", "empty", "html", "release", "other", "version", "no-refs"],
+    ids=["missing", "folder", "empty", "html", "release", "other", "cut"],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_the_command(tmp_path, make, message) -> None:
     make(tmp_path / "x.lmdb")
@@ -323,10 +296,3 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_command(tmp_path, make, 
         with pytest.raises(UserError, match=f"{message}.* python tools/folder2lmdb.py") as caught:
             use(RecordReader(tmp_path / "x.lmdb"))
         assert "\n" not in str(caught.value)
-
-
-def test_a_file_cut_off_in_copying_is_refused(path: Path) -> None:
-    size = path.stat().st_size
-    os.truncate(path, size - 1)
-    with pytest.raises(UserError, match=rf"is cut off \({size - 1} bytes of {size}\)"):
-        len(RecordReader(path))
