@@ -300,26 +300,21 @@ def _background(rng: Random, width: int, height: int) -> np.ndarray:
     return tint + pattern[..., None] * rng.uniform(8, 26, 3).astype(np.float32) + grain[..., None]
 
 
-def _paint(image: np.ndarray, outline: np.ndarray, rgb: np.ndarray) -> None:
-    """Fill an outline, anti-aliased, in place."""
-    x0, y0 = np.floor(outline.min(0)).astype(int)
-    x1, y1 = np.ceil(outline.max(0)).astype(int)
-    fine = np.zeros(((y1 - y0) * SUPERSAMPLING, (x1 - x0) * SUPERSAMPLING), np.uint8)
-    # OpenCV counts from pixel centres, the outline from pixel corners; 4 bits of sub-pixels.
-    corners = ((outline - (x0, y0)) * SUPERSAMPLING - 0.5) * 16
-    cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255, shift=4)
-    alpha = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
-    alpha = (alpha.astype(np.float32) / 255)[..., None]
-    image[y0:y1, x0:x1] += alpha * (rgb - image[y0:y1, x0:x1])
-
-
 def _render(rng: Random, scene: Scene) -> np.ndarray:
-    """Paint a scene as (H, W, 3) uint8 RGB."""
+    """Paint a scene as (H, W, 3) uint8 RGB, anti-aliased."""
     image = _background(rng, scene.width, scene.height)
     for thing in scene.things:
         brightness = rng.uniform(0.85, 1.1)
         rgb = np.array(COLOURS[thing.colour]) * brightness + rng.uniform(-10, 10, 3)
-        _paint(image, thing.outline, rgb.astype(np.float32))
+        x0, y0 = np.floor(thing.outline.min(0)).astype(int)
+        x1, y1 = np.ceil(thing.outline.max(0)).astype(int)
+        fine = np.zeros(((y1 - y0) * SUPERSAMPLING, (x1 - x0) * SUPERSAMPLING), np.uint8)
+        # OpenCV counts from pixel centres, the outline from pixel corners; 4 bits of sub-pixels.
+        corners = ((thing.outline - (x0, y0)) * SUPERSAMPLING - 0.5) * 16
+        cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255, shift=4)
+        alpha = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
+        alpha = (alpha.astype(np.float32) / 255)[..., None]
+        image[y0:y1, x0:x1] += alpha * (rgb.astype(np.float32) - image[y0:y1, x0:x1])
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
