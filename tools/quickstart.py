@@ -165,7 +165,7 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
 where to look
   report        {cfg.run_folder / REPORT / INDEX}, to open in a browser
   six examples  {pictures / "examples.png"}
-  overlays      {pictures}/<split>/, {PICTURES} sentences each
+  overlays      {pictures}/refshapes_<split>/, {PICTURES} sentences each
   scores        {result(cfg, "val")} and so on; a line a sentence in the .jsonl
   training      {cfg.run_folder / "train.log"}, numbers in metrics.jsonl""")
 
