@@ -88,12 +88,9 @@ def scores_of(
     model: nn.Module, cfg: Config, lmdb: Path, ranks: Ranks = ALONE
 ) -> list[SentenceScore]:
     loader = build_evaluation_loader(cfg, str(lmdb), ranks)
-    protocols = resolve_protocols(TestConfig(protocol="aligned", threshold=THRESHOLD))
+    protocols = {"_": replace(PROTOCOLS["aligned"], threshold=THRESHOLD, no_target_pixels=50)}
     with on_cpu():
-        (scores,) = evaluate(
-            model, loader, ranks.device, protocols, cfg.TRAIN.batch_size_val
-        ).values()
-    return scores
+        return evaluate(model, loader, ranks.device, protocols, cfg.TRAIN.batch_size_val)["_"]
 
 
 def assert_close(got: list[SentenceScore], expected: list[SentenceScore]) -> None:
@@ -155,21 +152,17 @@ def ask_oracle(
 
 
 def test_every_sentence_is_scored_exactly_once_in_the_order_of_the_records(model, cfg, val):
-    refs = all_refs(val)
-    expected = [
-        (ref.ref_id, sent_id, sentence)
-        for ref in refs
-        for sent_id, sentence in zip(ref.sent_ids, ref.sentences, strict=True)
-    ]
-    scores = scores_of(model, cfg, val)
-    assert [(s.ref_id, s.sent_id, s.sentence) for s in scores] == expected
-    for score in scores:
-        ref = refs[score.key[0]]
+    scores = iter(scores_of(model, cfg, val))
+    for ref in all_refs(val):
         mask = load_mask(ref) > 0
-        assert score.image == ref.image_key
-        assert (score.image_id, score.category) == (ref.image_id, ref.category)
-        assert (score.height, score.width) == mask.shape
-        assert score.target_area == mask.sum()
+        for sent_id, sentence in zip(ref.sent_ids, ref.sentences, strict=True):
+            score = next(scores)
+            assert (score.ref_id, score.sent_id, score.sentence) == (ref.ref_id, sent_id, sentence)
+            assert score.image == ref.image_key
+            assert (score.image_id, score.category) == (ref.image_id, ref.category)
+            assert (score.height, score.width) == mask.shape
+            assert score.target_area == mask.sum()
+    assert next(scores, None) is None
 
 
 @pytest.mark.parametrize(("name", "least"), [("published", 0.4), ("aligned", 0.75)])
@@ -508,8 +501,8 @@ def test_a_lower_threshold_makes_larger_predictions(trained, tmp_path):
     areas = []
     for threshold in (0.1, 0.3):
         folder = run_test(trained, tmp_path, "TEST.threshold", threshold)
-        lines = read_jsonl(folder / f"test_shapes_val.threshold{threshold}.jsonl")
-        areas.append([decode(x).sum() for x in lines])
+        _, lines = read_result(folder, f"test_shapes_val.threshold{threshold}")
+        areas.append([decode(line).sum() for line in lines])
     assert all(low >= high for low, high in zip(*areas, strict=True))
     assert sum(areas[0]) > sum(areas[1])
 
