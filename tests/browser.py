@@ -33,7 +33,7 @@ def open_browser(width: int = 1440, height: int = 900) -> Iterator[Visit]:
     with api.sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu"]  # tests may run as root
         browser = playwright.chromium.launch(executable_path=path, args=options)
-        page = browser.new_page(viewport={"width": width, "height": height})
+        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
         page.set_default_timeout(20_000)
         visit = Visit(page)
         page.on("request", lambda request: visit.requests.append(request.url))

@@ -186,18 +186,16 @@
     const names = Object.keys(groups[0].models[0]);
     const heads = models.map((model, m) => names.map((name) =>
       el("th", { scope: "col", title: model.name }, isPair ? swatch(`m${m}`) : [], name)));
-    const order = labels.map((_, i) => i);
-    if (key === "category") order.sort((a, b) => groups[b].sentences - groups[a].sentences);
-    const body = order.map((i) => {
+    const body = groups.map((group, i) => {
       const onclick = () => choose({ [key]: i });
       const pick = el("button", { type: "button", onclick }, labels[i]);
-      const cells = groups[i].models.map((scores) =>
+      const cells = group.models.map((scores) =>
         names.map((name) => el("td", {}, percent(scores[name]))));
-      return el("tr", {}, el("td", {}, pick), el("td", {}, number(groups[i].sentences)), cells);
+      return el("tr", {}, el("td", {}, pick), el("td", {}, number(group.sentences)), cells);
     });
     const head = [title, "sentences"].map((name) => el("th", { scope: "col" }, name));
-    const rest = table({ id: `table-${key}` }, el("tr", {}, head, heads), body);
-    return el("div", { class: "scroll" }, rest);
+    return el("div", { class: "scroll" },
+      table({ id: `table-${key}` }, el("tr", {}, head, heads), body));
   }
 
   function drawTables() {

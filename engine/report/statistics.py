@@ -4,6 +4,7 @@ All scores lie in [0, 1]. N is the number of sentences, M that of models scored 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -91,15 +92,15 @@ def object_share(line: Mapping) -> float:
 
 
 def group_sentences(lines: Sequence[Mapping], dataset: str) -> list[Grouping]:
-    """Divide records of a `.jsonl` by kind, category (if they have any), size and length.
+    """Divide records of a `.jsonl` by kind, category (the commonest first), size and length.
 
     Args:
         dataset: gives the categories their names.
     """
-    categories = sorted({line["category"] for line in lines} - {None})
+    categories = Counter(line["category"] for line in lines if line["category"] is not None)
     known = {
         "kind": ("kind of sentence", [*_KINDS, OTHER_KIND, NO_TARGET, SEVERAL]),
-        "category": ("category", [category_name(dataset, category) for category in categories]),
+        "category": ("category", [category_name(dataset, c) for c, _ in categories.most_common()]),
         "size": ("object size, % of the photo", SIZES.values()),
         "length": ("words in the sentence", LENGTHS.values()),
     }

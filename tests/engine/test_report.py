@@ -103,7 +103,7 @@ def test_sentences_are_grouped_by_kind_category_size_and_length():
     lines = [record("red man", 9, 5), record("it", 10, 0), record("man on the far left", 999, 5)]
     assert groups_of(*lines, dataset="refcoco") == {
         "kind": (["position", "colour", "other"], [(1,), (2,), (0,)]),
-        "category": (["person", "bus"], [(1,), (0,), (1,)]),
+        "category": (["bus", "person"], [(0,), (1,), (0,)]),
         "size": (["under 1 %", "1–2 %", "from 40 %"], [(0,), (1,), (2,)]),
         "length": (["1", "2", "5–6"], [(1,), (0,), (2,)]),
     }

@@ -274,7 +274,7 @@ def test_sentences_about_nothing_are_told_with_their_rule(visit, tmp_path, shape
 
 
 def test_thousands_of_sentences_stay_usable(visit, tmp_path):
-    lmdb = write_records(tmp_path / "val.lmdb", [4] * 500)
+    lmdb = write_records(tmp_path / "val.lmdb", [20] * 100)
     result = write_result(tmp_path / "run", lmdb)
     start = time.perf_counter()
     go(visit, page_of(result))
