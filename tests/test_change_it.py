@@ -32,19 +32,19 @@ PACKAGES = ("engine", "model", "tools", "utils")
 CODE = ("train.py", "test.py", *PACKAGES, "config")
 
 
-def copy_of(tree: Path, *names: str) -> Path:
-    """Copy these files and folders of the repository."""
-    for name in names:
+def copy_code(tree: Path, *names: str) -> None:
+    """Copy the code, and these files and folders, of the repository."""
+    for name in (*CODE, *names):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, tree / name)
         else:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-    return tree
 
 
-def follow(recipe: str, tree: Path) -> None:
-    """Change the files that a recipe's block names: lines with - go, lines with + come."""
+def follow(recipe: str, tree: Path, *names: str) -> None:
+    """Change a copy as a recipe's block says: lines with - go, lines with + come."""
+    copy_code(tree, *names)
     (block,) = re.findall(r"^```diff\n(.*?)^```", RECIPES[recipe], re.M | re.S)
     for part in block.strip().split("\n\n"):
         name, _, hunks = part.partition("\n")
@@ -97,7 +97,6 @@ MODELS = ("A loss", "A decoder", "A backbone", "An optimiser", "An augmentation"
 
 @pytest.mark.parametrize("recipe", MODELS)
 def test_a_changed_model_or_training_learns_something_else(recipe, plain, tmp_path):
-    copy_of(tmp_path, *CODE)
     follow(recipe, tmp_path)
     opts = []
     if recipe == "A backbone":  # from CLIP's weights, of which its text is taken
@@ -106,8 +105,7 @@ def test_a_changed_model_or_training_learns_something_else(recipe, plain, tmp_pa
         clip = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         torch.save(clip, tmp_path / "clip.pt")
         opts = ["TRAIN.clip_pretrain", tmp_path / "clip.pt", "TRAIN.clip_arch", None]
-    records = train(tmp_path, plain, *opts)
-    losses = [record["loss"] for record in records]
+    losses = [record["loss"] for record in train(tmp_path, plain, *opts)]
     assert np.isfinite(losses).all()
     expected = [record["loss"] for record in read_metrics(plain.parent / "exp/tiny")]
     assert len(losses) == len(expected)
@@ -115,7 +113,6 @@ def test_a_changed_model_or_training_learns_something_else(recipe, plain, tmp_pa
 
 
 def test_a_metric_is_in_the_log_and_in_the_records(plain, tmp_path):
-    copy_of(tmp_path, *CODE)
     follow("A metric", tmp_path)
     *_, epoch = train(tmp_path, plain)
     assert 0 <= epoch["hit"] <= 1
@@ -123,7 +120,6 @@ def test_a_metric_is_in_the_log_and_in_the_records(plain, tmp_path):
 
 
 def test_a_config_key_is_in_base_yaml_and_does_something_when_it_is_set(plain, tmp_path):
-    copy_of(tmp_path, *CODE)
     follow("A config key", tmp_path)
     run(tmp_path, "utils.config")
     assert "  smoothing: 0.0  # how far" in (tmp_path / "config/base.yaml").read_text()
@@ -132,7 +128,7 @@ def test_a_config_key_is_in_base_yaml_and_does_something_when_it_is_set(plain, t
 
 
 def test_a_data_set_needs_no_code(tmp_path):
-    copy_of(tmp_path, *CODE)
+    copy_code(tmp_path)
     with (tmp_path / "mugs.jsonl").open("w") as file:
         for number in range(12):
             photo = save_photo(tmp_path / f"photos/{number}.png", number)
@@ -155,8 +151,7 @@ def test_a_data_set_needs_no_code(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["A metric", "A config key", *MODELS])
 def test_the_tests_that_a_recipe_names_hold_but_for_parity(recipe, tmp_path):
-    copy_of(tmp_path, *CODE, "tests", "docs", "pyproject.toml", "README.md")
-    follow(recipe, tmp_path)
+    follow(recipe, tmp_path, "tests", "docs", "pyproject.toml", "README.md")
     run(tmp_path, "utils.config")
     names = re.findall(r"\(\.\./(tests/[\w/]+\.py)\)", RECIPES[recipe])
     pytest_of_copy = ("env", "-C", tmp_path, sys.executable, "-m", "pytest", "-q", "-x", *names)

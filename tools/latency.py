@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.build import build_model, find_device, restore_trained
+from engine.build import build_model, find_device
 from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
 from utils.arguments import check_at_least, config_parser, parse_with_opts
@@ -31,8 +31,8 @@ EPILOG = """examples:
   python tools/latency.py --config config/refcoco/cris_r50.yaml --rounds 200 --json cost.json
   python tools/latency.py --config ... --device cpu --sentences 8 --opts TRAIN.input_size 320
 
-Without the CLIP archive that the config names, the model is built in its published sizes with
-random weights, which cost the same. Times are of one photo with one sentence and of one with
+No checkpoint is needed, nor the CLIP archive that the config names: random weights cost the same.
+Times are of one photo with one sentence and of one with
 --sentences of them; of the network alone, normalised images in, logits out, in float32, with
 BatchNorm folded as in evaluation and prediction."""
 
@@ -53,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     device = find_device(args.device, "--device")
-    if args.weights is None:
-        model = build_model(without_archive(cfg), device)
-    else:
-        model, *_ = restore_trained(cfg, device, args.weights, "weights")
+    model = build_model(without_archive(cfg), device).eval()
     with torch.inference_mode():
         image, tokens = inputs(cfg, device, args.sentences)
         calls = timed_calls(fold_batch_norm(model), image, tokens)
@@ -71,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "device": str(device),
             "machine": machine(device),
             "parameters": parameters_by_part(model),
-            "flops": operations_by_part(model.eval(), image, tokens[:1]),
+            "flops": operations_by_part(model, image, tokens[:1]),
             "sentences": args.sentences,
             "rounds": args.rounds,
             "seconds": seconds,
@@ -205,7 +202,6 @@ def print_report(report: Mapping) -> None:
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = config_parser(__doc__, EPILOG)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: none is needed)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, or cpu)")
     parser.add_argument("--sentences", type=int, default=8, help="on one photo (default 8)")
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")
