@@ -310,8 +310,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
         pairs = list(zip(optimizer.param_groups, saved["param_groups"], strict=True))
         # Torch takes settings and moments of any kind for any other's.
         for own, group in pairs:
-            is_decoupled = [bool(g.get("decoupled_weight_decay")) for g in (own, group)]
-            if own.keys() != group.keys() or is_decoupled[0] != is_decoupled[1]:
+            kinds = [(g.keys(), g.get("decoupled_weight_decay")) for g in (own, group)]
+            if kinds[0] != kinds[1]:
                 raise ValueError("it is of another kind")
         groups = [own | {"params": group["params"]} for own, group in pairs]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

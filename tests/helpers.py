@@ -407,16 +407,31 @@ def error_of(name: str, config: Path, *opts: object, switches: Sequence[str] = (
     return line.removeprefix("error: ")
 
 
+ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def run_command(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A command line from the repository root, in processes of its own."""
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | ONE_CPU | env,
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
+    )
+
+
+def start_command(*command: object) -> subprocess.Popen[str]:
+    """The same in a session of its own, and not waited for."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | ONE_CPU,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 

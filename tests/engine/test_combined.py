@@ -318,12 +318,7 @@ def test_the_combined_config_leaves_out_every_val_and_test_split_that_is_publish
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("a.lmdb", ("a.lmdb",)),
-        ("[a.lmdb, b c.lmdb]", ("a.lmdb", "b c.lmdb")),
-        ("['a.lmdb']", ("a.lmdb",)),
-        ("('a.lmdb', 'b.lmdb')", ("a.lmdb", "b.lmdb")),
-    ],
+    [("a.lmdb", ("a.lmdb",)), ("[a.lmdb, b c.lmdb]", ("a.lmdb", "b c.lmdb"))],
 )
 def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
     cfg = load_config(ROOT / "config/base.yaml", ["DATA.train_lmdb", text])
@@ -339,8 +334,6 @@ def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
         ("DATA.train_lmdb", "[]", "DATA.train_lmdb must name one LMDB or several, each once"),
         ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "each once, not ['a.lmdb', 'a.lmdb']"),
         ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be a valid string"),
-        ("DATA.train_lmdb", "null", "DATA.train_lmdb[0] must be a valid string, not null"),
-        ("DATA.train_lmdb", "{a: b}", "DATA.train_lmdb[0] must be a valid string"),
         ("DATA.exclude_lmdb", "a.lmdb", "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
     ],
 )

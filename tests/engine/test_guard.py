@@ -40,6 +40,30 @@ def learnt(run: Run) -> dict:
     return {"weights": weights, "optimizer": states}
 
 
+def statistics(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of BatchNorm's running means and variances."""
+    buffers = run.model.named_buffers()
+    return {name: b.clone() for name, b in buffers if name.rsplit(".")[-1].startswith("running_")}
+
+
+def poison(monkeypatch, is_bad: Callable[[int, dict], bool], fault: float = math.nan) -> None:
+    """The first pixel of some batches is not finite: of those for which `is_bad(call, batch)`."""
+    forward_backward, normalize, calls = trainer.forward_backward, trainer.normalize_images, []
+
+    def noted(run: Run, batch: dict, synchronize: bool) -> torch.Tensor:
+        calls.append(is_bad(len(calls) + 1, batch))
+        return forward_backward(run, batch, synchronize)
+
+    def poisoned(images: torch.Tensor) -> torch.Tensor:
+        images = normalize(images)
+        if calls[-1]:
+            images[0, 0, 0, 0] = fault
+        return images
+
+    monkeypatch.setattr(trainer, "forward_backward", noted)
+    monkeypatch.setattr(trainer, "normalize_images", poisoned)
+
+
 def step(run: Run, *batches: dict, fault: float | None = None) -> None:
     """A training step over so many micro-batches, at its end with a fault in a gradient."""
     with on_cpu():
@@ -96,17 +120,6 @@ def test_a_step_with_what_is_not_finite_changes_nothing(
     assert run.faults.tolist() == [1, 0, 2]
 
 
-def faulty(monkeypatch, is_faulty) -> None:
-    """The loss is not a number at the given calls, counted from 1."""
-    loss, calls = trainer.text_to_pixel_loss, []
-
-    def wrapper(*args):
-        calls.append(None)
-        return loss(*args) * (math.nan if is_faulty(len(calls)) else 1.0)
-
-    monkeypatch.setattr(trainer, "text_to_pixel_loss", wrapper)
-
-
 def refs_of_step(config: Path, step: int) -> set[int]:
     """Return the ref_ids of a step of the run."""
     run = build_run(config, "TRAIN.exp_name", "other")
@@ -119,7 +132,7 @@ def refs_of_step(config: Path, step: int) -> set[int]:
 
 
 def test_one_bad_step_is_told_with_its_refs(config, tmp_path, monkeypatch, capfd):
-    faulty(monkeypatch, lambda call: call == 2)
+    poison(monkeypatch, lambda call, _: call == 2)
     run_program("train.py", config, "TRAIN.print_freq", 3)
     folder = tmp_path / "exp/tiny"
     steps = [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "step"]
@@ -137,7 +150,7 @@ def test_one_bad_step_is_told_with_its_refs(config, tmp_path, monkeypatch, capfd
 @pytest.mark.parametrize(("start", "steps"), [(2, 3), (3, 4)], ids=["at once", "over epochs"])
 def test_a_fault_that_stays_ends_the_run_with_its_refs(config, monkeypatch, start, steps):
     monkeypatch.setattr(guard, "PERSISTENT", steps)  # an epoch has 5
-    faulty(monkeypatch, lambda call: call >= start)
+    poison(monkeypatch, lambda call, _: call >= start)
     line = error_of("train.py", config)
     last = start + steps - 1
     assert (
@@ -161,30 +174,6 @@ def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):
 
 
 # ------------------------------------------------------------------- BatchNorm's running statistics
-
-
-def poison(monkeypatch, is_bad: Callable[[int, dict], bool], fault: float = math.nan) -> None:
-    """The first pixel of some batches is not finite: of those for which `is_bad(call, batch)`."""
-    forward_backward, normalize, calls = trainer.forward_backward, trainer.normalize_images, []
-
-    def noted(run: Run, batch: dict, synchronize: bool) -> torch.Tensor:
-        calls.append(is_bad(len(calls) + 1, batch))
-        return forward_backward(run, batch, synchronize)
-
-    def poisoned(images: torch.Tensor) -> torch.Tensor:
-        images = normalize(images)
-        if calls[-1]:
-            images[0, 0, 0, 0] = fault
-        return images
-
-    monkeypatch.setattr(trainer, "forward_backward", noted)
-    monkeypatch.setattr(trainer, "normalize_images", poisoned)
-
-
-def statistics(run: Run) -> dict[str, torch.Tensor]:
-    """Copies of BatchNorm's running means and variances."""
-    buffers = run.model.named_buffers()
-    return {name: b.clone() for name, b in buffers if name.rsplit(".")[-1].startswith("running_")}
 
 
 @pytest.mark.parametrize("bad", [1, 2])

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from helpers import (
     run_command,
     run_program,
     save_photo,
+    start_command,
     train_opts,
     write_config,
 )
@@ -110,10 +110,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------ exact resuming
 
 
-def test_saving_within_epochs_changes_nothing(straight, config, folder):
-    train(config)
+def test_a_run_that_keeps_the_newest_few_checkpoints_is_the_same(straight, config, folder):
+    train(config, save_every=1, keep_checkpoints=2)
     assert_equal_runs(folder, straight)
-    assert steps_of(folder) == []
+    last = load(folder / "last_model.pth")["step"]
+    assert steps_of(folder) == [last - 1, last]
+    assert (folder / f"step_{last:08d}.pth").samefile(folder / "last_model.pth")
 
 
 @pytest.mark.parametrize("step", ["first", "middle of a window", "last of an epoch"])
@@ -159,16 +161,19 @@ def changed(straight: Path, path: Path, number: int, **changes: object) -> Path:
     return path
 
 
-def test_what_has_changed_since_the_checkpoint_is_listed(straight, config, tmp_path, told):
-    source = changed(straight, tmp_path / "x.pth", 2, threads=7, version="older")
+def test_what_has_changed_since_the_checkpoint_is_listed(straight, config, data, tmp_path, told):
+    lmdb = str(data / "lmdb/shapes/train.lmdb")
+    changes = {"threads": 7, "version": "older", "records": {lmdb: "other"}}
+    source = changed(straight, tmp_path / "x.pth", 2, **changes)
     run = built(config, resume=source, batch_size=4)
     lines = [line.split(maxsplit=1)[1] for line in told().splitlines() if f"{source} was" in line]
-    assert lines[:3] == [
+    assert lines[:4] == [
+        f"{lmdb} holds other records now than when {source} was saved",
         f"threads was 7 when {source} was saved, now 1",
         f"code was older when {source} was saved, now {run.version}",
         f"TRAIN.batch_size was 8 when {source} was saved, now 4",
     ]
-    keys = {line.split()[0] for line in lines[3:]}
+    keys = {line.split()[0] for line in lines[4:]}
     assert keys == {"TRAIN.output_folder", "TRAIN.save_every", "TRAIN.keep_checkpoints"}
 
 
@@ -255,15 +260,6 @@ def test_a_cosine_that_starts_at_an_epoch_ends_at_nothing(config, folder):
     assert rates[-1] < 1e-4
 
 
-def test_records_packed_anew_since_the_checkpoint_are_told(straight, config, tmp_path, data, told):
-    lmdb = str(data / "lmdb/shapes/train.lmdb")
-    built(config, resume=changed(straight, tmp_path / "x.pth", 2))
-    assert "holds other records now" not in told()
-    source = changed(straight, tmp_path / "y.pth", 2, records={lmdb: "other"})
-    built(config, resume=source, exp_name="b")
-    assert f"{lmdb} holds other records now than when {source} was saved" in told()
-
-
 def test_records_that_are_left_out_and_packed_anew_are_told(straight, config, data, tmp_path):
     other = shutil.copy(data / "lmdb/shapes/testA.lmdb", tmp_path / "other.lmdb")
     lmdbs = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testB")]
@@ -314,13 +310,6 @@ def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_
 # -------------------------------------------------------------------- which checkpoints there are
 
 
-def test_the_newest_few_checkpoints_are_kept(config, folder):
-    train(config, save_every=1, keep_checkpoints=2)
-    last = load(folder / "last_model.pth")["step"]
-    assert steps_of(folder) == [last - 1, last]
-    assert (folder / f"step_{last:08d}.pth").samefile(folder / "last_model.pth")
-
-
 @pytest.mark.parametrize(("minutes_ago", "is_due"), [(9.9, False), (10.1, True)])
 def test_checkpoints_may_come_by_the_clock(config, minutes_ago, is_due):
     run = built(config, save_every="10 minutes")
@@ -350,6 +339,7 @@ def test_auto_resumes_the_newest_whole_one_and_names_torn_ones(straight, config,
     (folder / "best_model.pth").unlink()
     run, err = built(config, resume="auto"), told()
     assert run.step == steps[-2]
+    assert "holds other records now" not in err
     for path in (last, newest):
         assert f"{path} is cut off or damaged, skipped" in err
 
@@ -428,11 +418,7 @@ def test_a_hang_up_that_nohup_has_ignored_stays_ignored():
 def test_a_signal_to_the_whole_group_leaves_the_loaders_working(tmp_path, data):
     config = recipe(tmp_path, data, workers=1, workers_val=1, epochs=1000, milestones=[999])
     log = tmp_path / "exp/tiny/metrics.jsonl"
-    command = [sys.executable, "train.py", "--config", str(config)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start_command(sys.executable, "train.py", "--config", config)
     try:
         while not (log.exists() and log.stat().st_size):
             assert process.poll() is None
@@ -669,8 +655,12 @@ def test_a_training_does_not_write_over_another(straight, config, ended, left, s
 def test_the_remedies_of_an_earlier_training_work(straight, config, ended, told):
     train(config, resume="auto")
     assert_equal_runs(ended, straight)
+    other = ended.parent / "other"
+    other.mkdir()  # records without a checkpoint are no training to be kept
+    (other / "metrics.jsonl").write_text('{"kind": "step", "step": 99}\n')
     train(config, exp_name="other")
-    assert_equal_runs(ended.parent / "other", straight)
+    assert_equal_runs(other, straight)
+    assert steps_of(other) == []
     count = len(list(ended.glob("*.pth")))
     train(config, force=True, epochs=1)
     assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in told()
@@ -714,13 +704,6 @@ def test_a_forced_run_from_anothers_checkpoint_clears_the_folder(straight, confi
     assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in told()
     assert steps_of(ended) == []
     assert_equal_runs(ended, straight)
-
-
-def test_records_without_a_checkpoint_are_no_training_to_be_kept(config, folder):
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 99}\n')
-    train(config, epochs=1)
-    assert all(record["step"] != 99 for record in read_metrics(folder))
 
 
 def test_the_loss_scale_goes_on_where_it_was(config, folder):

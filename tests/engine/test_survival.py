@@ -10,26 +10,22 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
     assert_equal_runs,
     assert_same,
-    encoded,
     free_port,
     load,
     load_state,
     read_metrics,
-    sample_ref,
-    smooth_photo,
+    repack,
+    start_command,
     torchrun,
     write_config,
 )
 
-from utils.records import RecordWriter
-from utils.tokenizer import token_lengths
+from utils.records import RecordReader
 
 pytestmark = pytest.mark.slow
 LIMIT = 120  # seconds
@@ -59,17 +55,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
     started = []
 
     def launch(config: Path, *options: object) -> subprocess.Popen:
-        launcher = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
-        started.append(
-            subprocess.Popen(
-                [*launcher, "train.py", "--config", str(config)],
-                cwd=ROOT,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        started.append(start_command(*launcher, "train.py", "--config", config))
         return started[-1]
 
     yield launch
@@ -186,44 +173,32 @@ def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_pa
     assert_equal_runs(folder_of(config), folder_of(whole))
 
 
-def test_a_signal_to_one_rank_stops_all_and_they_are_not_restarted(data, tmp_path, start):
+@pytest.mark.parametrize("to", ["a rank", "the launcher"])
+def test_a_signal_stops_all_ranks_which_save_and_are_not_restarted(data, tmp_path, start, to):
     config = recipe(tmp_path, data, epochs=1000)
-    process = start(config, *ONE, "--max-restarts=1")
+    folder, process = folder_of(config), start(config, *ONE, "--max-restarts=1")
     wait_for(process, config)
-    os.kill(pid_of_rank(1, process), signal.SIGUSR1)
-    err = end(process)
-    assert process.returncode == 1
-    assert "exitcode  : 75" in err
-    assert err.count("TRAIN.resume auto goes on from there") == 1
-    folder = tmp_path / "exp/tiny"
-    assert (folder / "PREEMPTED").read_text().startswith("a signal to another rank")
+    if to == "a rank":
+        os.kill(pid_of_rank(1, process), signal.SIGUSR1)
+    else:
+        process.terminate()
+    err, told = end(process), (folder / "PREEMPTED").read_text()
+    assert process.returncode != 0
+    assert told.startswith("a signal to another rank" if to == "a rank" else "SIGTERM")
+    assert err.count(f"{told.strip()}; TRAIN.resume auto goes on from there") == 1
+    assert to == "the launcher" or "exitcode  : 75" in err
     state = load(folder / "last_model.pth")
     assert read_metrics(folder)[-1]["step"] <= state["step"]
     assert len(state["rng"]) == 2
 
 
-def test_a_signal_to_the_launcher_stops_all_ranks_after_they_have_saved(data, tmp_path, start):
-    config = recipe(tmp_path, data, epochs=1000)
-    process = start(config, *ONE)
-    wait_for(process, config)
-    process.terminate()
-    err = end(process)
-    assert process.returncode != 0
-    assert "SIGTERM: stopped after step" in err
-    assert (tmp_path / "exp/tiny/PREEMPTED").exists()
-
-
 def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path, start):
-    val = tmp_path / "val.lmdb"
-    with RecordWriter(val, "shapes", "val") as writer:
-        for image in range(4):  # the second goes to rank 1
-            photo = encoded(smooth_photo(np.random.default_rng(0), 60, 80), ".jpg")
-            writer.add_image(f"image_{image}.jpg", photo if image != 1 else photo[:200])
-            ref = sample_ref(image, image, (60, 80), 1)
-            writer.add_ref(ref, token_lengths(ref.sentences))
+    source = data / "lmdb/shapes/val.lmdb"
+    reader = RecordReader(source)
+    key = list(dict.fromkeys(reader.index.image_keys))[1]  # goes to rank 1
+    val = repack(source, tmp_path / "val.lmdb", photos={key: reader.image(key)[:200]})
     config = recipe(tmp_path, data)
-    text = config.read_text().replace(str(data / "lmdb/shapes/val.lmdb"), str(val))
-    config.write_text(text)
+    config.write_text(config.read_text().replace(str(source), str(val)))
     process = start(config, *ONE)
     wait_for(process, config)
     since = time.monotonic()
@@ -233,4 +208,4 @@ def test_one_failing_rank_ends_all_at_once_and_its_error_is_told(data, tmp_path,
     faults = ("error: ", "Traceback", "[rank")
     first = next(line for line in err.splitlines() if line.startswith(faults))
     assert first.startswith("error: "), err
-    assert "image_1.jpg" in first
+    assert key in first

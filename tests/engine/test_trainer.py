@@ -192,7 +192,7 @@ def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
         assert [record[name] for record in windows] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_log_file_tells_the_run(straight, data):
+def test_log_and_saved_config_tell_the_run(straight, data):
     text = (straight / "exp/tiny/train.log").read_text()
     for expected in (
         "step        1 rank(s) x 8 x 1 (accumulation) = batch 8",
@@ -205,6 +205,8 @@ def test_the_log_file_tells_the_run(straight, data):
     ):
         assert expected in text
     assert "\x1b" not in text
+    saved = load_config(straight / "exp/tiny/config.yaml")
+    assert saved == load_config(straight / "tiny.yaml", ["TRAIN.workers_val", "2"])
 
 
 def test_short_epochs_do_not_fill_the_log(tmp_path, data):
@@ -217,26 +219,13 @@ def test_short_epochs_do_not_fill_the_log(tmp_path, data):
     assert len(read_metrics(tmp_path / "exp/tiny")) == 24
 
 
-def test_the_saved_config_is_the_one_that_ran(straight):
-    opts = ["TRAIN.workers_val", "2"]
-    assert load_config(straight / "exp/tiny/config.yaml") == load_config(
-        straight / "tiny.yaml", opts
-    )
-
-
-def test_a_step_uses_the_warm_up_of_the_schedule(tmp_path, data):
-    config = write_config(tmp_path, data, print_freq=1, warmup_steps=4)
-    run_program("train.py", config)
-    rates = [record["lr_head"] for record in read_metrics(tmp_path / "exp/tiny")[:-1]]
-    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
-    assert rates[4:] == [1e-3] * (len(rates) - 4)
-
-
-def test_start_epoch_counts_from_there(config, tmp_path):
-    run_program("train.py", config, "epochs", 4, "start_epoch", 3, "milestones", "[1]")
+def test_start_epoch_counts_from_there_and_the_warm_up_from_the_first_step(tmp_path, data):
+    keys = {"epochs": 4, "start_epoch": 3, "milestones": [1], "print_freq": 1, "warmup_steps": 4}
+    run_program("train.py", write_config(tmp_path, data, **keys))
     *steps, epoch = read_metrics(tmp_path / "exp/tiny")
     assert epoch["epoch"] == 4
-    assert steps[0]["lr_head"] == pytest.approx(1e-4)
+    rates = [0.25e-4, 0.5e-4, 0.75e-4, *[1e-4] * (num_steps(data) - 3)]
+    assert [step["lr_head"] for step in steps] == pytest.approx(rates)
 
 
 def test_validating_now_and_then_saves_then_and_at_the_end(config, tmp_path):
@@ -409,15 +398,9 @@ def test_the_host_waits_for_the_device_only_when_it_logs(config, monkeypatch, sc
         ("fp16", CPU, torch.float16),
     ],
 )
-def test_automatic_precision_is_fp16_on_cuda_and_fp32_on_the_cpu(name, device, expected):
+def test_automatic_precision_is_fp16_on_cuda_and_only_that_scales_the_loss(name, device, expected):
     assert resolve_precision(name, device) is expected
-
-
-def test_only_fp16_scales_the_loss():
-    enabled = {
-        dtype: build_scaler(dtype, CPU).is_enabled() for dtype in trainer.PRECISIONS.values()
-    }
-    assert enabled == {torch.float16: True, torch.bfloat16: False, torch.float32: False}
+    assert build_scaler(expected, CPU).is_enabled() is (expected is torch.float16)
 
 
 def test_lower_precision_runs_on_the_cpu_keeps_float32_weights_and_may_change(config, tmp_path):
