@@ -255,12 +255,19 @@ class RecordReader:
     @cached_property
     def index(self) -> RefIndex:
         """Return the `__index__` entry."""
-        len(self)  # refuses a file that is not ours
-        return self._read(_INDEX_KEY, _parse_index)
+        refs = len(self)  # refuses a file that is not ours
+        index = self._read(_INDEX_KEY, _parse_index)
+        if len(index.ref_ids) != refs:
+            fault = f"an __index__ of {len(index.ref_ids)} rows for {refs} refs"
+            raise UserError(f"{self.path} has {fault}: {REPACK}")
+        return index
 
     def digest(self) -> str:
-        """Return what tells these records from others; "" for a file that does not say it."""
-        return self.meta.get("digest", "")
+        """Return what tells these records from others, such as the same refs packed anew."""
+        if "digest" in self.meta:
+            return self.meta["digest"]
+        entries = [self._read(key, bytes) for key in (META_KEY, _INDEX_KEY)]  # of an older file
+        return hashlib.sha256(b"".join(entries)).hexdigest()
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len."""
