@@ -28,6 +28,7 @@ from utils.transforms import load_image, load_square_mask
 CACHE_VERSION = 3
 IMAGES_AT_A_TIME = 64  # are in memory while the file is made
 _HEADER = 4096
+_PHOTO = 3  # squares of S x S bytes that a photo takes; a mask takes one
 
 
 class SquareCache:
@@ -43,7 +44,7 @@ class SquareCache:
         self.path = path
         self.reader = reader
         self.side = side
-        squares = 3 * reader.meta["images"] + len(reader)
+        squares = _PHOTO * reader.meta["images"] + len(reader)
         self.size = _HEADER + squares * side**2  # bytes of the file
         made_from = {
             "cache version": CACHE_VERSION,
@@ -64,30 +65,42 @@ class SquareCache:
         with self.path.open("rb") as file:
             return file.read(_HEADER).rstrip() == self.header
 
+    def is_sound(self) -> bool:
+        """Make the first and last ref's photo and mask anew: do they equal the file's?"""
+        for position in (0, len(self.reader) - 1):
+            ref = self.reader.ref(position)
+            photo, mask = load_image(self.reader, ref, self.side), load_square_mask(ref, self.side)
+            if (self.image(position) != photo).any() or (self.mask(position) != mask).any():
+                return False
+        return True
+
     def image(self, position: int) -> np.ndarray:
         """Copy the photo of the ref at `position`: (S, S, 3) uint8 RGB."""
-        start, _ = self._places[position]
-        return np.array(self._squares[start : start + 3]).reshape(self.side, self.side, 3)
+        photo, _ = self._places[position]
+        squares = np.array(self._squares[photo : photo + _PHOTO])
+        return squares.reshape(self.side, self.side, 3)
 
     def mask(self, position: int) -> np.ndarray:
         """Copy its mask: (S, S) uint8."""
-        _, place = self._places[position]
-        return np.array(self._squares[place])
+        _, mask = self._places[position]
+        return np.array(self._squares[mask])
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        """Map the file behind its header: (squares, S, S) uint8, of which a photo takes three."""
+        """Map the file behind its header: (squares, S, S) uint8."""
         if not self.is_whole():
             raise UserError(f"{self.path} was replaced while it was in use: start again")
         return np.memmap(self.path, np.uint8, "r", _HEADER).reshape(-1, self.side, self.side)
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
-        """Tell by a ref's position where its photo begins, and where its mask lies."""
-        places, start = {}, 0
+        """Tell by a ref's position the first square of its photo, and that of its mask."""
+        places, photo = {}, 0
         for positions in group_positions(self.reader.index.image_keys):
-            places |= {p: (start, start + 3 + i) for i, p in enumerate(positions)}
-            start += 3 + len(positions)
+            first_mask = photo + _PHOTO
+            for mask, position in enumerate(positions, first_mask):
+                places[position] = photo, mask
+            photo = first_mask + len(positions)
         return places
 
     def make(self, progress: Callable[[Iterable, int, str], Iterable]) -> None:
@@ -142,9 +155,9 @@ def open_cache(
     cache = SquareCache(path, reader, side)
     waiting = f"waiting for another process with {path}"
     with hold(path.with_suffix(".lock"), lambda: logger.info(waiting)):
-        if not cache.is_whole():
+        if not (cache.is_whole() and cache.is_sound()):
             how = "making anew" if path.exists() else "making"
             logger.info(f"DATA.cache: {how} {path}, {cache.size / 1e9:.2f} GB")
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
             cache.make(progress)
-    return cache
+    return SquareCache(path, reader, side)  # `cache` may have mapped the file that went

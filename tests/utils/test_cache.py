@@ -148,6 +148,12 @@ def repacked(lmdb: Path, path: Path) -> None:
     write_records(lmdb, [2, 3, 1, 1, 1])
 
 
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 DAMAGES = {
     "LMDB packed anew": repacked,
     "LMDB touched": lambda lmdb, path: os.utime(lmdb, ns=(1, 1)),
@@ -155,6 +161,8 @@ DAMAGES = {
     "cut to its head": lambda lmdb, path: os.truncate(path, 100),
     "empty": lambda lmdb, path: path.write_bytes(b""),
     "foreign": lambda lmdb, path: path.write_bytes(b"[1]".ljust(24_576)),
+    "an image's pixels": lambda lmdb, path: write_at(path, 4096, b"\0\1\2\3\4"),
+    "a mask's pixels": lambda lmdb, path: write_at(path, 24_575, b"\7"),
 }
 
 
@@ -191,9 +199,10 @@ def test_a_cache_that_was_replaced_under_a_reader_is_noticed(lmdb, folder):
 
 def test_of_several_ranks_one_makes_it_and_the_others_wait(lmdb, folder, monkeypatch, log_lines):
     make, context = SquareCache.make, multiprocessing.get_context("fork")
-    queue = context.Queue()
+    queue, start = context.Queue(), context.Barrier(4)
 
     def read_share(rank: int) -> None:
+        start.wait(60)
         ranks = Ranks(rank, 4, rank, 4, CPU)
         plain, cached = (
             build_train_loader(loader_config(lmdb, cache=c), 1, ranks) for c in ("null", folder)
