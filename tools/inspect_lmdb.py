@@ -19,7 +19,7 @@ from utils.arguments import check_at_least, text_parser
 from utils.errors import UserError, run_entry_point
 from utils.logger import progress
 from utils.records import RecordReader, RefRecord
-from utils.tokenizer import has_words
+from utils.tokenizer import has_words, token_lengths
 from utils.transforms import decode_image, decode_mask
 from utils.visualize import TRUTH_COLOR, grid, overlay, save_picture
 
@@ -133,12 +133,17 @@ def differences(meta: Mapping) -> list[str]:
 def check_records(reader: RecordReader) -> Inspection:
     """Read every record, and decode each photo and mask."""
     found, ids, pale = Inspection({}, [], []), set(), []
+    index, lengths = list(zip(*reader.index, strict=True)), Counter()
     images: dict[str, tuple | None] = {}  # height, width and image_id; None: it cannot be decoded
     for position in progress(range(len(reader)), len(reader), "check"):
         where, problems = f"position {position}", []
         try:
             ref = reader.ref(position)
             where, key = f"ref {ref.ref_id} (position {position})", ref.image_key
+            own = ref.ref_id, key, ref.image_id, len(ref.sentences)
+            if index[position] != own:
+                problems.append(f"the index says {index[position]}, the record {own}")
+            lengths.update(token_lengths(ref.sentences))
             if key not in images:
                 images[key] = None
                 photo = decode_image(reader.image(key), f"image {key}")
@@ -155,6 +160,10 @@ def check_records(reader: RecordReader) -> Inspection:
         found.shares.append(float((mask > 0).mean()))
         if ((mask > 0) & (mask < 253)).any():
             pale.append(ref.ref_id)
+    counts = {"sentences": lengths.total(), "images": len(images), "token_length": dict(lengths)}
+    for what, count in counts.items():
+        if (said := reader.meta[what]) != count:
+            found.faults.append(f"the file says {what} {said}, its records {count}")
     if pale:
         found.faults.append(
             f"{len(pale):,} masks, such as that of ref {pale[0]}, have values from 1 to 252, which "

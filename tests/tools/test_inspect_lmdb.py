@@ -1,5 +1,6 @@
 """tools/inspect_lmdb.py: what it says of a sound file, and that it finds each fault."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from PIL import Image
 
 from tools import inspect_lmdb
 from tools.inspect_lmdb import differences
+from utils import records
 from utils.errors import UserError
 from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
@@ -220,11 +222,32 @@ def test_masks_that_older_tools_packed_with_class_numbers_are_told(path, capsys)
 def test_what_cannot_be_read_is_named_once_and_the_rest_checked(path, capsys, content):
     cut_off = RecordReader(path).image("image_0.jpg")[:200]
     put(path, {b"ref:000000004": content, b"image:image_0.jpg": cut_off})
-    image, record = faults(path, capsys)  # the image once, whose refs are two
+    image, record, *counts = faults(path, capsys)  # the image once, whose refs are two
+    assert all(fault.startswith("the file says ") for fault in counts)
     assert image.startswith("ref 100 (position 0): image image_0.jpg cannot be decoded")
     how = "has no" if content is None else "has an unreadable"
     assert record.startswith(f"position 4: {path} {how} ref:000000004")
     assert cv2.imread(str(path.with_suffix(".jpg"))) is not None  # of the others
+
+
+def test_records_in_places_that_the_index_gives_to_others_are_found(path, capsys):
+    first, second = (
+        records._to_arrow([vars(ref)], records._REF_SCHEMA) for ref in all_refs(path)[:2]
+    )
+    put(path, {b"ref:000000000": second, b"ref:000000001": first})
+    found = faults(path, capsys)
+    assert len(found) == 2
+    assert found[0].startswith("ref 101 (position 0): the index says (100, 'image_0.jpg', ")
+
+
+def test_counts_and_lengths_that_are_not_those_of_the_records_are_found(path, capsys):
+    meta = RecordReader(path).meta | {"images": 5, "sentences": 21, "token_length": {9: 20}}
+    put(path, {b"__meta__": json.dumps(meta).encode()})
+    assert faults(path, capsys) == [
+        "the file says sentences 21, its records 20",
+        "the file says images 5, its records 4",
+        "the file says token_length {9: 20}, its records {6: 20}",
+    ]
 
 
 def test_without_a_sound_ref_the_sheet_is_blank(path, capsys):
