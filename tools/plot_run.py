@@ -84,9 +84,15 @@ def read_run(folder: Path, name: str) -> Series:
         raise UserError(
             f"{path} is not there: name the folder of a run, <output_folder>/<exp_name>"
         )
-    for line in path.read_text().splitlines():
+    lines = path.read_text(errors="replace").splitlines()
+    for line in lines:
         with suppress(ValueError):  # the last one is cut off while it is being written
-            records.append(json.loads(line))
+            record = json.loads(line)
+            is_record = isinstance(record, dict) and "kind" in record
+            if is_record and isinstance(record.get("step"), int):
+                records.append(record)
+    if broken := len(lines) - len(records):
+        print(f"{path}: {broken} line(s) cut off or damaged, left out", file=sys.stderr)
     if not records:
         raise UserError(
             f"{path}: nothing is logged yet; the first line comes after TRAIN.print_freq steps"

@@ -23,10 +23,10 @@ def epoch(number: int, at: int, **scores: float | None) -> dict:
     return record | ({"sentences": 1683, **scores} if scores else {})
 
 
-def write_run(folder: Path, *records: dict, end: str = "") -> Path:
+def write_run(folder: Path, *records: dict) -> Path:
     folder.mkdir(parents=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(text + end)
+    (folder / "metrics.jsonl").write_text(text)
     return folder
 
 
@@ -96,9 +96,14 @@ def test_the_key_names_each_run_its_best_score_and_what_it_was_scored_on(tmp_pat
     assert key(drawn(two, other)) == [f"{folder}: not validated yet" for folder in (two, other)]
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
-    folder = write_run(tmp_path / "a", *RECORDS, end='{"kind": "st')
+def test_what_is_broken_or_being_written_is_left_out_and_told(tmp_path, capsys):
+    ends = b'[1]\n5\n\0\xff\n{"a": 1}\n{"kind": "step"}\n{"kind": "st'
+    folder = write_run(tmp_path / "a", *RECORDS)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(ends)
     assert plot_run.read_run(folder, "a").records == RECORDS
+    told = f"{folder}/metrics.jsonl: 6 line(s) cut off or damaged, left out\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_and_numbers_of_newer_runs_may_be_missing(tmp_path):
