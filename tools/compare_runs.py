@@ -30,10 +30,11 @@ DRAWS, LEVEL = 10_000, 0.95  # of the bootstrap
 SAME = ("dataset", "split")
 SAME_PROTOCOL = ("protocol", "threshold", "no_target_pixels", "swapped_sentences")
 # What is read of a sentence's record, and of the scores and the way they were made.
-LINE = ("ref_id", "sent_id", "sentence", "image", "category", "height", "width", "target_area")
-LINE += ("intersection", "union", "iou", "pred_rle")
-RESULT = ("dataset", "split", "protocol", "threshold", "swapped_sentences", "checkpoint", "refs")
-RESULT += ("ceiling", "lmdb", "records")
+LINE = dict.fromkeys(("ref_id", "sent_id", "height", "width", "target_area"), int)
+LINE |= {"intersection": int, "union": int, "iou": int | float, "pred_rle": dict}
+LINE |= {"sentence": str, "image": str, "category": int | None}
+RESULT = dict.fromkeys(("dataset", "split", "protocol", "checkpoint"), str)
+RESULT |= {"threshold": int | float, "swapped_sentences": bool, "refs": int, "ceiling": dict}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     paths = args.first, args.second
     models = [read_result(path) for path in paths]
-    for names in ([m.result["protocol"] for m in models], "AB"):  # where one run is compared
-        if models[0].name == models[1].name:
-            models = [replace(m, name=name) for m, name in zip(models, names, strict=True)]
+    if models[0].name == models[1].name:  # two results of one run
+        names = [model.result["protocol"] for model in models]
+        if names[0] == names[1]:
+            names = ["A", "B"]
+        models = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
     lines = match_lines(paths, models, args.any_protocol)
     models[1] = replace(models[1], lines=lines)
     numbers = compare(*models, args.margin, args.seed)
@@ -77,15 +80,16 @@ def read_result(path: Path) -> Scored:
     return Scored(path.resolve().parent.name, result | count_lines(lines).scores(), lines)
 
 
-def _parse(text: bytes, names: Sequence[str], where: str) -> dict:
-    """Parse an object that must have some names."""
+def _parse(text: bytes, kinds: Mapping[str, type], where: str) -> dict:
+    """Parse an object that must have some names, with values of their kinds."""
     try:
         value = json.loads(text)
     except ValueError:
         raise UserError(f"{where} is no JSON: run test.py again") from None
-    for name in names:
-        if not isinstance(value, dict) or name not in value:
-            raise UserError(f"{where} has no {name}: test.py did not write it")
+    for name, kind in kinds.items():
+        is_there = isinstance(value, dict) and name in value
+        if not is_there or not isinstance(value[name], kind):
+            raise UserError(f"{where} has no usable {name}: test.py did not write it")
     return value
 
 
@@ -183,12 +187,16 @@ def find_records(given: Path | None, models: Sequence[Scored]) -> RecordReader:
     Raises:
         UserError: they are not where the results say, or others are there.
     """
-    named = [given] if given else [Path(model.result["lmdb"]) for model in models]
+    # Results of an older test.py name neither the file nor its digest.
+    paths, digests = ([model.result.get(name) for model in models] for name in ("lmdb", "records"))
+    named = [given] if given else [Path(path) for path in paths if path]
     path = next(filter(Path.is_file, named), None)
     if path is None:
-        raise UserError(f"the photos are not in {named[0]}: name the LMDB with --lmdb")
-    reader = RecordReader(path)
-    if reader.digest() not in {model.result["records"] for model in models}:
+        where = f"not in {named[0]}" if named else "not named in the results"
+        raise UserError(f"the photos are {where}: name the LMDB with --lmdb")
+    reader, result = RecordReader(path), models[0].result
+    is_same_split = all(reader.meta[name] == result[name] for name in SAME)
+    if not is_same_split or (any(digests) and reader.digest() not in digests):
         raise UserError(f"{path} holds other records than were scored: name those with --lmdb")
     return reader
 

@@ -162,14 +162,24 @@ def test_the_records_can_be_named_where_they_moved(runs, tmp_path, shapes_lmdb):
     assert "not in absent.lmdb" in error(*runs, "--lmdb", "absent.lmdb")
     other = write_records(tmp_path / "other.lmdb", [1])
     assert "holds other records than were scored" in error(*runs, "--lmdb", other)
+    for path in runs:  # as an older test.py wrote them
+        content = json.loads(path.with_suffix(".json").read_text())
+        del content["records"], content["lmdb"]
+        path.with_suffix(".json").write_text(json.dumps(content))
+    assert "not named in the results: name the LMDB with --lmdb" in error(*runs)
+    main(*runs, "-o", tmp_path / "page", "--lmdb", shapes_lmdb)
+    assert "holds other records than were scored" in error(*runs, "--lmdb", other)
 
 
 def test_a_file_that_is_no_result_is_refused(runs):
+    head = read_jsonl(runs[0])[0]
+    wrong = [("sent_id", "a"), ("iou", "abc"), ("intersection", None), ("pred_rle", "1")]
     for text, complaint in (
         ("", "has no sentences"),
         ("{\n", ":1 is no JSON"),
-        ("[]\n", ":1 has no ref_id"),
-        ('{"ref_id": 1, "sent_id": "a"}\n', ":1 has no sentence"),
+        ("[]\n", ":1 has no usable ref_id"),
+        ("{}\n", ":1 has no usable ref_id"),
+        *((json.dumps(head | {name: value}), f":1 has no usable {name}") for name, value in wrong),
     ):
         runs[0].write_text(text)
         assert complaint in error(*runs)
@@ -181,7 +191,7 @@ def test_what_lies_beside_must_be_there_and_whole(runs):
     beside.write_text("{")
     assert f"{beside} is no JSON" in error(*runs)
     beside.write_text(json.dumps({k: v for k, v in content.items() if k != "ceiling"}))
-    assert f"{beside} has no ceiling" in error(*runs)
+    assert f"{beside} has no usable ceiling" in error(*runs)
     beside.unlink()
     assert f"{beside} is not there; test.py writes it" in error(*runs)
     assert "is no .jsonl" in error(beside, runs[1])
