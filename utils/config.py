@@ -34,6 +34,7 @@ from utils.errors import UserError
 from utils.files import atomic_path
 
 BASE_KEY = "_base_"
+QUOTED = r"^(['\"])(.*)\1$"
 AUTO = "auto"  # of TRAIN.resume: the newest whole checkpoint of the run, if there is one
 BASE_YAML = Path(__file__).parents[1] / "config/base.yaml"
 BASE_HEAD = """\
@@ -100,6 +101,12 @@ def _distinct(files: tuple[str, ...]) -> tuple[str, ...]:
     return files
 
 
+def _interval(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*( steps| minutes)?", text):
+        raise ValueError("must be a number of steps, or of minutes such as '10 minutes'")
+    return text
+
+
 Text = Annotated[str, BeforeValidator(_as_text)]
 # The release's test configs call val so.
 Split = Annotated[Text, AfterValidator(lambda name: "val" if name == "val-test" else name)]
@@ -112,7 +119,7 @@ Pixels = Annotated[Size, Field(multiple_of=32)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_as_number)]
 Rate = Annotated[Number, Field(gt=0)]
 Amount = Annotated[Number, Field(ge=0)]
-Interval = Annotated[Text, Field(pattern=r"^[1-9]\d*( steps| minutes)?$")]
+Interval = Annotated[Text, AfterValidator(_interval)]
 
 
 class _Group(BaseModel):
@@ -346,23 +353,24 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     opts = [str(opt) for opt in opts]
     if len(opts) % 2:
         raise UserError(f"--opts takes KEY VALUE pairs; {opts[-1]} has no value")
-    files, values = _read_files(Path(path)), {}
-    for tree in files.values():
-        _merge(values, tree)
+    files, values, sources = _read_files(Path(path)), {}, {}
+    for name, tree in files.items():
+        _merge(values, tree, name, sources)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         key = _full_key(key)
         tree = _parse_opt(text, KEYS.get(key))
         for name in reversed(key.split(".")):
             tree = {name: tree}
-        _merge(values, tree)
+        _merge(values, tree, "--opts", sources)
         if key == "TEST.test_split":  # the one split asked for, whatever list the file has
-            _merge(values, {"TEST": {"splits": []}})
+            _merge(values, {"TEST": {"splits": []}}, "--opts", sources)
     ignored = _remove_without_effect(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        sources = [*files, "--opts"] if opts else files
-        raise UserError(f"{' + '.join(sources)}: {_first_fault(error)}") from None
+        key, text = _first_fault(error)
+        several = " + ".join([*files, "--opts"] if opts else files)
+        raise UserError(f"{sources.get(key, several)}: {text}") from None
     config._ignored = tuple(ignored)
     return config
 
@@ -424,7 +432,7 @@ def check_clip_dims(train: TrainConfig, arch: ClipArch) -> None:
     width = arch.transformer_width
     if width != 64 * arch.transformer_heads:
         raise UserError(
-            f"TRAIN.clip_arch.transformer_width {width} must be 64 times "
+            f"the CLIP's transformer_width {width} must be 64 times "
             f"transformer_heads {arch.transformer_heads}"
         )
     for name, given, fitting in (
@@ -460,15 +468,16 @@ KEYS = _keys(Config)
 def _read_files(path: Path) -> dict[str, dict]:
     """Return, by name, the content of the files below `path` and of `path`, lowest first."""
     files, seen = {}, []
-    while path.resolve() not in seen:
-        seen.append(path.resolve())
+    while True:
         tree = _read_yaml(path)
+        if path.resolve() in seen:
+            raise UserError(f"{path}: its {BASE_KEY} leads back to it")
+        seen.append(path.resolve())
         base = tree.pop(BASE_KEY, None)
         files = {str(path): tree} | files
         if base is None:
             return files
         path = path.parent / os.path.expanduser(str(base))
-    raise UserError(f"{path}: its {BASE_KEY} leads back to it")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -514,7 +523,7 @@ def _parse_opt(text: str, hint: Any) -> Any:
     """Return what `text` spells for a key of type `hint`: text, Python literal, or YAML."""
     if hint in (str, Text | None, FilePath | None) or get_origin(hint) is Literal:
         # What Python or YAML makes of 007, off or 2024-01-01 is no help for a name.
-        return None if text in ("None", "null", "~", "") else text.strip("'\"")
+        return None if text in ("None", "null", "~", "") else re.sub(QUOTED, r"\2", text)
     with suppress(ValueError, SyntaxError, TypeError):
         return ast.literal_eval(text)
     with suppress(yaml.YAMLError, ValueError):
@@ -522,13 +531,15 @@ def _parse_opt(text: str, hint: Any) -> Any:
     return text
 
 
-def _merge(values: dict, tree: Mapping) -> None:
-    """Write the keys of `tree` over those of `values`."""
-    for name, value in tree.items():
+def _merge(values: dict, tree: Mapping, source: str, sources: dict, prefix: str = "") -> None:
+    """Write the keys of `tree` over those of `values`, and note where each comes from."""
+    for key, value in tree.items():
+        name = str(key)  # YAML reads on, 1 and 2024-01-01 as something else
+        sources[prefix + name] = source
         if isinstance(value, Mapping):
             if not isinstance(values.get(name), dict):
                 values[name] = {}
-            _merge(values[name], value)
+            _merge(values[name], value, source, sources, f"{prefix}{name}.")
         else:
             values[name] = value
 
@@ -556,21 +567,22 @@ def _suggestion(key: str) -> str:
     return answer if " " in answer else f"did you mean {answer}?"
 
 
-def _first_fault(error: ValidationError) -> str:
-    """Return one line that names the key and what is wrong with its value."""
+def _first_fault(error: ValidationError) -> tuple[str, str]:
+    """Return the key at fault, "" for several, and a line that names it and what is wrong."""
     faults = error.errors(include_url=False)
     fault = max(faults, key=lambda fault: fault["type"] == "extra_forbidden")
     text, value = fault["msg"].removeprefix("Value error, "), _show(fault["input"])
     if isinstance(fault.get("ctx", {}).get("error"), UserError):
-        return text  # of several keys, which it names
+        return "", text
     key = ".".join(part for part in fault["loc"] if isinstance(part, str))
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key}; {_suggestion(key)}"
-    key += "".join(f"[{part}]" for part in fault["loc"] if isinstance(part, int))
+        return key, f"unknown key {key}; {_suggestion(key)}"
+    entry = key + "".join(f"[{part}]" for part in fault["loc"] if isinstance(part, int))
     if fault["type"] == "missing":
-        return f"{key} is missing"
+        return key, f"{entry} is missing"
     text = re.sub(r"^\w+ should", "must", text).replace("a valid tuple", "a list")
-    return f"{key} {text}, not {value}"
+    text = re.sub("a valid dictionary or .*", "a mapping of its keys", text)
+    return key, f"{entry} {text}, not {value}"
 
 
 def _show(value: Any) -> str:

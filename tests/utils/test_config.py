@@ -240,7 +240,7 @@ class TestOpts:
             ("TRAIN.fpn_in", {"None": None}),
             ("TRAIN.word_dim", {"null": None}),
             ("TRAIN.resume", {"None": None, "": None, "exp/last_model.pth": "exp/last_model.pth"}),
-            ("TRAIN.weight", {"'a b.pth'": "a b.pth"}),
+            ("TRAIN.weight", {"'a b.pth'": "a b.pth", "x'": "x'", "'": "'"}),
             ("TRAIN.exp_name", {t: t for t in ("5", "007", "off", "2024-01-01", "a: b #c")}),
             ("TRAIN.sync_bn", {"false": False, "False": False}),
             ("TEST.visualize_limit", {"3": 3}),
@@ -302,8 +302,13 @@ class TestErrors:
             ("device: cuda", "unknown key device; training takes all GPUs"),
             ("TRAIN: {zzz: 4}", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
             ("TRAIN: {clip_arch: {depth: 4}}", "unknown key TRAIN.clip_arch.depth"),
-            ("TRAIN: {clip_arch: RN50}", "TRAIN.clip_arch must be a valid dictionary or instance"),
-            ("TRAIN: 4", "TRAIN must be a valid dictionary or instance of TrainConfig, not 4"),
+            (
+                "TRAIN: {clip_arch: RN50}",
+                "TRAIN.clip_arch must be a mapping of its keys",
+            ),
+            ("TRAIN: 4", "TRAIN must be a mapping of its keys, not 4"),
+            ("TRAIN: {on: 1}", "unknown key TRAIN.True; config/base.yaml lists the valid ones"),
+            ("1: 2", "unknown key 1; config/base.yaml lists the valid ones"),
             ("TRAIN: {batch_size: 64.0}", "TRAIN.batch_size must be a valid integer, not 64.0"),
             ("TRAIN: {batch_size: true}", "TRAIN.batch_size must be a valid integer, not True"),
             ("TRAIN: {batch_size: }", "TRAIN.batch_size must be a valid integer, not null"),
@@ -330,7 +335,7 @@ class TestErrors:
             ("TRAIN: {compile: true, recompute_backbone: true}", "choose one"),
             ("TRAIN: {compile: true, recompute_decoder: true}", "choose one"),
             ("TRAIN: {compile: true, batch_by: images}", "set TRAIN.batch_by to refs"),
-            ("TRAIN: {save_every: 5 hours}", "TRAIN.save_every must match pattern "),
+            ("TRAIN: {save_every: 5 hours}", "save_every must be a number of steps, or of minutes"),
             ("TRAIN:\n  epochs: 5\nTRAIN:\n", ":3: not valid YAML: TRAIN is there twice"),
             ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
             ("TEST: {threshold: 1.5}", "TEST.threshold must be less than 1, not 1.5"),
@@ -340,6 +345,7 @@ class TestErrors:
             ("", "expected the sections DATA, TRAIN and TEST, got None"),
             ("- TRAIN", "expected the sections DATA, TRAIN and TEST, got ['TRAIN']"),
             ("{[a]: 1}", ":1: not valid YAML: found unhashable key"),
+            ('_base_: "a\\0b"', "not valid YAML: embedded null byte"),
             ("_base_: nope.yaml", "nope.yaml: No such file or directory"),
             ("_base_: other.yaml", "its _base_ leads back to it"),
         ],
@@ -353,11 +359,17 @@ class TestErrors:
         assert "\n" not in str(caught.value)
         assert str(tmp_path) in str(caught.value)
 
-    def test_a_fault_names_all_files_that_it_may_be_in(self, tmp_path):
-        base = write(tmp_path, "TRAIN:\n  epoch: 4\n", "base.yaml")
-        path = write(tmp_path, "_base_: base.yaml\n")
-        with pytest.raises(UserError, match=re.escape(f"{base} + {path}: unknown key TRAIN.epoch")):
-            load_config(path)
+    def test_a_fault_names_the_file_that_holds_it_or_all_that_may(self, tmp_path):
+        path = write(tmp_path, "_base_: base.yaml\nTRAIN: {epochs: 5}\n")
+        base = tmp_path / "base.yaml"
+        for text, where in (
+            ("TRAIN: {epoch: 4}", f"{base}: unknown key TRAIN.epoch"),
+            ("TRAIN: {word_len: 1}", f"{base}: TRAIN.word_len must be"),
+            ("TRAIN: {start_epoch: 7}", f"{base} + {path}: TRAIN.start_epoch must be below"),
+        ):
+            base.write_text(text)
+            with pytest.raises(UserError, match=f"^{re.escape(where)}"):
+                load_config(path)
 
     @pytest.mark.parametrize("name", ["absent.yaml", "folder"])
     def test_a_file_that_cannot_be_read(self, name, tmp_path):
@@ -371,10 +383,10 @@ class TestErrors:
             (["TRAIN.epochs", "1", "x"], "--opts takes KEY VALUE pairs; x has no value"),
             (["epocs", "3"], "--opts: unknown key epocs; did you mean TRAIN.epochs?"),
             (["train.epochs", "3"], "unknown key train.epochs; did you mean TRAIN.epochs?"),
-            (["epochs", "1e2"], " + --opts: TRAIN.epochs must be a valid integer, not 100.0"),
+            (["epochs", "1e2"], "--opts: TRAIN.epochs must be a valid integer, not 100.0"),
             (["epochs", "x: : y"], "TRAIN.epochs must be a valid integer, not 'x: : y'"),
             (["wandb", "off"], "must be 'disabled', 'offline' or 'online', not 'off'"),
-            (["TRAIN", "null"], "TRAIN must be a valid dictionary or instance of TrainConfig, not"),
+            (["TRAIN", "null"], "--opts: TRAIN must be a mapping of its keys, not null"),
             (["clip_arch", RN50_ARCH], "TRAIN.clip_pretrain and TRAIN.clip_arch are both set"),
             ([*FROM_SCRATCH, "fpn_in", "[512, 1024, 512]"], "use [512, 1024, 1024] or null"),
             ([*FROM_SCRATCH, "word_dim", "512"], "word_dim 512 does not fit the CLIP: use 1024"),
