@@ -94,6 +94,8 @@ def derive_sizes(state: Mapping[str, Tensor]) -> ClipSizes:
     try:
         # One row for the class token and one for each cell of a square map at stride 32.
         num_cells = state["visual.attnpool.positional_embedding"].shape[0] - 1
+        if math.isqrt(num_cells) ** 2 != num_cells:
+            raise ArchiveError(f"its attention pool has {num_cells} positions, which is no square")
         transformer_width, embed_dim = state["text_projection"].shape
         return ClipSizes(
             embed_dim=embed_dim,

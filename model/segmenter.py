@@ -82,7 +82,7 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
         weights: CLIP's, by its names; None reads the archive `TRAIN.clip_pretrain`, if named.
     Raises:
         ArchiveError: the archive cannot be used.
-        ValueError: there is neither an archive nor a `clip_arch`.
+        ValueError: there is neither an archive nor a `clip_arch`, or heads do not divide the width.
     """
     train = cfg.TRAIN
     if weights is None and train.clip_pretrain:
@@ -94,6 +94,8 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
     else:
         raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
     channels = train.vis_dim or sizes.transformer_width
+    if channels % train.num_head:
+        raise ValueError(f"TRAIN.num_head {train.num_head} does not divide the width {channels}")
     model = assemble(
         sizes,
         fpn_out=train.fpn_out or (channels // 2, channels, 2 * channels),

@@ -254,6 +254,8 @@ def test_cris_checkpoint_is_pointed_to_train_weight(tmp_path, prefix, wrapper):
 
 def test_content_that_is_no_clip_is_named(tmp_path):
     path, state = tmp_path / "clip.pt", tiny_clip().state_dict()
+    pool = {"visual.attnpool.positional_embedding": torch.empty(7, 256)}
+    assert "has 6 positions, which is no square" in only_line(path, dict(state) | pool)
     del state["text_projection"]
     assert "no 'text_projection'" in only_line(path, state)
     assert "it has text_model.x" in only_line(path, {"text_model.x": torch.zeros(1)})

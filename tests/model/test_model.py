@@ -316,6 +316,12 @@ def test_neither_archive_nor_sizes_is_an_error():
         build_segmenter(tiny_config())
 
 
+def test_heads_that_do_not_divide_the_width_of_an_archive_are_refused():
+    cfg = tiny_config(vis_dim=None, fpn_out=None, num_head=7)
+    with pytest.raises(ValueError, match=r"TRAIN\.num_head 7 does not divide the width \d+"):
+        build_segmenter(cfg, small_segmenter().backbone.state_dict())
+
+
 def test_fresh_model_is_finite_and_the_same_for_the_same_seed():
     cfg = tiny_config(clip_arch=ARCH)
     photos, tokens, _ = random_batch(2, SIDE)
