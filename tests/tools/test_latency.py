@@ -82,6 +82,14 @@ def test_ways_take_turns_after_the_warmup():
     assert min(found["slow"]) >= 0.01 > min(found["quick"])
 
 
+def test_a_checkpoint_is_timed_with_a_single_sentence(tmp_path, trained):
+    best = load_config(trained).run_folder / "best_model.pth"
+    found = report(trained, tmp_path, "--weights", best, "--rounds", 1, "--sentences", 1)
+    assert len(found["seconds"]) == 3
+    with pytest.raises(UserError, match=r"none\.pth"):
+        report(trained, tmp_path, "--weights", "none.pth")
+
+
 def test_bad_options(tmp_path, trained, capsys):
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}: it cannot be used here"):
@@ -91,4 +99,4 @@ def test_bad_options(tmp_path, trained, capsys):
     for option in ("--rounds", "--sentences"):
         with pytest.raises(SystemExit, match="2"):
             report(trained, tmp_path, option, "0")
-        assert f"{option} 0: give a number from" in capsys.readouterr().err
+        assert f"{option} 0: give a number from 1" in capsys.readouterr().err
