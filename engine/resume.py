@@ -288,10 +288,16 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if not state.keys() >= NEEDED:
+    missing = sorted(NEEDED - state.keys())
+    if any(sums.shape != (2, 4) for sums in state.get("sums", [])):  # as in `Run`
+        missing.append("counts in sums")
+    if missing:
+        kind = f"is of an older version, without {', '.join(missing)}"
+        if not {"epoch", "step", "optimizer"} <= state.keys():
+            kind = "holds weights, not a run to continue"
         raise UserError(
-            f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
-            "from them give it as TRAIN.weight"
+            f"TRAIN.resume: {source} {kind}; to start a new training from its weights give it as "
+            "TRAIN.weight"
         )
     check_checkpoint(cfg, state, source, is_training=True)
     return model, state

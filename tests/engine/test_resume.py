@@ -300,11 +300,22 @@ def test_a_run_begun_from_anothers_checkpoint_writes_its_own_best_model(straight
     assert load(folder / "best_model.pth")["epoch"] == EPOCHS + 1
 
 
-@pytest.mark.parametrize("key", ["epoch", "step", "optimizer", "best_on"])
-def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path, key):
-    source = changed(straight, tmp_path / "x.pth", 1, **{key: None})
-    line = refusal(config, resume=source)
-    assert line.startswith(f"TRAIN.resume: {source} holds weights, not a run to continue; ")
+WEIGHTS, OLDER = "holds weights, not a run to continue", "is of an older version, without"
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        *(({key: None}, WEIGHTS) for key in ("epoch", "step", "optimizer")),
+        ({"length": None, "best_on": None}, f"{OLDER} best_on, length"),
+        ({"sums": [torch.ones(2, 3)]}, f"{OLDER} counts in sums"),
+    ],
+)
+def test_a_checkpoint_without_what_a_run_needs_is_refused(
+    straight, config, tmp_path, values, fault
+):
+    source = changed(straight, tmp_path / "x.pth", 1, **values)
+    assert refusal(config, resume=source).startswith(f"TRAIN.resume: {source} {fault}; ")
 
 
 # -------------------------------------------------------------------- which checkpoints there are
