@@ -6,7 +6,7 @@ S is the side of the network's input, L the number of tokens.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from utils.records import JoinedReader, RecordReader, RefRecord, group_positions
 from utils.seed import draw
 from utils.tokenizer import tokenize
 from utils.transforms import load_image, load_square_mask
+
+
+class TrainingSample(TypedDict):
+    """One ref with one of its sentences."""
+
+    image_name: tuple[Path, str]  # file and key: images of two files are two images
+    image: Tensor  # (S, S, 3) uint8 RGB
+    mask: Tensor  # (S, S) uint8, soft at the edges
+    tokens: Tensor  # (L,) int64
+    position: int  # of the ref in the records
 
 
 @dataclass(eq=False)
@@ -34,18 +44,14 @@ class TrainingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, visit: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, visit: tuple[int, int]) -> TrainingSample:
         """Load the ref of a visit (position, epoch) with one of its sentences.
 
         The epoch comes with the index, so workers that live through all epochs need no telling.
-
-        Returns:
-            image, mask, tokens and position, of which `TrainingBatch` has several; image_name,
-            file and key, since images of two files are two images.
         """
         return self.__getitems__([visit])[0]
 
-    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> list[TrainingSample]:
         """Load a batch of visits (torch's fetcher calls this), making each image once."""
         images: dict[tuple[Path, str], Tensor] = {}
         samples = []
@@ -58,8 +64,13 @@ class TrainingDataset(Dataset):
                 images[name] = torch.from_numpy(image)
             mask = cache.mask(place) if cache else load_square_mask(ref, self.input_size)
             sentence = self._sentence(ref, position, epoch)
-            sample = {"image_name": name, "image": images[name], "mask": torch.from_numpy(mask)}
-            sample |= {"tokens": tokenize(sentence, self.word_len)[0], "position": position}
+            sample = TrainingSample(
+                image_name=name,
+                image=images[name],
+                mask=torch.from_numpy(mask),
+                tokens=tokenize(sentence, self.word_len)[0],
+                position=position,
+            )
             samples.append(sample)
         return samples
 
@@ -82,7 +93,7 @@ class TrainingBatch(TypedDict):
     positions: Tensor  # (B,) int64
 
 
-def collate_refs(samples: Sequence[dict[str, Any]], by_image: bool = False) -> TrainingBatch:
+def collate_refs(samples: Sequence[TrainingSample], by_image: bool = False) -> TrainingBatch:
     """Join samples into a batch with one image a ref, as published.
 
     Args:
@@ -117,6 +128,14 @@ class SentenceTask:
     ref: RefRecord
     sentence: str
     sent_id: int
+
+
+class ImageSample(TypedDict):
+    """One image with the N sentences to score on it."""
+
+    image: Tensor  # (S, S, 3) uint8 RGB
+    tokens: Tensor  # (N, L) int64
+    tasks: list[SentenceTask]
 
 
 @dataclass(eq=False)
@@ -162,8 +181,8 @@ class EvaluationDataset(Dataset):
         group = next(group for group in self.groups if key[0] in group)
         return self.reader.ref(group[group.index(key[0]) - 1])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Load image `i` and its sentences: image, tokens and tasks, as in `EvaluationBatch`."""
+    def __getitem__(self, i: int) -> ImageSample:
+        """Load image `i` and its sentences."""
         refs = [self.reader.ref(position) for position in self.groups[i]]
         sources = list(zip(self.groups[i], refs, strict=True))
         if self.swap:
@@ -176,7 +195,7 @@ class EvaluationDataset(Dataset):
         ]
         image = torch.from_numpy(load_image(self.reader, refs[0], self.input_size))
         tokens = tokenize([task.sentence for task in tasks], self.word_len)
-        return {"image": image, "tokens": tokens, "tasks": tasks}
+        return ImageSample(image=image, tokens=tokens, tasks=tasks)
 
 
 class EvaluationBatch(TypedDict):
@@ -188,7 +207,7 @@ class EvaluationBatch(TypedDict):
     tasks: list[SentenceTask]
 
 
-def collate_images(samples: Sequence[dict[str, Any]]) -> EvaluationBatch:
+def collate_images(samples: Sequence[ImageSample]) -> EvaluationBatch:
     """Join images into a batch."""
     counts = torch.tensor([len(sample["tasks"]) for sample in samples])
     return EvaluationBatch(

@@ -127,6 +127,16 @@ def test_both_ways_of_batching_visit_the_same_number_of_refs(shapes_lmdb, batch_
         assert num_images <= 12 + 6
 
 
+@by_refs_or_images
+def test_two_ranks_together_see_the_batch_of_one(shapes_lmdb, batch_by):
+    cfg = loader_config(shapes_lmdb, batch_by=batch_by)
+    whole = build_train_loader(cfg, 4, ALONE)
+    halves = [build_train_loader(cfg, 2, Ranks(rank, 2, rank, 2, CPU)) for rank in range(2)]
+    for batches in zip(whole, *halves, strict=True):
+        expected, first, second = (batch["positions"].tolist() for batch in batches)
+        assert sorted(expected) == sorted(first + second)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 13])  # of 12 images
 @pytest.mark.parametrize("swap", [False, True])
 def test_evaluation_loaders_of_all_ranks_bring_every_sentence_once(shapes_lmdb, world_size, swap):

@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +206,12 @@ def test_memory_does_not_grow_over_epochs(shapes_lmdb):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb):
+@pytest.mark.parametrize("collate", [collate_refs, partial(collate_refs, by_image=True)])
+def test_a_workers_memory_does_not_grow_with_the_batches_it_has_made(shapes_lmdb, collate):
     """Batches of full size: stacked on a worker's heap they left it in pieces, a gigabyte."""
     dataset = training_dataset(shapes_lmdb, side=416)
     batches = [[(i % 29, epoch) for i in range(64)] for epoch in range(16)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate_refs)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=collate)
     sizes = []
     for _ in loader:
         (worker,) = multiprocessing.active_children()
