@@ -90,20 +90,15 @@ def names_in(path: Path) -> set[str]:
 def unpack(path: Path, target: Path) -> None:
     """Unpack the files of a zip or tar archive, but not its folders, as a new folder.
 
-    Whatever the files are called, nothing is written elsewhere. The folder appears when it is
-    complete.
+    Whatever the files are called, nothing is written elsewhere. The folder appears complete.
     """
-    try:
-        with staging_folder(target) as staging, _opened(path) as files:
-            check_space(target, sum(size for size, _ in files.values()), f"unpacking {path}")
-            bar = tqdm(files.items(), desc=f"unpack {path.name}", disable=None, leave=False)
-            for name, (_, open_file) in bar:
-                with open_file() as file, (staging / name).open("wb") as copy:
-                    shutil.copyfileobj(file, copy)
-            os.replace(staging, target)
-    except OSError as error:  # writing names no file
-        error.filename = error.filename or str(target)
-        raise
+    with staging_folder(target) as staging, _opened(path) as files:
+        check_space(target, sum(size for size, _ in files.values()), f"unpacking {path}")
+        bar = tqdm(files.items(), desc=f"unpack {path.name}", disable=None, leave=False)
+        for name, (_, open_file) in bar:
+            with open_file() as file, (staging / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+        os.replace(staging, target)
 
 
 @contextmanager
@@ -120,7 +115,12 @@ def _opened(path: Path) -> Iterator[dict[str, tuple[int, Callable[[], IO[bytes]]
             else:
                 found = [entry for entry in archive if entry.isfile()]
                 files = [(e.name, e.size, partial(archive.extractfile, e)) for e in found]
-            yield {PurePath(name).name: file for name, *file in files}
+            # Nobody needs hidden files; a system may have left one in each folder.
+            named = [(PurePath(name).name, file) for name, *file in files]
+            named = [(name, file) for name, file in named if not name.startswith(".")]
+            if len(dict(named)) < len(named):
+                raise UnfitError(f"{path} has files of the same name in several folders")
+            yield dict(named)
     except Exception as error:  # what reads foreign bytes can stumble in any way
         if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
             raise
@@ -133,10 +133,8 @@ def check_space(folder: Path, need: int, what: str) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
-        raise UserError(
-            f"{what} needs about {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are "
-            "free: make room, or give another folder"
-        )
+        told = f"{what} needs about {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are"
+        raise UserError(f"{told} free: make room, or give another folder")
 
 
 def ask_hub(download: Callable[..., str], repository: str, **what: Any) -> str:

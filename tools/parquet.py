@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from engine.report.categories import NAMES
 from utils.errors import UserError
-from utils.files import atomic_path, staging_folder
+from utils.files import atomic_path, is_plain_name, staging_folder
 
 REF = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences")
 
@@ -69,7 +69,9 @@ def write_refer(
                 for sentence in ref["sentences"]:
                     sentence.setdefault("sent_id", next(sent_ids))
                 if photo is not None and image["id"] not in images:
-                    with atomic_path(photos / Path(image["file_name"]).name) as partial:
+                    if not is_plain_name(name := image["file_name"]):
+                        raise ValueError(f"{name!r:.80} is no name of a photo")
+                    with atomic_path(photos / name) as partial:
                         partial.write_bytes(photo)
                 refs.append(ref)
                 annotations[annotation["id"]], images[image["id"]] = annotation, image

@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--pretrain", type=Path, default=Path("pretrain"), help="for CLIP (%(default)s)")
     add("--from", dest="given", type=Path, metavar="DIR", help="use files in DIR, offline")
     add("--source", choices=("zip", "parquet"), default="zip", help="of the refs (%(default)s)")
-    mirror = "download from URL/<archive> instead; may be given several times"
-    add("--mirror", action="append", default=[], metavar="URL", help=mirror)
+    add("--mirror", action="append", default=[], metavar="URL", help="get URL/<file>; repeatable")
     add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
     add("--subset", action="store_true", help="a part of the data: compare no sizes and counts")
     args = parser.parse_args(argv)
@@ -113,11 +112,9 @@ def make_refs(args: argparse.Namespace, data: dict) -> None:
     folder = args.root / "refer" / name
     if find_refs(folder, split_by).is_file():
         return
-    if where and (where / name).is_dir():
-        where = where / name
-    if where and find_refs(where, split_by).is_file():
+    if where and find_refs(where / name, split_by).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return folder.symlink_to(where.resolve())
+        return folder.symlink_to((where / name).resolve())
     if "archive" in data and args.source == "zip":
         return get_archive(args, data["archive"], folder)
     if "parquet" not in data:
@@ -128,6 +125,8 @@ def make_refs(args: argparse.Namespace, data: dict) -> None:
         where = args.root / "downloads" / f"{name}-parquet"
         what = {"repo_type": "dataset", "local_dir": where, "allow_patterns": f"*{files}"}
         ask_hub(snapshot_download, repository, **what)
+    elif (where / name).is_dir():
+        where = where / name
     found = sorted(where.rglob(files))
     if not found:
         raise UserError(f"{where} has no {files}: put the Parquet files of {repository} there")

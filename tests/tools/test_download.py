@@ -151,6 +151,14 @@ def test_a_folder_of_an_archive_is_unpacked_and_what_a_killed_run_left_goes(tmp_
     assert sorted(p.name for p in (tmp_path / "target").rglob("*")) == ["1", "2"]
 
 
+def test_of_two_files_of_one_name_none_is_chosen_but_hidden_ones_do_not_count(tmp_path):
+    names = [f"{folder}/{file}" for folder in ("a", "b") for file in (".DS_Store", "refs(unc).p")]
+    unpack(write_zip(tmp_path / "a.zip", *names[:3]), tmp_path / "target")
+    assert os.listdir(tmp_path / "target") == ["refs(unc).p"]
+    with pytest.raises(UnfitError, match="files of the same name in several folders"):
+        unpack(write_zip(tmp_path / "b.zip", *names), tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", ["a/../../evil", "a/../../../tmp/evil", "/evil", "a//evil"])
 def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
     folder = tmp_path / "in/deep"

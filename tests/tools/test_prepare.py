@@ -349,6 +349,11 @@ def test_an_archive_of_grefcoco_that_lacks_a_file_says_where_to_put_it(grefcoco,
     assert not list((tmp_path / "data/refer").glob("*"))
 
 
+def test_refs_of_another_data_set_in_the_folder_given_are_not_taken(shapes, run):
+    told = error(run, "refcoco+", "--from", shapes / "refcoco")
+    assert "refcoco+.zip: there is no such file" in told
+
+
 def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path):
     shutil.copytree(shapes / "images", tmp_path / "data/images")
     shutil.copytree(shapes / "refcoco", tmp_path / "data/refer/refcoco")
@@ -441,6 +446,14 @@ def test_parquet_that_is_odd_is_named(shapes, refer, run, tmp_path, rows, messag
     told = error(run, "refcoco", "--source", "parquet", "--from", tmp_path / "given")
     assert re.search(message, told)
     assert not list((tmp_path / "data").rglob("*.lmdb"))
+
+
+def test_a_photo_whose_name_is_a_path_is_refused(refer, shapes, run, tmp_path):
+    rows = benchmark_rows(refer, shapes / "images/train2014", "val")
+    rows[0]["image_info"] |= {"file_name": "../1.jpg"}
+    write_parquet(tmp_path / "given/refcoco_unc_val-0.parquet", rows)
+    told = error(run, "refcoco-eval", "--from", tmp_path / "given")
+    assert "row 0 is no ref (ValueError: '../1.jpg' is no name of a photo)" in told
 
 
 @pytest.mark.parametrize(
