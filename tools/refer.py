@@ -253,8 +253,8 @@ class Refer:
 def find_refs(folder: Path, split_by: str) -> Path:
     """Return the file of a folder's refs; it may be missing."""
     names = f"refs({split_by}).p", f"grefs({split_by}).json", f"grefs({split_by}).p"
-    usual = folder / names[folder.name == "grefcoco"]
-    return next((folder / name for name in names if (folder / name).is_file()), usual)
+    names = names[1:] + names[:1] if folder.name == "grefcoco" else names
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
 
 def load_refs(

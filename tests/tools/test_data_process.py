@@ -312,7 +312,9 @@ def test_a_list_of_objects_is_their_union_without_crowds_and_bad_polygons(
 ) -> None:
     lists = {1: [1, 2], 2: [3, 4, 1], 3: [2], 4: [-1], 5: [5, 1, 1]}
     refs = [gref(i, *ids) for i, ids in lists.items()]
-    prepare_gref(write_gref(tmp_path / "in", refs, name), tmp_path)
+    root = write_gref(tmp_path / "in", refs, name)
+    (root / "grefcoco/refs(unc).p").write_bytes(b"of another data set")
+    prepare_gref(root, tmp_path)
     entries = entries_of(tmp_path, "grefcoco/val")
     assert numbers_of_targets(entries) == [2, 2, 1, 0, 2]
     assert [entry["cat"] for entry in entries] == [11, 11, 11, None, 11]
