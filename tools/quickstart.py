@@ -8,7 +8,6 @@ the code may have changed. A training that was interrupted goes on after its las
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -26,10 +25,10 @@ from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, is_complete
 from utils.arguments import text_parser
-from utils.checkpoint import BEST, LAST, read_checkpoint
+from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run_entry_point
-from utils.logger import duration
+from utils.logger import METRICS, duration
 from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
@@ -42,12 +41,12 @@ SUCCESS, FAILURE = 0.8, 0.1  # IoU above and below which a sentence is an exampl
 
 
 class Step(NamedTuple):
-    """Holds a command, whether its result is there already, and a folder that goes before it."""
+    """Holds a command, whether its result is there already, and files that go before it."""
 
     name: str
     command: str
     is_done: bool = False
-    outdated: Path | None = None
+    outdated: Sequence[Path] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +100,8 @@ def training_step(config: str, cfg: Config) -> Step:
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
             resume = f"{command} --opts TRAIN.resume {last}"
             return Step("train", resume, state["epoch"] == cfg.TRAIN.epochs)
-    return Step("train", command, outdated=folder)
+    outdated = [*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")]
+    return Step("train", command, outdated=outdated)
 
 
 def take(step: Step) -> float | None:
@@ -110,8 +110,8 @@ def take(step: Step) -> float | None:
         print(f"● {step.name}: complete, reused", flush=True)
         return None
     print(f"● {step.name}\n  $ {os.path.relpath(sys.executable)} {step.command}", flush=True)
-    if step.outdated is not None:
-        shutil.rmtree(step.outdated, ignore_errors=True)
+    for path in step.outdated:
+        path.unlink(missing_ok=True)
     start = time.monotonic()
     code = execute([sys.executable, *shlex.split(step.command)])
     if code:

@@ -159,13 +159,17 @@ def test_training_starts_anew_when_the_recipe_or_the_data_changed(quick):
     old, other_recipe, newer_data = Runner(), Runner(), Runner()
     old.cfg = load_config(CONFIG, ["TRAIN.base_lr", "0.5"])
     quick(old)
-    (left := old.cfg.run_folder / "left").touch()
+    folder = old.cfg.run_folder
+    for name in ("notes.txt", "step_000000001.pth", "test_refshapes_gone.json"):
+        (folder / name).touch()
     quick(other_recipe)
     os.utime(quickstart.LMDB / "train.lmdb")
     quick(newer_data)
     for runner in (other_recipe, newer_data):
         assert runner.commands[0] == ["train.py", "--config", str(CONFIG)]
-    assert not left.exists()
+    left = {path.name for path in folder.iterdir()}
+    assert "notes.txt" in left
+    assert not {"step_000000001.pth", "test_refshapes_gone.json"} & left
 
 
 def test_data_drawn_with_other_parameters_are_made_again_with_all_that_follows(quick, monkeypatch):
