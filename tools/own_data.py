@@ -104,7 +104,7 @@ class Contents:
     masks: Path
     entries: list[tuple[int, Line]] = field(default_factory=list)  # lines of sound fields
     sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # None: unusable
-    missing: int = 0  # images
+    missing: list[str] = field(default_factory=list)  # images
     # An image's id, and the line that first gave it; the line of a ref's id.
     image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
     ref_ids: dict[int, int] = field(default_factory=dict)
@@ -161,10 +161,8 @@ def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
         except ValidationError as error:
             found = _field_problems(error, line)
         problems += [f"{number}: {problem}" for problem in found]
-    if (count := contents.missing) > 1:
+    if (count := len(contents.missing)) > 1:
         problems.append(f" {count} images are not below {images}: name their folder with --images")
-    if contents.ref_ids and any(entry.ref_id is None for _, entry in contents.entries):
-        problems.append(" ref_id is on some lines only: put it on all of them or on none")
     return contents, problems
 
 
@@ -201,10 +199,12 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
             data = read_file(path, remedy, MISSING_PHOTO)
             contents.sizes[key] = image_size(data, str(path), remedy)
         except (UserError, OSError) as error:
-            is_missing = getattr(error, "kind", None) == MISSING_PHOTO
-            contents.missing += is_missing
-            if not is_missing or contents.missing == 1:
+            if getattr(error, "kind", None) == MISSING_PHOTO:
+                contents.missing.append(key)
+            if key not in contents.missing[1:]:
                 yield str(error)
+    elif contents.sizes[key] is None and key not in contents.missing[1:]:
+        yield f"its image {key} cannot be used, see above"
     if (size := contents.sizes[key]) is not None:
         try:
             parts = [load_mask(mask, size, contents.masks) for mask in entry.mask]
@@ -221,6 +221,8 @@ def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[
         first = contents.ref_ids.setdefault(entry.ref_id, number)
         if first != number:
             yield f"ref_id {entry.ref_id} is that of line {first} as well"
+    if (entry.ref_id is None) != (contents.entries[0][1].ref_id is None):
+        yield "ref_id is on some lines only: put it on all of them or on none"
 
 
 def _has_several_values(codes: np.ndarray) -> bool:

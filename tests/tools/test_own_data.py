@@ -210,9 +210,11 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capfd):
         line(mask="masks/none.png", image_id=4),
         line(image="photos/none.jpg"),
         line(image="photos/cut.tif"),
+        line(image="photos/cut.tif"),
     ]
     found = problems(data, capfd, *lines)
-    assert [text.partition(":")[0] for text in found] == ["2", "3", "4", "4", "4", "5", "5", "7"]
+    assert [text.partition(":")[0] for text in found] == list("2344455678")
+    assert found[-1] == "8: its image photos/cut.tif cannot be used, see above"
 
 
 def test_missing_images_are_counted_once_and_their_folder_is_asked_for(data):
@@ -221,6 +223,7 @@ def test_missing_images_are_counted_once_and_their_folder_is_asked_for(data):
     _, found = own_data.read(write(data, *lines), data, data)
     assert found == [
         f"2: {data}/a.jpg does not exist: check image",
+        "4: its image a.jpg cannot be used, see above",
         f" 3 images are not below {data}: name their folder with --images",
     ]
 
@@ -283,8 +286,8 @@ def test_ids_that_contradict_each_other_are_named(data, capsys):
     ids = ((7, 5), (7, 5), (None, 5), (8, 9))
     assert problems(data, capsys, *(line(ref_id=i, image_id=j) for i, j in ids)) == [
         "2: ref_id 7 is that of line 1 as well",
+        "3: ref_id is on some lines only: put it on all of them or on none",
         "4: its image photos/1.jpg has image_id 9, but 5 on line 1",
-        " ref_id is on some lines only: put it on all of them or on none",
     ]
 
 
