@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def find_port(host: str, port: int) -> int:
     """Return the port if this host can use it; for 0, a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port)) as door:
+        with socket.create_server((host, port), family=family) as door:
             return door.getsockname()[1]
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port} cannot be used: {error}") from None
@@ -149,10 +150,9 @@ def answerer(predictor: Predictor) -> Callable[[str | None, str, float], tuple]:
     @lru_cache(PHOTOS)
     def encode(path: str) -> tuple[np.ndarray, EncodedImage]:
         photo = read_photo(path)
-        encoded = predictor.encode(photo)
         shown = Image.fromarray(photo)
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))  # if it is larger
-        return np.asarray(shown), replace(encoded, size=shown.size[::-1])
+        return np.asarray(shown), replace(predictor.encode(photo), size=shown.size[::-1])
 
     @lru_cache(MAPS)
     def find(path: str, sentence: str) -> Prediction:

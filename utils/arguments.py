@@ -22,8 +22,8 @@ def config_parser(description: str, epilog: str | None = None) -> argparse.Argum
 
 def text_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help shows these texts line by line, as they are written."""
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    return argparse.ArgumentParser(description=description, epilog=epilog, **how)
+    plain = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=plain)
 
 
 def check_at_least(

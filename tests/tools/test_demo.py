@@ -93,6 +93,11 @@ def test_without_gradio_the_remedy_is_named(monkeypatch):
         demo.main(["--config", "no.yaml"])
 
 
+def test_a_port_of_either_protocol_is_found():
+    assert demo.find_port("127.0.0.1", 0) > 0
+    assert demo.find_port("::1", 0) > 0
+
+
 def test_an_address_that_cannot_be_used_is_one_line_before_the_model(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -101,6 +106,7 @@ def test_an_address_that_cannot_be_used_is_one_line_before_the_model(monkeypatch
             ("127.0.0.1", 65536),
             ("192.0.2.1", 7860),
             ("no such host", 7860),
+            ("::2", 7860),
         ):
             told = rf"^--host {host} --port {port} cannot be used: [^\n]+$"
             with pytest.raises(UserError, match=told):
