@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -106,6 +107,10 @@ class Difference(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Restore the model and write it."""
     args = _parse_args(argv)
+    for package in ("onnx", "onnxscript", "onnxruntime") if args.format == "onnx" else ():
+        if find_spec(package) is None:
+            remedy = "pip install -r requirements.txt"
+            raise UserError(f"--format onnx needs the package {package}: {remedy}")
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     folder = args.output or cfg.run_folder / "export"

@@ -73,6 +73,7 @@ class ReleaseItem(TypedDict):
     cat: Number | None
     seg_id: Number
     img_name: ImageKey
+    num_sents: int
     sents: Annotated[list[Text], must(bool, "one or more")]
 
 
@@ -265,6 +266,8 @@ def convert(args: argparse.Namespace) -> Path:
             with odd.catch("unreadable entry", source.stem, place):
                 item = read_as(_RELEASE_ITEM, _unpickle(data, where), where, REPACK)
                 key, number, texts = item["img_name"], item["seg_id"], tuple(item["sents"])
+                if len(texts) != item["num_sents"]:
+                    raise UserError(f"{where}: num_sents is not the number of sents: {REPACK}")
                 size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", REPACK)
                 digest = hashlib.sha256(item["img"]).digest()
                 if digests.setdefault(key, digest) != digest:

@@ -201,6 +201,12 @@ def test_what_differs_too_much_is_named_with_its_case(capsys):
     assert "noise" in capsys.readouterr().out
 
 
+def test_a_missing_package_is_named_before_anything_is_computed(trained, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match="needs the package onnxscript: pip install -r"):
+        export_as("onnx", trained, "--weights", "none.pth")
+
+
 def test_an_image_without_sentences_is_refused(trained, capsys):
     with pytest.raises(SystemExit, match="2"):
         export_as("onnx", trained, "--image", "photo.jpg")

@@ -131,6 +131,7 @@ def changed(**fields: object) -> list[object]:
         (changed(seg_id="7"), "entry 1.seg_id: must be a valid integer, not '7'"),
         (changed(img="text"), "entry 1.img: must be a valid bytes, not 'text'"),
         (changed(sents=[]), r"entry 1.sents: must be one or more, not \[\]"),
+        (changed(sents=["a", "b"]), "entry 1: num_sents is not the number of sents"),
         (changed(sents=[" "]), r"entry 1.sents\[0\]: must be a text with words, not ' '"),
         ([ITEMS[0], {"img": PHOTOS[0]}], "entry 1.mask: is missing"),
         ([ITEMS[0], [1, 2]], r"entry 1: must be a valid dictionary, not \[1, 2\]"),
