@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,7 +176,8 @@ def write_results(folder: Path) -> None:
     results = []
     for path in sorted(folder.parent.glob("test_*.json")):
         if (folder / path.stem / INDEX).is_file():
-            results.append({"page": path.stem, **json.loads(path.read_text())})
+            with suppress(ValueError, TypeError):  # a foreign file, or no object in it
+                results.append({"page": path.stem, **json.loads(path.read_text())})
     _write_script(folder / "results.js", "RESULTS", results)
     _write_templates(folder, "Results", "results.html", "results_page.js")
 

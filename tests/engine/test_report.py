@@ -283,6 +283,10 @@ def test_results_of_a_run_stand_side_by_side_share_photos_and_are_listed(tmp_pat
     folder = tmp_path / "run"
     write_result(folder, shapes_lmdb, "both")
     photos = {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()}
+    for text in ("{", "[]"):
+        (folder / f"test_foreign{text}.json").write_text(text)
+        (page := folder / f"report/test_foreign{text}/index.html").parent.mkdir()
+        page.touch()
     write_result(folder, shapes_lmdb, step=3, is_swapped=True)
     assert {p: p.stat().st_mtime_ns for p in (folder / "report/photos").iterdir()} == photos
     listed = read_script(folder / "report/results.js")
