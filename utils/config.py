@@ -475,7 +475,7 @@ def _read_files(path: Path) -> dict[str, dict]:
         seen.append(path.resolve())
         base = tree.pop(BASE_KEY, None)
         files = {str(path): tree} | files
-        if base is None:
+        if not base:
             return files
         path = path.parent / os.path.expanduser(str(base))
 

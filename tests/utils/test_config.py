@@ -186,7 +186,7 @@ class TestOfficialFiles:
         assert config.TEST.splits == ("val",)
 
     def test_missing_keys_and_empty_sections_take_the_defaults(self, tmp_path):
-        path = write(tmp_path, "TRAIN:\nTEST:\n  visualize: true\n")
+        path = write(tmp_path, "_base_:\nTRAIN:\nTEST:\n  visualize: true\n")
         assert load_config(path) == Config(TEST=TestConfig(visualize=True))
 
 
