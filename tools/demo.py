@@ -109,14 +109,14 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> Any:
         gr.Markdown(f"# CRIS\n{trained}\n\n`{predictor.weights}`", elem_id="model")
         with gr.Row():
             with gr.Column(scale=2):
-                given = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
-                photo = gr.Image(label="Photo", height=320, elem_id="photo", **given)
+                photo = gr.Image(label="Photo", height=320, elem_id="photo", type="filepath",
+                    image_mode=None, sources=["upload", "clipboard"])  # fmt: skip
                 hint = examples[0][1] if examples else hint
                 sentence = gr.Textbox(label="Sentence", placeholder=hint, elem_id="sentence")
                 button = gr.Button("Find it", variant="primary", elem_id="ask")
                 info = "Pixels above this probability are the mask."
-                named = {"label": "Threshold", "elem_id": "threshold", "info": info}
-                slider = gr.Slider(0.01, 0.99, predictor.threshold, step=0.01, **named)
+                slider = gr.Slider(0.01, 0.99, predictor.threshold, step=0.01, label="Threshold",
+                    elem_id="threshold", info=info)  # fmt: skip
             with gr.Column(scale=5), gr.Row():
                 drawn = {"interactive": False, "format": "png", "height": 420}
                 mask = gr.Image(label="Mask", elem_id="mask", **drawn)
@@ -130,8 +130,8 @@ def build_page(predictor: Predictor, examples: list[list[str]]) -> Any:
         photo.change(None, outputs=slider, js=f"() => {predictor.threshold}")
         if examples:
             ask = partial(show, threshold=predictor.threshold)
-            clicked = {"run_on_click": True, "api_visibility": "private", "elem_id": "examples"}
-            gr.Examples(examples, [photo, sentence], asked["outputs"], fn=ask, **clicked)
+            gr.Examples(examples, [photo, sentence], asked["outputs"], fn=ask, elem_id="examples",
+                run_on_click=True, api_visibility="private")  # fmt: skip
     return page
 
 
