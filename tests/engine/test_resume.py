@@ -333,7 +333,7 @@ def test_checkpoints_may_come_by_the_clock(config, minutes_ago, is_due):
 @pytest.mark.parametrize("text", ["0", "ten", "10 days", "-3", "1.5"])
 def test_an_interval_that_is_none_is_refused(config, text):
     line = refusal(config, save_every=text)
-    assert "TRAIN.save_every must match pattern" in line
+    assert "TRAIN.save_every must be a number of steps, or of minutes" in line
 
 
 def test_auto_resumes_the_newest_whole_one_and_names_torn_ones(straight, config, folder, told):
