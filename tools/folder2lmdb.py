@@ -97,13 +97,14 @@ def packed_summary(path: Path) -> str:
     )
 
 
-def token_length_summary(histogram: Mapping[int, int]) -> str:
-    """Return how long the sentences are, and how many each published `word_len` cuts."""
+def token_length_summary(histogram: Mapping[int, int], word_lens: Sequence[int] = (17, 22)) -> str:
+    """Return how long the sentences are, and how many each `word_len` cuts (the published ones)."""
     counts = "  ".join(f"{length}:{histogram[length]}" for length in sorted(histogram))
-    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in (17, 22)}
+    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in word_lens}
+    cuts = ", at ".join(f"{word_len}: {count}" for word_len, count in cut.items())
     return (
         f"sentences by tokens, start and end included (tokens:sentences): {counts}\n"
-        f"cut at word_len 17: {cut[17]}, at 22: {cut[22]}, of {sum(histogram.values())} sentences"
+        f"cut at word_len {cuts}, of {sum(histogram.values())} sentences"
     )
 
 
