@@ -316,6 +316,7 @@ def test_neither_archive_nor_sizes_is_an_error():
         build_segmenter(tiny_config())
 
 
+@pytest.mark.parity
 def test_heads_that_do_not_divide_the_width_of_an_archive_are_refused():
     cfg = tiny_config(vis_dim=None, fpn_out=None, num_head=7)
     with pytest.raises(ValueError, match=r"TRAIN\.num_head 7 does not divide the width \d+"):
