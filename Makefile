@@ -9,8 +9,9 @@ CONFIG ?= config/refshapes/cris_tiny.yaml
 BIN := .venv/bin
 INSTALLED := .venv/installed-requirements.txt
 DEMO_INSTALLED := .venv/installed-requirements-demo.txt
-# Two files of tests at a time, each computing in one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time, each computing in one thread. In their own order: xdist's would
+# leave files of few, long tests to the end, where one process waits for the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 MARK ?= slow or not slow
 
 .DEFAULT_GOAL := help
