@@ -48,6 +48,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return make_run(tmp_path_factory.mktemp("trained"), data, threshold=0.15)
 
 
+@pytest.fixture(autouse=True)
+def end_of_logs() -> Iterator[None]:
+    """Close the logs that a test has opened: they would take the lines of those after it."""
+    yield
+    logger.remove()
+
+
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
     """What is logged during the test, on any level."""
