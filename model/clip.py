@@ -89,18 +89,12 @@ class DenseAttentionPool(nn.Module):
             nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         )
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """Return the positional table resized to a map: (1, H·W, C).
-
-        By a matrix, because CUDA's backward pass of bicubic interpolation is not deterministic.
-        """
-        table = self.positional_embedding[1:]
-        return resizing_matrix(self.grid, height, width, table.dtype, table.device) @ table
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
         height, width = x.shape[-2:]
-        pixels = x.flatten(2).transpose(1, 2) + self.positions(height, width).to(x.dtype)
+        table = self.positional_embedding[1:]
+        positions = resizing_matrix(self.grid, height, width, table.dtype, table.device) @ table
+        pixels = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)
         q, k, v = (
             proj(pixels).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -118,7 +112,10 @@ class DenseAttentionPool(nn.Module):
 def resizing_matrix(
     grid: int, height: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the bicubic weights from a square grid to a map: (1, H·W, grid²)."""
+    """Return the bicubic weights from a square grid to a map: (1, H·W, grid²).
+
+    A matrix, because CUDA's backward pass of bicubic interpolation is not deterministic.
+    """
     cells = torch.eye(grid**2, dtype=dtype, device=device).view(1, -1, grid, grid)
     resized = F.interpolate(cells, (height, width), mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import conv_bn_relu, linear_bn_relu, made_once
+from model.layers import conv_bn_relu, made_once
 
 
 class ImageFeatures(NamedTuple):
@@ -62,7 +62,9 @@ class Neck(nn.Module):
         super().__init__()
         in3, in4, in5 = fpn_in
         out3, out4, out5 = fpn_out
-        self.txt_proj = linear_bn_relu(sent_dim, out5)
+        self.txt_proj = nn.Sequential(
+            nn.Linear(sent_dim, out5, bias=False), nn.BatchNorm1d(out5), nn.ReLU(inplace=True)
+        )
         self.f1_v_proj = conv_bn_relu(in5, out5, 1)
         self.norm_layer = nn.Sequential(nn.BatchNorm2d(out5), nn.ReLU(inplace=True))
         self.f2_v_proj = conv_bn_relu(in4, out4, 3)

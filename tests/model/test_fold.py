@@ -100,6 +100,6 @@ def test_a_block_that_claims_another_order_than_its_own_stops_the_evaluation_by_
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), Wrong()), 3 * torch.randn(8, 3, 5, 5) + 1
     for _ in range(5):
         model(x)
-    with pytest.raises(RuntimeError, match=r"changes what the model computes, at 1\.bn"):
+    with pytest.raises(RuntimeError, match=r"changes what the model computes, at 1: "):
         check_folding(model, lambda each: each(x))
     assert model.training
