@@ -18,7 +18,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import restore_trained
 from engine.evaluator import validation_protocol
-from engine.predictor import check_sentence
 from engine.tester import print_aligned
 from model.neck import ImageFeatures
 from model.segmenter import Segmenter
@@ -29,20 +28,18 @@ from utils.config import Config, load_config, save_config, to_dict
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import setup_logging
-from utils.photos import read_photo
 from utils.tokenizer import END_ID, START_ID, tokenize
 from utils.transforms import Protocol, letterbox_image, normalize_images, upsample_probability
 
 EPILOG = """examples:
   python tools/export.py --config config/refcoco/cris_r50.yaml --format safetensors -o cris
   python test.py --config cris/config.yaml --opts TEST.weights cris/model.safetensors
-
-  python tools/export.py --config ... --format onnx -o cris --image photo.jpg --text "left man"
+  python tools/export.py --config ... --format onnx -o cris
 
 safetensors writes model.safetensors and config.yaml; onnx writes image_encoder.onnx,
 text_head.onnx and config.yaml, after it has run both graphs by ONNX Runtime beside PyTorch, on
-random inputs and on a photo with sentences (none given: a picture of RefShapes), and prints the
-differences. A larger one than the tolerance ends with an error and without a file."""
+random inputs and on a picture of RefShapes, and prints the differences. A larger one than the
+tolerance ends with an error and without a file."""
 
 # image_encoder.onnx: images (N, S, S, 3) uint8, letterboxed RGB -> v3, v4, v5, all that is needed
 # of an image. text_head.onnx: those, image_index (B,) int64 and tokens (B, L) int64, a row a
@@ -50,6 +47,7 @@ differences. A larger one than the tolerance ends with an error and without a fi
 # server encodes an image once and asks as many sentences of it as come.
 IMAGE_ENCODER, TEXT_HEAD = "image_encoder.onnx", "text_head.onnx"
 OPSET = 20
+Difference = tuple[str, str, float]  # case, output, how far it is from PyTorch's
 NAMES = {  # inputs, outputs
     IMAGE_ENCODER: (("images",), ("v3", "v4", "v5")),
     TEXT_HEAD: (("v3", "v4", "v5", "image_index", "tokens"), ("logits", "probability")),
@@ -95,15 +93,6 @@ class Case(NamedTuple):
     tokens: np.ndarray  # (B, L) int64
 
 
-class Difference(NamedTuple):
-    """State how far an output of a graph is from PyTorch's in one case."""
-
-    case: str
-    output: str
-    largest: float  # |difference|
-    relative: float  # the same over the largest |value|, but for a probability
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Restore the model and write it."""
     args = _parse_args(argv)
@@ -117,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, weights, state = restore_trained(cfg, torch.device("cpu"), args.weights, "weights")
     model.eval()
     if args.format == "onnx":
-        write_graphs(model, cfg, folder, real_case(cfg, args.image, args.text), args.tolerance)
+        write_graphs(model, cfg, folder, args.tolerance)
     else:
         state["config"] = to_dict(cfg)
         save_weights(model.state_dict(), state, folder / "model.safetensors")
@@ -125,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{weights} is in {folder}, with its config")
 
 
-def write_graphs(model: Segmenter, cfg: Config, folder: Path, real: Case, tolerance: float) -> None:
+def write_graphs(model: Segmenter, cfg: Config, folder: Path, tolerance: float) -> None:
     """Write both graphs, or neither if they do not compute what the model does."""
     with TemporaryDirectory() as scratch:
         paths = {kind: Path(scratch) / kind for kind in NAMES}
         export_graphs(model, cfg, paths)
-        check(list(compare(model, cfg, paths, [*random_cases(cfg), real])), tolerance)
+        check(list(compare(model, cfg, paths, make_cases(cfg))), tolerance)
         for kind, path in paths.items():
             print(f"{kind}: {path.stat().st_size / 1e6:.1f} MB")
             with atomic_path(folder / kind) as partial:
@@ -185,7 +174,12 @@ def export_graphs(model: Segmenter, cfg: Config, paths: Mapping[str, Path]) -> N
 def compare(
     model: Segmenter, cfg: Config, paths: Mapping[str, Path], cases: Sequence[Case]
 ) -> Iterator[Difference]:
-    """Run the graphs by ONNX Runtime, one after the other as a server does, beside PyTorch."""
+    """Run the graphs by ONNX Runtime, one after the other as a server does, beside PyTorch.
+
+    Returns:
+        For each case and output the largest difference: of a probability as it is, of another over
+        its largest value.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -207,26 +201,13 @@ def compare(
             rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
         for name, got, expected in zip(outputs, found, (*features, *rest), strict=True):
             assert got.shape == expected.shape, f"{name}: {got.shape}, {expected.shape}"
-            largest = float(np.abs(got - expected.numpy()).max())
             # One that is small everywhere must not be more exact than its threshold needs.
             scale = 1.0 if name == "probability" else max(float(expected.abs().max()), 1e-12)
-            yield Difference(case.name, name, largest, largest / scale)
+            yield case.name, name, float(np.abs(got - expected.numpy()).max()) / scale
 
 
-def real_case(cfg: Config, image: str | None, texts: Sequence[str]) -> Case:
-    """Return a photo with sentences as the model gets them; without one, a picture of RefShapes."""
-    if image is None:
-        (photo, texts), name = draw_example(seed=0), "a picture of RefShapes"
-    else:
-        photo, name = read_photo(image), Path(image).name
-    tokens = tokenize([check_sentence(text) for text in texts], cfg.TRAIN.word_len).numpy()
-    images = letterbox_image(photo, cfg.TRAIN.input_size)[None]
-    index = np.zeros(len(texts), np.int64)
-    return Case(f"{name}, sentences {len(texts)}", images, index, tokens)
-
-
-def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
-    """Make noise and random words, in other sizes of batch than the graphs were traced with."""
+def make_cases(cfg: Config, seed: int = 0) -> list[Case]:
+    """Make noise with random words, in other sizes than were traced, and a picture of RefShapes."""
     rng = np.random.default_rng(seed)
     side, length = cfg.TRAIN.input_size, cfg.TRAIN.word_len
     cases = []
@@ -238,17 +219,20 @@ def random_cases(cfg: Config, seed: int = 0) -> list[Case]:
         name = f"random, images {num_images}, sentences {num_sentences}"
         images = rng.integers(0, 256, (num_images, side, side, 3), np.uint8)
         cases.append(Case(name, images, rng.integers(0, num_images, num_sentences), tokens))
-    return cases
+    photo, texts = draw_example(seed)
+    tokens, index = tokenize(texts, length).numpy(), np.zeros(len(texts), np.int64)
+    name = f"a picture of RefShapes, sentences {len(texts)}"
+    return [*cases, Case(name, letterbox_image(photo, side)[None], index, tokens)]
 
 
 def check(differences: Sequence[Difference], tolerance: float) -> None:
     """Print how far the graphs are from PyTorch; raise UserError for more than the tolerance."""
-    rows = [(d.case, d.output, f"{d.largest:.2e}", f"{d.relative:.1e}") for d in differences]
-    print_aligned([("", "output", "|difference|", "relative"), *rows], left=2)
-    for d in differences:
-        if not d.relative <= tolerance:  # so that what is no number fails too
+    rows = [(case, output, f"{off:.1e}") for case, output, off in differences]
+    print_aligned([("", "output", "difference"), *rows], left=2)
+    for case, output, off in differences:
+        if not off <= tolerance:  # so that what is no number fails too
             raise UserError(
-                f"{d.output} differs from PyTorch's by {d.relative:.1e} ({d.case}), more than "
+                f"{output} differs from PyTorch's by {off:.1e} ({case}), more than "
                 f"--tolerance {tolerance:g}: nothing was written"
             )
 
@@ -259,16 +243,11 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="default: export/ in the run's folder"
     )
-    parser.add_argument("--image", metavar="FILE", help="a photo to compare the graphs on")
-    parser.add_argument("--text", action="append", default=[], help="a sentence for it; repeatable")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference: of a probability as it "
         "is, of other outputs over their largest value (default: %(default)s)",
     )  # fmt: skip
-    args = parse_with_opts(parser, argv)
-    if (args.image is None) != (not args.text):
-        parser.error("--image and --text go together")
-    return args
+    return parse_with_opts(parser, argv)
 
 
 if __name__ == "__main__":
