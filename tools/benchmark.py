@@ -33,6 +33,7 @@ from engine.evaluator import evaluate
 from engine.guard import optimizer_step
 from engine.loaders import build_evaluation_loader
 from engine.optim import build_optimizer, parameter_groups
+from engine.pace import memory_in_use
 from engine.run import Run
 from engine.trainer import build_scaler, forward_backward, resolve_precision
 from tools import data_process, folder2lmdb, published, refshapes
@@ -45,7 +46,6 @@ from utils.distributed import Ranks
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import progress
-from utils.machine import peak_memory
 from utils.metrics import summarize
 from utils.records import JoinedReader, RecordReader
 from utils.seed import deterministic, draw
@@ -56,8 +56,8 @@ PUBLISHED, OURS, CACHED, COMPILED = "published", "this", "this, DATA.cache", "th
 FIXED = "TRAIN.accumulation_steps 1 TRAIN.workers_val 0"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command names, print a table, write JSON."""
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Measure what the command names; print a table, write JSON and return what is in it."""
     args = parse_args(argv)
     cv2.setNumThreads(1)
     with TemporaryDirectory() as folder:
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         with atomic_path(args.json) as partial:
             partial.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def pack_shapes(folder: Path) -> Path:
@@ -204,7 +205,7 @@ def training_steps(setting: Setting, name: str) -> Iterator[float]:
         optimizer = torch.optim.Adam(parameter_groups(model, cfg), cfg.TRAIN.base_lr, foreach=True)
         for images, tokens, masks in map(setting.batch, batches):
             step = published.train_step
-            yield step(model, optimizer, images, masks, tokens, scaler, setting.dtype)[0]
+            yield step(model, optimizer, images, masks, tokens, scaler, setting.dtype)
     if name == COMPILED:
         compile_model(model, setting.device)
     dataset, run = setting.dataset(), build_run(setting, model)
@@ -239,20 +240,19 @@ def compare_memory(setting: Setting) -> dict:
     rows: dict[str, list[float]] = {PUBLISHED: [], OURS: []}
     for name in [*rows] * setting.args.rounds:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows[name].append(pool.submit(peak_of_two_steps, setting.args, name).result() / 1e6)
+            rows[name].append(pool.submit(peak_of_two_steps, setting.args, name).result())
     refs = f"{setting.args.batch} refs at {setting.side} px"
-    return summarize_ways(rows, "MB") | {"what": f"peak memory in two training steps of {refs}"}
+    return summarize_ways(rows, "GiB") | {"what": f"peak memory in two training steps of {refs}"}
 
 
-def peak_of_two_steps(args: argparse.Namespace, name: str) -> int:
-    """Make two training steps and return the bytes that the device or process held at most."""
+def peak_of_two_steps(args: argparse.Namespace, name: str) -> float:
+    """Make two training steps and return the GiB that the device or process held at most."""
     setting = Setting(args)
     if name == OURS:
         settle_memory(setting.cfg, setting.device)
     steps = training_steps(setting, name)
     next(steps), next(steps)
-    is_on_gpu = setting.device.type == "cuda"
-    return torch.cuda.max_memory_allocated(setting.device) if is_on_gpu else peak_memory()
+    return memory_in_use(setting.device)
 
 
 def compare_reading(setting: Setting) -> dict:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.build import build_model, find_device, restore_trained
+from engine.pace import memory_in_use
 from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
 from utils.arguments import check_at_least, config_parser, parse_with_opts
@@ -25,7 +26,6 @@ from utils.config import ClipArch, Config, load_config
 from utils.errors import run_entry_point
 from utils.files import atomic_path
 from utils.logger import setup_logging
-from utils.machine import peak_memory
 
 EPILOG = """examples:
   python tools/latency.py --config config/refcoco/cris_r50.yaml --rounds 200 --json cost.json
@@ -76,10 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sentences": args.sentences,
             "rounds": args.rounds,
             "seconds": seconds,
-            "peak_memory": {"process": peak_memory()},
+            "memory_gib": memory_in_use(device),
         }
-    if device.type == "cuda":
-        report["peak_memory"]["gpu"] = torch.cuda.max_memory_allocated(device)
     print_report(report)
     if args.json is not None:
         with atomic_path(args.json) as partial:
@@ -202,8 +200,7 @@ def print_report(report: Mapping) -> None:
         median, p10, p90 = (1000 * times[key] for key in QUANTILES)
         rate = f"{1000 * count / median:.1f}" if count else ""
         print(f"{name:<34}{median:>14.2f}{p10:>10.2f}{p90:>10.2f}{rate:>14}")
-    peaks = ", ".join(f"{s / 1e6:,.0f} MB ({name})" for name, s in report["peak_memory"].items())
-    print(f"\n{report['rounds']} rounds in turn; peak memory {peaks}")
+    print(f"\n{report['rounds']} rounds in turn; peak memory {report['memory_gib']:.2f} GiB")
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,29 +1,40 @@
 """CRIS as the paper's release formulates it, in plain code: what speed is compared with.
 
 Nothing trains or predicts with this. It has the modules, and so the names and weights, of
-`model.segmenter.Segmenter`, and computes the same numbers (tests/test_golden.py) the long way:
-every sentence encodes its image anew, alone in its batch, in NCHW; the projector upsamples before
-it convolves; each sentence's kernel is a group of a convolution; attention returns its weights;
-post-processing waits for the network and the network for it.
+`model.segmenter.Segmenter`, and computes the same numbers (tests/model/test_golden.py) the long
+way: every sentence encodes its image anew, alone in its batch, in NCHW; the projector upsamples
+before it convolves; each sentence's kernel is a group of a convolution; attention returns its
+weights; post-processing waits for the network and the network for it. CLIP's blocks and the
+geometry are the release's here too.
 
 B batch, C channels, H W map size, L tokens, D embedding width, S side of the network's input.
 """
 
-import math
 from collections.abc import Sequence
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
+from model.decoder import map_positions, sequence_positions
+from model.loss import resize_target, text_to_pixel_loss
+from model.neck import coordinates
 from model.segmenter import Segmenter
+from utils.metrics import intersection_and_union, training_scores
 from utils.records import RecordReader, RefRecord
 from utils.tokenizer import tokenize
-from utils.transforms import BORDER, CLIP_MEAN, CLIP_STD, letterbox_matrices
-
-THRESHOLD = 0.35
+from utils.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PROTOCOLS,
+    decode_image,
+    decode_mask,
+    letterbox_image,
+    letterbox_mask,
+    load_mask,
+    restore_size,
+    upsample_probability,
+)
 
 
 class Published(nn.Module):
@@ -44,7 +55,7 @@ class Published(nn.Module):
     def stages(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Return what the golden files describe: the maps, the text, neck, decoder, logits."""
         c3, c4, c5 = encode_image(self.backbone.visual, image)
-        words, state = encode_text(self.backbone, tokens)
+        words, state = self.backbone.encode_text(tokens)
         fused = fuse(self.neck, c3, c4, c5, state)
         pixels = decode(self.decoder, fused, words, tokens == 0)
         logits = project(self.proj, pixels, state)
@@ -57,26 +68,9 @@ class Published(nn.Module):
 
 def encode_image(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """CLIP's ResNet: (B, 3, S, S) -> maps at stride 8, 16, 32."""
-    for i in (1, 2, 3):
-        conv, norm = getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}")
-        x = F.relu(norm(conv(x)))
-    x = F.avg_pool2d(x, 2)
-    maps = []
-    for i in (1, 2, 3, 4):
-        for block in getattr(visual, f"layer{i}"):
-            x = bottleneck(block, x)
-        maps.append(x)
-    return maps[1], maps[2], pool_densely(visual.attnpool, maps[3])
-
-
-def bottleneck(block: nn.Module, x: Tensor) -> Tensor:
-    """1×1, 3×3, average pool where it strides, 1×1, shortcut."""
-    y = F.relu(block.bn1(block.conv1(x)))
-    y = F.relu(block.bn2(block.conv2(y)))
-    y = block.bn3(block.conv3(block.pool(y)))
-    if block.downsample is not None:
-        x = block.downsample(block.pool(x))
-    return F.relu(y + x)
+    c3 = visual.layer2(visual.layer1(visual.stem(x)))
+    c4 = visual.layer3(c3)
+    return c3, c4, pool_densely(visual.attnpool, visual.layer4(c4))
 
 
 def pool_densely(pool: nn.Module, x: Tensor) -> Tensor:
@@ -96,21 +90,6 @@ def pool_densely(pool: nn.Module, x: Tensor) -> Tensor:
     return F.relu(attended + pool.connect(x))
 
 
-def encode_text(clip: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) -> word features (B, L, D) and the state at the end token, projected."""
-    length = tokens.shape[1]
-    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-    causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu(1)
-    for block in clip.transformer.resblocks:
-        y = block.ln_1(x)
-        x = x + block.attn(y, y, y, attn_mask=causal, need_weights=False)[0]
-        hidden = block.mlp.c_fc(block.ln_2(x))
-        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
-    words = clip.ln_final(x)
-    state = words[torch.arange(len(tokens), device=x.device), tokens.argmax(dim=1)]
-    return words, state @ clip.text_projection
-
-
 def fuse(neck: nn.Module, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> Tensor:
     """The pyramid: three maps and the state -> one map at stride 16."""
     gate = neck.txt_proj(state)[:, :, None, None]
@@ -121,12 +100,9 @@ def fuse(neck: nn.Module, c3: Tensor, c4: Tensor, c5: Tensor, state: Tensor) -> 
     f5 = twice(neck.f4_proj5(f5))
     x = neck.aggr(torch.cat([neck.f4_proj3(f3), neck.f4_proj4(f4), f5], dim=1))
     batch, _, height, width = x.shape
-    xs = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
-    ys = torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)
-    ys, xs = torch.meshgrid(ys, xs, indexing="ij")
-    coordinates = torch.stack([xs, ys]).expand(batch, -1, -1, -1)
+    places = coordinates(height, width, x.dtype, x.device).expand(batch, -1, -1, -1)
     first, second = neck.coordconv
-    return second(first.conv1(torch.cat([x, coordinates], dim=1)))
+    return second(first.conv1(torch.cat([x, places], dim=1)))
 
 
 def twice(x: Tensor) -> Tensor:
@@ -134,23 +110,11 @@ def twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def waves(length: int, channels: int, like: Tensor) -> Tensor:
-    """(length, channels): sine and cosine of falling rates, interleaved."""
-    rates = torch.exp(torch.arange(0, channels, 2).float() * (-math.log(10000.0) / channels))
-    angles = torch.arange(length).float()[:, None] * rates
-    table = torch.zeros(length, channels)
-    table[:, 0::2], table[:, 1::2] = angles.sin(), angles.cos()
-    return table.to(like)
-
-
 def decode(decoder: nn.Module, x: Tensor, words: Tensor, pad_mask: Tensor) -> Tensor:
     """Pixels attend to pixels and to the words; every attention hands out its weights."""
     batch, channels, height, width = x.shape
-    word_pos = waves(words.shape[1], channels, words)[:, None]
-    map_pos = torch.zeros(height, width, channels, dtype=x.dtype, device=x.device)
-    map_pos[..., : channels // 2] = waves(width, channels // 2, x)
-    map_pos[..., channels // 2 :] = waves(height, channels // 2, x)[:, None]
-    map_pos = map_pos.flatten(0, 1)[:, None]
+    word_pos = sequence_positions(words.shape[1], channels, words.dtype, x.device)[:, None]
+    map_pos = map_positions(height, width, channels, x.dtype, x.device)[:, None]
     x, words = x.flatten(2).permute(2, 0, 1), words.transpose(0, 1)
     norm = nn.LayerNorm.forward  # torch's own, not that of model/layers.py
     for layer in decoder.layers:
@@ -192,31 +156,26 @@ def train_step(
     image: Tensor,
     mask: Tensor,
     tokens: Tensor,
-    scaler: torch.amp.GradScaler | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[float, float, float]:
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype,
+) -> float:
     """One step on (B, 3, S, S) normalised images and (B, 1, S, S) masks in [0, 1].
 
     Args:
         scaler, dtype: of autocast, as in the release's training on a GPU.
     Returns:
-        Loss, IoU and Pr@0.5 of the small maps, fetched at once.
+        The loss, fetched at once, as are IoU and Pr@0.5 of the small maps.
     """
     model.train()
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(image, tokens)
-        target = F.interpolate(mask, logits.shape[-2:], mode="nearest")
-        loss = F.binary_cross_entropy_with_logits(logits, target)
+        loss = text_to_pixel_loss(logits, mask)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    with torch.no_grad():
-        pred = torch.sigmoid(logits).flatten(1) >= THRESHOLD
-        truth = target.flatten(1) > 0
-        ious = (pred & truth).sum(1) / ((pred | truth).sum(1) + 1e-6)
-    return loss.item(), ious.mean().item(), (ious > 0.5).float().mean().item()
+    training_scores(logits.detach(), resize_target(mask, logits.shape[-2:])).tolist()
+    return loss.item()
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -224,11 +183,7 @@ def train_step(
 
 def read_image(data: bytes, side: int) -> Tensor:
     """A photo's bytes -> (3, S, S) float32, normalised."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    forward, _ = letterbox_matrices(image.shape[:2], side)
-    size = (side, side)
-    image = cv2.warpAffine(image, forward, size, flags=cv2.INTER_CUBIC, borderValue=BORDER)
+    image = letterbox_image(decode_image(data, "photo"), side)
     pixels = torch.from_numpy(image.transpose(2, 0, 1)).float()
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return pixels.div_(255).sub_(mean).div_(std)
@@ -236,9 +191,7 @@ def read_image(data: bytes, side: int) -> Tensor:
 
 def read_mask(data: bytes, side: int) -> Tensor:
     """A mask's bytes -> (1, S, S) float32 in [0, 1]."""
-    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
-    forward, _ = letterbox_matrices(mask.shape, side)
-    mask = cv2.warpAffine(mask, forward, (side, side), flags=cv2.INTER_LINEAR, borderValue=0)
+    mask = letterbox_mask(decode_mask(data, "mask"), side)
     return torch.from_numpy(mask / 255.0).float()[None]
 
 
@@ -270,13 +223,6 @@ def evaluate(
 
 def score(logits: Tensor, ref: RefRecord, side: int) -> tuple[int, int]:
     """Logits (1, 1, S/4, S/4) -> intersection and union at the photo's size."""
-    square = F.interpolate(torch.sigmoid(logits), (side, side), mode="bicubic", align_corners=True)
-    mask = cv2.imdecode(np.frombuffer(ref.mask, np.uint8), cv2.IMREAD_GRAYSCALE)
-    _, inverse = letterbox_matrices(mask.shape, side)
-    height, width = mask.shape
-    restored = cv2.warpAffine(
-        square.squeeze().cpu().numpy(), inverse, (width, height), flags=cv2.INTER_CUBIC
-    )
-    pred, truth = restored > THRESHOLD, mask > 0
-    intersection, union = np.logical_and(pred, truth), np.logical_or(pred, truth)
-    return int(intersection.sum()), int(union.sum())
+    protocol, mask = PROTOCOLS["published"], load_mask(ref)
+    square = upsample_probability(torch.sigmoid(logits), side, protocol)[0].cpu().numpy()
+    return intersection_and_union(restore_size(square, mask.shape) > protocol.threshold, mask > 0)
