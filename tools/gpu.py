@@ -4,35 +4,38 @@
     make gpu PY=python3       # the Python that is given; nothing is installed
 
 Each part runs in a process of its own, so a failure leaves the results of the others. Needs no
-network and no data. `gpu.md` has the table; `gpu.json` also each part's own figures and output.
+network and no data. `gpu.md` has the table; `gpu.json` also all figures, and errors in full.
 """
 
-import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.utils import collect_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.build import find_device
 from engine.guard import optimizer_step
 from engine.trainer import forward_backward
+from tools import benchmark, quickstart
 from tools.benchmark import Setting, build_run, pack_shapes, parse_args, read_batch
 from tools.latency import describe_machine, machine, take_turns
 from utils.arguments import text_parser
+from utils.config import load_config
 from utils.errors import run_entry_point
 from utils.files import atomic_path
 
-ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "not run: no CUDA device"
 TOP = 10  # kernels of the profile
-LEARNING = Path("config/refshapes/cris_r50.yaml")
+LEARNING = "config/refshapes/cris_r50.yaml"
 LOADER = "loader, one core"
 ON_CPU = {LOADER}  # what needs no GPU
 BENCHMARKS = {
@@ -49,84 +52,68 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every part, print the table, write both files; exit with 1 if a part failed."""
-    args = _parse_args(argv)
-    if args.part:
-        print(json.dumps(MEASURED[args.part](find_device("cuda", "--part"))))
-        return
-    results = {"machine": machine_and_driver(), "parts": {}}
-    with TemporaryDirectory() as folder:
-        for name, command in commands(Path(folder)).items():
-            print(f"● {name}", flush=True)
-            is_run = torch.cuda.is_available() or name in ON_CPU
-            results["parts"][name] = run_part(command) if is_run else {"outcome": NO_GPU}
+    parser = text_parser(__doc__)
+    folder = {"type": Path, "default": Path("exp/gpu"), "help": "folder (%(default)s)"}
+    parser.add_argument("-o", "--output", **folder)
+    output = parser.parse_args(argv).output
+    found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found["driver"] = collect_env.get_nvidia_driver_version(collect_env.run) or "none"
+    results = {"machine": found | {"cuda": torch.version.cuda or "none"}, "parts": {}}
+    for name, (measure, *given) in PARTS.items():
+        print(f"● {name}", flush=True)
+        is_run = torch.cuda.is_available() or name in ON_CPU
+        results["parts"][name] = run_part(measure, *given) if is_run else {"outcome": NO_GPU}
     table = to_markdown(results)
     for name, text in (("gpu.json", json.dumps(results, indent=2) + "\n"), ("gpu.md", table)):
-        with atomic_path(args.output / name) as partial:
+        with atomic_path(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     print(table)
     if failed := [n for n, part in results["parts"].items() if part["outcome"] == "failed"]:
-        sys.exit(f"error: failed: {', '.join(failed)}; {args.output / 'gpu.json'} has their output")
+        sys.exit(f"error: failed: {', '.join(failed)}; {output / 'gpu.json'} has their errors")
 
 
-def commands(folder: Path) -> dict[str, list[object]]:
-    """Return each part's command line, whose JSON goes below `folder` or is its last line."""
-    parts = {
-        "tests": ["-m", "pytest", "-q", "-m", "gpu", "tests"],
-        "bf16 product": ["tools/gpu.py", "--part", "product"],
-    }
-    for name, words in BENCHMARKS.items():
-        device = "cpu" if name in ON_CPU else "cuda"
-        given = ["--device", device, "--json", folder / f"{name}.json"]
-        parts[name] = ["tools/benchmark.py", *given, *words.split()]
-    parts["profile of a step"] = ["tools/gpu.py", "--part", "profile"]
-    return parts | {"learning": ["tools/quickstart.py", "--config", LEARNING]}
-
-
-def run_part(words: Sequence[object]) -> dict:
-    """Run a command line; return its outcome, seconds, last lines and figures."""
+def run_part(measure: Callable[..., dict], *given: object) -> dict:
+    """Call a function in a new process; return its outcome, seconds, and figures or error."""
     start = time.monotonic()
-    ending = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    lines = ending.stdout.splitlines()
-    return {
-        "outcome": "failed" if ending.returncode else "ok",
-        "seconds": round(time.monotonic() - start, 1),
-        "output": lines[-60:],
-        "figures": {} if ending.returncode else read_figures(words, lines),
-    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            part = {"outcome": "ok", "figures": pool.submit(measure, *given).result()}
+        except (Exception, SystemExit):
+            part = {"outcome": "failed", "error": traceback.format_exc().strip()}
+    return part | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def read_figures(words: Sequence[object], lines: Sequence[str]) -> dict:
-    """Return what a command line has measured: of its JSON files, or of its last line."""
-    if "--json" in words:
-        return json.loads(words[words.index("--json") + 1].read_text())
-    if LEARNING in words:
-        stem = ROOT / "exp/refshapes" / LEARNING.stem / "test_refshapes_val.aligned"
-        paths = {"mIoU": f"{stem}.json", "mIoU, sentences swapped": f"{stem}.swapped.json"}
-        return {name: json.loads(Path(path).read_text())["mIoU"] for name, path in paths.items()}
-    return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+def run_tests() -> dict[str, str]:
+    """Run the tests marked `gpu`, and return pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    ending = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if ending.returncode:
+        raise RuntimeError(ending.stdout)
+    return {"pytest": ending.stdout.splitlines()[-1]}
 
 
-def measure_product(device: torch.device, side: int = 8192) -> dict[str, float]:
+def learn() -> dict[str, float]:
+    """Take the quickstart's steps with RN50's size, and return the scores on val."""
+    quickstart.main(["--config", LEARNING])
+    cfg, swapped = load_config(LEARNING), {"mIoU": False, "mIoU, sentences swapped": True}
+    paths = {name: quickstart.result(cfg, "val", swapped=is_so) for name, is_so in swapped.items()}
+    return {name: json.loads(path.read_text())["mIoU"] for name, path in paths.items()}
+
+
+def measure_product(device: str = "cuda", side: int = 8192) -> dict[str, float]:
     """Measure the rate of a large product of bf16 matrices, in TFLOP/s."""
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    seconds = take_turns({"product": lambda: a @ b}, 20, device, warmup=3)["product"]
+    seconds = take_turns({"product": lambda: a @ b}, 20, a.device, warmup=3)["product"]
     return {"TFLOP/s": 2 * side**3 / median(seconds) / 1e12}
 
 
-def profile_step(device: torch.device, words: str = "--batch 64") -> dict:
+def profile_step(device: str = "cuda", words: str = "--batch 64") -> dict:
     """Profile a training step: its costliest kernels, the device's idle share, the host's waits.
 
     Args:
         words: further options of `tools/benchmark.py train`.
     """
-    args = parse_args(["train", "--device", str(device), *words.split()])
+    args = parse_args(["train", "--device", device, *words.split()])
     with TemporaryDirectory() as folder:
         args.records = pack_shapes(Path(folder))
         setting = Setting(args)
@@ -137,7 +124,7 @@ def profile_step(device: torch.device, words: str = "--batch 64") -> dict:
             forward_backward(run, batch, synchronize=True)
             optimizer_step(run)
 
-        on_gpu, waits = device.type == "cuda", "none"
+        on_gpu, waits = setting.device.type == "cuda", "none"
         for _ in range(3):
             step()
         if on_gpu:
@@ -150,7 +137,7 @@ def profile_step(device: torch.device, words: str = "--batch 64") -> dict:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
         with torch.profiler.profile() as seen:
-            (seconds,) = take_turns({"step": step}, 1, device)["step"]
+            (seconds,) = take_turns({"step": step}, 1, setting.device)["step"]
     key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
     busy = sum(getattr(row, key) for row in rows) / 1e6
@@ -160,17 +147,6 @@ def profile_step(device: torch.device, words: str = "--batch 64") -> dict:
         "waits of the host": waits,
         "kernels, ms": {row.key[:60]: getattr(row, key) / 1e3 for row in rows[:TOP]},
     }
-
-
-def machine_and_driver() -> dict[str, str | int]:
-    """Return the machine as benchmarks do, with the GPU's driver."""
-    found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        driver = ""
-    return found | {"driver": driver or "none", "cuda": torch.version.cuda or "none"}
 
 
 def to_markdown(results: Mapping) -> str:
@@ -184,7 +160,7 @@ def to_markdown(results: Mapping) -> str:
 
 
 def describe_figures(part: Mapping) -> str:
-    """Return what a part has measured in one line; the output's last one if that is all."""
+    """Return what a part has measured in one line; the last one of its error if it failed."""
     figures = part.get("figures", {})
     if "ways" in figures:
         unit, ratios = figures["unit"], figures["ratios"]
@@ -194,24 +170,22 @@ def describe_figures(part: Mapping) -> str:
             ratio = f", ratio {ratios[name]['median']:.2f}" if name in ratios else ""
             cells.append(f"{name}: {row[unit]['median']:,.1f} {unit}{rate}{ratio}")
         return "; ".join(cells)
-    if figures:
-        plain = {key: value for key, value in figures.items() if not isinstance(value, dict)}
-        return ", ".join(
-            f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in plain.items()
-        )
-    return (part.get("output") or [""])[-1]
+    plain = {key: value for key, value in figures.items() if not isinstance(value, dict)}
+    cells = [f"{k} {v:,.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
+    return ", ".join(cells) or part.get("error", "").rpartition("\n")[2]
 
 
-MEASURED = {"product": measure_product, "profile": profile_step}
-
-
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = text_parser(__doc__)
-    folder = {"type": Path, "default": Path("exp/gpu"), "help": "folder (%(default)s)"}
-    parser.add_argument("-o", "--output", **folder)
-    parser.add_argument("--part", choices=MEASURED, help="measure this alone, and print JSON")
-    return parser.parse_args(argv)
+# By name: a function, and what it is called with. GPUs are measured by all but those in ON_CPU.
+PARTS = {
+    "tests": (run_tests,),
+    "bf16 product": (measure_product,),
+    **{
+        name: (benchmark.main, ["--device", "cpu" if name in ON_CPU else "cuda", *words.split()])
+        for name, words in BENCHMARKS.items()
+    },
+    "profile of a step": (profile_step,),
+    "learning": (learn,),
+}
 
 
 if __name__ == "__main__":
