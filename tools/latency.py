@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.build import build_model, find_device, restore_trained
+from engine.build import build_model, find_device
 from engine.pace import memory_in_use
 from model.fold import fold_batch_norm
 from model.segmenter import Segmenter
@@ -53,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(None, is_main=True)
     cfg = load_config(args.config, args.opts)
     device = find_device(args.device, "--device")
-    if args.weights is None:
-        model = build_model(without_archive(cfg), device)
-    else:
-        model, *_ = restore_trained(cfg, device, args.weights, "--weights")
-    model.eval()
+    model = build_model(without_archive(cfg), device).eval()
     with torch.inference_mode():
         image, tokens = inputs(cfg, device, args.sentences)
         calls = timed_calls(fold_batch_norm(model), image, tokens)
@@ -205,7 +201,6 @@ def print_report(report: Mapping) -> None:
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = config_parser(__doc__, EPILOG)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: none is needed)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, or cpu)")
     parser.add_argument("--sentences", type=int, default=8, help="on one photo (default 8)")
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")

@@ -47,35 +47,6 @@ def test_the_twin_is_in_evaluation_mode_shares_what_is_not_folded_and_its_model_
     assert "backbone.transformer.resblocks.0.attn.in_proj_weight" in shared
 
 
-def check_twin(model: nn.Module, x: torch.Tensor, left: list[str]) -> None:
-    """After some batches the twin computes what the model does, and has these norms left."""
-    for _ in range(5):
-        model(x)
-    check_folding(model, lambda each: each(x))
-    twin = fold_batch_norm(model)
-    found, expected = twin(x), model.eval()(x)
-    assert norms(twin) == left
-    assert torch.equal(found, expected) or left != norms(model)
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_norm_that_follows_no_layer_or_has_no_statistics_stays():
-    model = nn.Sequential(
-        nn.BatchNorm2d(3),
-        nn.Conv2d(3, 4, 1),
-        nn.ReLU(),
-        nn.BatchNorm2d(4),
-        nn.Conv2d(4, 4, 1),
-        nn.BatchNorm2d(4, track_running_stats=False),
-    )
-    check_twin(model, torch.randn(2, 3, 5, 5), left=["0", "3", "5"])
-
-
-def test_a_linear_layer_takes_over_its_norm_too():
-    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
-    check_twin(model, 3 * torch.randn(16, 5) + 1, left=[])
-
-
 class PreActivation(nn.Module):
     """Adds conv(relu(bn(x))) to x, and registers the two the other way round."""
 
@@ -88,9 +59,33 @@ class PreActivation(nn.Module):
         return x + self.conv(self.bn(x).relu())
 
 
-def test_a_block_that_applies_its_norm_first_is_scored_as_it_was_trained():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), PreActivation())
-    check_twin(model, 3 * torch.randn(8, 3, 5, 5) + 1, left=["1.bn"])
+@pytest.mark.parametrize(
+    ("layers", "shape", "left"),
+    [
+        pytest.param([nn.Linear(5, 7), nn.BatchNorm1d(7)], (16, 5), [], id="linear layer"),
+        pytest.param(
+            [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)],
+            (2, 3, 5, 5), ["0", "3"], id="norms that follow no layer",
+        ),
+        pytest.param(
+            [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)],
+            (2, 3, 5, 5), ["1"], id="norm without statistics",
+        ),
+        pytest.param(
+            [nn.Conv2d(3, 4, 1), PreActivation()], (8, 3, 5, 5), ["1.bn"], id="norm before layer"
+        ),
+    ],
+)  # fmt: skip
+def test_the_twin_computes_what_was_trained_and_folds_only_norms_after_a_layer(layers, shape, left):
+    model, x = nn.Sequential(*layers), 3 * torch.randn(shape) + 1
+    for _ in range(5):
+        model(x)
+    check_folding(model, lambda each: each(x))
+    twin = fold_batch_norm(model)
+    found, expected = twin(x), model.eval()(x)
+    assert norms(twin) == left
+    assert torch.equal(found, expected) or left != norms(model)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_block_that_claims_another_order_than_its_own_stops_the_evaluation_by_name():
