@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -29,24 +28,13 @@ from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config, to_dict
 from utils.errors import UserError, run_entry_point
 from utils.logger import METRICS, duration
-from utils.metrics import summarize
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
 from utils.visualize import comparison, grid, save_picture
 
-REFER, ANNS = Path("datasets/refshapes"), Path("datasets/anns/refshapes")
-MASKS, LMDB = Path("datasets/masks/refshapes"), Path("datasets/lmdb/refshapes")
+REFER, LMDB = Path("datasets/refshapes"), Path("datasets/lmdb/refshapes")
 PICTURES = 40  # overlays a split
 SUCCESS, FAILURE = 0.8, 0.1  # IoU above and below which a sentence is an example of it
-
-
-class Step(NamedTuple):
-    """Holds a command, whether its result is there already, and files that go before it."""
-
-    name: str
-    command: str
-    is_done: bool = False
-    outdated: Sequence[Path] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,36 +47,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_suitable = cfg.DATA.dataset == "refshapes" and cfg.TEST.protocol == "both"
     if not is_suitable or "val" not in cfg.TEST.splits:
         raise UserError(f"{config} is none of the quickstart: take {default}")
-    report(cfg, {step.name: take(step) for step in steps(config, cfg)})
+    report(cfg, {name: take(name, command) for name, command in steps(config, cfg)})
 
 
-def steps(config: str, cfg: Config) -> Iterator[Step]:
-    """Yield all steps in order; each looks at the files after those before it were taken."""
-    drawn = is_complete(REFER, DEFAULT_IMAGES, seed=0)
-    yield Step("draw the images", f"tools/refshapes.py -o {REFER}", drawn)
+def steps(config: str, cfg: Config) -> Iterator[tuple[str, str | None]]:
+    """Yield the name and the command of each step, None if its result is there already.
 
+    Each looks at the files after those before it were taken.
+    """
+    is_drawn = is_complete(REFER, DEFAULT_IMAGES, seed=0)
+    yield "draw the images", None if is_drawn else f"tools/refshapes.py -o {REFER}"
+
+    lmdbs = [LMDB / f"{split}.lmdb" for split in DEFAULT_IMAGES]
+    is_packed = is_fresh(lmdbs, [REFER / "refshapes" / "generator.json"])
     command = f"tools/data_process.py --data_root {REFER} --output_dir datasets"
     command += " --dataset refshapes --split unc --generate_mask"
-    anns = [ANNS / f"{split}.json" for split in DEFAULT_IMAGES]
-    refs = REFER / "refshapes" / "generator.json"
-    yield Step("annotations and masks", command, is_fresh(anns, [refs]))
+    yield "annotations and masks", None if is_packed else command
+    for split in DEFAULT_IMAGES:
+        command = f"tools/folder2lmdb.py -j datasets/anns/refshapes/{split}.json -o {LMDB}"
+        command += f" -i {REFER}/images/train2014 -m datasets/masks/refshapes"
+        yield f"pack {split}", None if is_packed else command
 
-    for ann in anns:
-        command = f"tools/folder2lmdb.py -j {ann} -i {REFER}/images/train2014 -m {MASKS} -o {LMDB}"
-        done = is_fresh([LMDB / f"{ann.stem}.lmdb"], [ann])
-        yield Step(f"pack {ann.stem}", command, done)
-
-    yield training_step(config, cfg)
+    yield "train", training_command(config, cfg)
 
     command = f"test.py --config {shlex.quote(config)} --opts TEST.report True"
     command += f" TEST.visualize True TEST.visualize_limit {PICTURES}"
-    yield Step("evaluate", command)
+    yield "evaluate", command
     swap = f"{command} TEST.test_split val TEST.swap_sentences True"
-    yield Step("evaluate with swapped sentences", swap)
+    yield "evaluate with swapped sentences", swap
 
 
-def training_step(config: str, cfg: Config) -> Step:
-    """Train anew, or go on from the last checkpoint if it is of this config and this data."""
+def training_command(config: str, cfg: Config) -> str | None:
+    """Go on from the last checkpoint if it is of this config and data, else clear the folder."""
 
     def recipe(values: Mapping[str, Mapping]) -> list[Mapping]:
         return [values["DATA"], {**values["TRAIN"], "resume": None}]
@@ -98,23 +88,21 @@ def training_step(config: str, cfg: Config) -> Step:
     if is_fresh([last, folder / BEST], data):
         state = read_checkpoint(last, "quickstart")
         if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
-            resume = f"{command} --opts TRAIN.resume {last}"
-            return Step("train", resume, state["epoch"] == cfg.TRAIN.epochs)
-    outdated = [*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")]
-    return Step("train", command, outdated=outdated)
-
-
-def take(step: Step) -> float | None:
-    """Run a step unless it is done, and return its seconds; a failure ends the program."""
-    if step.is_done:
-        print(f"● {step.name}: complete, reused", flush=True)
-        return None
-    print(f"● {step.name}\n  $ {os.path.relpath(sys.executable)} {step.command}", flush=True)
-    for path in step.outdated:
+            is_done = state["epoch"] == cfg.TRAIN.epochs
+            return None if is_done else f"{command} --opts TRAIN.resume {last}"
+    for path in (*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")):
         path.unlink(missing_ok=True)
+    return command
+
+
+def take(name: str, command: str | None) -> float | None:
+    """Run a step's command, if it has one, and return its seconds; a failure ends the program."""
+    if command is None:
+        print(f"● {name}: complete, reused", flush=True)
+        return None
+    print(f"● {name}\n  $ {os.path.relpath(sys.executable)} {command}", flush=True)
     start = time.monotonic()
-    code = execute([sys.executable, *shlex.split(step.command)])
-    if code:
+    if code := execute([sys.executable, *shlex.split(command)]):
         sys.exit(code if code > 0 else 128 - code)
     return time.monotonic() - start
 
@@ -174,9 +162,8 @@ def scores_by_kind(lines: Sequence[dict]) -> dict[str, float]:
     """Return the mIoU of the sentences of each of the report's kinds that occurs."""
     scores = {}
     for kind in KIND_PATTERNS:
-        if rows := [r for r in lines if kind in sentence_kinds(r["sentence"])]:
-            summary = summarize([r["intersection"] for r in rows], [r["union"] for r in rows])
-            scores[f"{kind}, {len(rows):,} sentences"] = summary["mIoU"]
+        if ious := [r["iou"] for r in lines if kind in sentence_kinds(r["sentence"])]:
+            scores[f"{kind}, {len(ious):,} sentences"] = sum(ious) / len(ious)
     return scores
 
 
