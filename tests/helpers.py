@@ -297,18 +297,12 @@ def write_config(
         train_keys: of the TRAIN section.
     """
     lmdb = data / "lmdb" / dataset
+    val_lmdb, out = f"{lmdb}/val.lmdb", {"exp_name": "tiny", "output_folder": f"{folder}/exp"}
     tree = {
         "_base_": str(ROOT / "config/base.yaml"),
-        "DATA": {
-            "dataset": dataset,
-            "train_lmdb": str(lmdb / "train.lmdb"),
-            "val_lmdb": str(lmdb / "val.lmdb"),
-        },
-        "TRAIN": TINY_MODEL
-        | TINY_RECIPE
-        | {"exp_name": "tiny", "output_folder": str(folder / "exp")}
-        | train_keys,
-        "TEST": {"test_lmdb": str(lmdb / "val.lmdb"), "threshold": threshold},
+        "DATA": {"dataset": dataset, "train_lmdb": f"{lmdb}/train.lmdb", "val_lmdb": val_lmdb},
+        "TRAIN": TINY_MODEL | TINY_RECIPE | out | train_keys,
+        "TEST": {"test_lmdb": val_lmdb, "threshold": threshold},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
@@ -412,27 +406,14 @@ ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 def run_command(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A command line from the repository root, in processes of its own."""
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | ONE_CPU | env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    how = {"cwd": ROOT, "env": os.environ | ONE_CPU | env, "text": True, "timeout": 900}
+    return subprocess.run(list(map(str, command)), capture_output=True, check=False, **how)
 
 
 def start_command(*command: object) -> subprocess.Popen[str]:
     """The same in a session of its own, and not waited for."""
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | ONE_CPU,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    how = {"cwd": ROOT, "env": os.environ | ONE_CPU, "text": True, "start_new_session": True}
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, **how)
 
 
 def torchrun(num_ranks: int, *command: object) -> subprocess.CompletedProcess[str]:
@@ -461,15 +442,9 @@ def spawn(num_ranks: int, function: Callable, *args: object) -> None:
 
 
 def _join(rank: int, num_ranks: int, port: int, function: Callable, args: tuple) -> None:
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for scope in ("", "LOCAL_"):
+        os.environ |= {f"{scope}RANK": str(rank), f"{scope}WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
     ranks = distributed.start()
     try:

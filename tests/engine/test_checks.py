@@ -140,6 +140,10 @@ def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
     ending = subprocess.run(line.split(), env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"}, **how)
     assert ending.returncode == 0, ending.stderr
     assert "holds refcocog_g val, the config says refcoco val" in ending.stderr
+    assert "Warning" not in ending.stderr
+    head, row, *_ = map(str.split, ending.stdout.splitlines())
+    assert head[:4] == ["dataset", "split", "protocol", "sentences"]
+    assert row[:3] == ["refcocog_g", "val", "published"]
     assert (run / "test_refcocog_g_val.json").is_file()
 
 

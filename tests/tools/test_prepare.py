@@ -69,21 +69,14 @@ def refcoco_m_rows(refer: Refer, photos: Path) -> list[dict]:
     """Refs of val as RefCOCO-M has them: run lengths, sentences without ids."""
     rows = benchmark_rows(refer, photos, "val")
     for row in rows:
-        image = row.pop("image_info")
+        image, row["samples"] = row.pop("image_info"), []
         row |= {"image_id": image["id"], "file_name": image["file_name"]}
-        row["samples"] = [
-            {
-                "id": item["ref_info"]["ref_id"],
-                "category": "person",
-                "sentences": [sentence["sent"] for sentence in item["ref_info"]["sentences"]],
-                "bbox": item["ann_info"]["bbox"],
-                "mask": {
-                    "counts": encode_rle(refer.mask(item["ref_info"]) > 0),
-                    "size": [image["height"], image["width"]],
-                },
-            }
-            for item in row.pop("ref_list")
-        ]
+        for ref, annotation in (item.values() for item in row.pop("ref_list")):
+            counts = encode_rle(refer.mask(ref) > 0)
+            sample = {"id": ref["ref_id"], "category": "person", "bbox": annotation["bbox"]}
+            sample["sentences"] = [sentence["sent"] for sentence in ref["sentences"]]
+            sample["mask"] = {"counts": counts, "size": [image["height"], image["width"]]}
+            row["samples"].append(sample)
     return rows
 
 
@@ -93,13 +86,17 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def draw(folder: Path, name: str, any_number: bool = False) -> Path:
+    """RefShapes as if it were another data set."""
+    refshapes.generate(folder, COUNTS, seed=1, any_number=any_number)
+    (folder / "refshapes").rename(folder / name)
+    zip_folder(folder / "train2014.zip", folder / "images/train2014", "train2014")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
-    """RefShapes as if it were RefCOCO."""
-    folder = tmp_path_factory.mktemp("shapes")
-    refshapes.generate(folder, COUNTS, seed=1)
-    (folder / "refshapes").rename(folder / "refcoco")
-    return folder
+    return draw(tmp_path_factory.mktemp("shapes"), "refcoco")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +109,7 @@ def files(shapes, refer, tmp_path_factory) -> Path:
     """What can be had: two archives, Parquet files of refs, and two evaluation sets."""
     folder, photos = tmp_path_factory.mktemp("files"), shapes / "images/train2014"
     zip_folder(folder / "refcoco.zip", shapes / "refcoco", "refcoco")
-    zip_folder(folder / "train2014.zip", photos, "train2014")
+    shutil.copy(shapes / "train2014.zip", folder)
     write_parquet(folder / "refcoco/train-0.parquet", rows_of(refer))
     for split in ("val", "testA"):
         rows = benchmark_rows(refer, photos, split)
@@ -250,11 +247,9 @@ def test_evaluation_sets_bring_their_photos(files, server, run, refer, source):
 
 def test_refcoco_m_is_a_val_split_of_its_own(files, run, refer):
     (got,) = records(run("refcoco-m", "--from", files), "refcoco-m").values()
-    expected = [
-        (ref["ref_id"], tuple(s["sent"] for s in ref["sentences"]))
-        for ref in refer.split_refs("val")
-    ]
-    assert [(ref.ref_id, ref.sentences) for ref in got] == expected
+    for ref, expected in zip(got, refer.split_refs("val"), strict=True):
+        sentences = tuple(sentence["sent"] for sentence in expected["sentences"])
+        assert (ref.ref_id, ref.sentences) == (expected["ref_id"], sentences)
     ids = [number for ref in got for number in ref.sent_ids]
     assert len(set(ids)) == len(ids)
 
@@ -305,13 +300,10 @@ def test_interrupted_anywhere_the_same_command_goes_on(files, run, monkeypatch, 
 @pytest.fixture(scope="module")
 def grefcoco(tmp_path_factory) -> Path:
     """RefShapes as gRefCOCO: in each split refs of one object, of several, and of none."""
-    folder = tmp_path_factory.mktemp("given")
-    refshapes.generate(folder, COUNTS, seed=1, any_number=True)
-    (folder / "refshapes").rename(folder / "grefcoco")
+    folder = draw(tmp_path_factory.mktemp("given"), "grefcoco", any_number=True)
     plain = folder / "grefcoco/refs(unc).p"
     plain.with_name("grefs(unc).json").write_text(json.dumps(load_refs(plain)))
     plain.unlink()
-    zip_folder(folder / "train2014.zip", folder / "images/train2014", "train2014")
     return folder
 
 
@@ -342,10 +334,16 @@ def test_grefcoco_comes_from_its_files_its_archive_or_the_hub(
         assert {min(ref.num_targets, 2) for ref in refs} == {0, 1, 2}
 
 
-def test_an_archive_of_grefcoco_that_lacks_a_file_says_where_to_put_it(grefcoco, run, tmp_path):
+def test_an_archive_that_is_cut_or_lacks_a_file_is_named(grefcoco, files, shapes, run, tmp_path):
     tar_files(tmp_path / "grefs.tar.gz", grefcoco / "grefcoco/grefs(unc).json")
     told = error(run, "grefcoco", "--from", tmp_path)
     assert "lacks instances.json: get it again, or put its files into a folder below" in told
+    path = tmp_path / "refcoco.zip"
+    path.write_bytes((files / path.name).read_bytes()[:-100])
+    assert "refcoco.zip is no whole archive" in error(run, "refcoco", "--from", tmp_path)
+    zip_folder(path, shapes / "images/train2014", "refcoco")
+    told = error(run, "refcoco", "--from", tmp_path)
+    assert "refcoco.zip lacks instances.json and refs(unc).p" in told
     assert not list((tmp_path / "data/refer").glob("*"))
 
 
@@ -367,11 +365,10 @@ def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run,
 def clip(tmp_path, monkeypatch) -> dict[str, bytes]:
     """A tiny CLIP as OpenAI would publish it, and the same weights as float32 safetensors."""
     model = tiny_clip(half=True)
-    archive = save_torchscript(model, tmp_path / "RN50.pt").read_bytes()
+    archive = save_torchscript(model, tmp_path / "archive.pt").read_bytes()
     weights = without_sizes(model.state_dict())
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     save_file(weights, tmp_path / "plain.safetensors")
-    (tmp_path / "RN50.pt").unlink()
     digest = hashlib.sha256(archive).hexdigest()
     published = prepare.CLIP["clip-rn50"] | {"sha256": digest, "layers": list(TINY.vision_layers)}
     monkeypatch.setitem(prepare.CLIP, "clip-rn50", published)
@@ -380,7 +377,9 @@ def clip(tmp_path, monkeypatch) -> dict[str, bytes]:
     return {"RN50.pt": archive, "open_clip_model.safetensors": plain}
 
 
-def test_an_archive_and_its_safetensors_give_the_same_clip(server, run, clip, tmp_path):
+def test_an_archive_and_its_safetensors_give_the_same_clip_from_hub_host_or_folder(
+    server, run, clip, tmp_path
+):
     path = tmp_path / "pretrain/RN50.pt"
     server.put_hub("timm/resnet50_clip.openai", clip)
     sources = [server.put("none", b"", Answer(404)), prepare.CLIP["clip-rn50"]["sources"][1]]
@@ -392,13 +391,11 @@ def test_an_archive_and_its_safetensors_give_the_same_clip(server, run, clip, tm
     run("clip-rn50", "--mirror", f"{server.url}/")
     assert path.read_bytes() == clip["RN50.pt"]
     assert_same_tensors(read_clip(path), from_safetensors)
-
-
-@pytest.mark.parametrize("name", ["RN50.pt", "open_clip_model.safetensors"])
-def test_clip_comes_from_the_folder_given_in_either_form(run, clip, tmp_path, name):
-    (tmp_path / "RN50.pt").write_bytes(clip[name])
-    run("clip-rn50", "--from", tmp_path)
-    assert (tmp_path / "pretrain/RN50.pt").read_bytes() == clip[name]
+    for content in clip.values():
+        (tmp_path / "RN50.pt").write_bytes(content)
+        path.unlink()
+        run("clip-rn50", "--from", tmp_path)
+        assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -478,15 +475,6 @@ def test_what_is_not_whole_in_the_folder_is_named_and_not_downloaded(
     for name, content in found.items():
         (tmp_path / "given" / name).write_bytes(content)
     assert re.search(message, error(run, *words.split(), "--from", tmp_path / "given"))
-
-
-def test_an_archive_that_is_cut_or_lacks_the_annotations_is_named(files, shapes, run, tmp_path):
-    path = tmp_path / "refcoco.zip"
-    path.write_bytes((files / "refcoco.zip").read_bytes()[:-100])
-    assert "refcoco.zip is no whole archive" in error(run, "refcoco", "--from", tmp_path)
-    zip_folder(path, shapes / "images/train2014", "refcoco")
-    told = error(run, "refcoco", "--from", tmp_path)
-    assert "refcoco.zip lacks instances.json and refs(unc).p" in told
 
 
 def test_without_any_network_one_line_says_what_to_do(run, monkeypatch):
