@@ -6,7 +6,8 @@ from pathlib import Path
 
 import cv2
 import pytest
-from helpers import ROOT, make_run, pack, threads, write_records
+import torch
+from helpers import ROOT, make_run, pack, write_records
 from loguru import logger
 from odd_server import OddServer, serve
 
@@ -14,6 +15,8 @@ from tools import refshapes
 
 # Tests fork. A child whose parent had OpenCV's pool of threads can wait for one of them for ever.
 cv2.setNumThreads(1)
+# Another number of threads gives other last bits, and tests compare to the bit.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +75,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddServer]:
     with serve() as odd:
         monkeypatch.setenv("HF_ENDPOINT", odd.url)
         yield odd
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch computes in one thread, so that what is compared exactly is computed alike."""
-    with threads(1):
-        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

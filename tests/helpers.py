@@ -58,17 +58,6 @@ SIZES = ClipSizes(  # of the golden case "tiny"
 COLOURS = ("red", "green", "blue", "white", "yellow", "black")
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch compute in so many threads: another number gives other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def small_segmenter(sizes: ClipSizes = SIZES, dropout: float = 0.0, **recompute: bool) -> Segmenter:
     """The golden case "tiny", or another CLIP under the same head, with the golden weights."""
     width = sizes.transformer_width
@@ -367,9 +356,8 @@ def make_run(folder: Path, data: Path, threshold: float) -> Path:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """No GPU and, so that results are the same to the bit, one thread."""
+    """No GPU."""
     with (
-        threads(1),
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch("torch.cuda.device_count", return_value=0),
     ):

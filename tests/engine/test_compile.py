@@ -27,7 +27,7 @@ from utils.distributed import Ranks, unwrap, wrap
 from utils.errors import UserError
 from utils.transforms import normalize_images
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 compiles = pytest.mark.usefixtures("compiler")
 
 

@@ -24,7 +24,6 @@ from helpers import (
     load,
     on_cpu,
     spawn,
-    threads,
     torchrun,
     write_config,
 )
@@ -216,8 +215,7 @@ def two_ranks(tmp_path_factory, config) -> list[dict]:
 
 
 def test_batch_norm_over_two_ranks_is_that_of_one_process(two_ranks):
-    with threads(1):
-        expected = normalise(ALONE)
+    expected = normalise(ALONE)
     first, second = (results["norms"] for results in two_ranks)
     assert first.keys() == second.keys() == expected.keys()
     for name, value in expected.items():

@@ -127,7 +127,7 @@ def test_a_sentence_that_does_not_fit_says_so(predictor, photo):
 # ----------------------------------------------------------------------------- however it is asked
 
 
-def test_path_array_and_pillow_image_give_the_same(tmp_path, predictor, photo, one_thread):
+def test_path_array_and_pillow_image_give_the_same(tmp_path, predictor, photo):
     path = tmp_path / "photo.png"
     Image.fromarray(photo).save(path)
     expected = predictor(photo, SENTENCES)
@@ -135,7 +135,7 @@ def test_path_array_and_pillow_image_give_the_same(tmp_path, predictor, photo, o
         assert all(map(same, predictor(source, SENTENCES), expected))
 
 
-def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo, one_thread):
+def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo):
     expected = predictor(photo, SENTENCES)
     with torch.no_grad():
         encoded = predictor.encode(photo)
@@ -151,9 +151,7 @@ def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo, one_t
 
 
 @pytest.mark.parametrize("size", [2, 16])
-def test_photos_in_batches_of_any_size_give_what_each_gives_alone(
-    trained, predictor, one_thread, size
-):
+def test_photos_in_batches_of_any_size_give_what_each_gives_alone(trained, predictor, size):
     cfg = load_config(trained, ["TRAIN.batch_size_val", str(size)])
     photos = [smooth_photo(np.random.default_rng(n), 60 + 9 * n, 80 - 7 * n) for n in range(4)]
     asked = [SENTENCES, SENTENCES[:1], [], SENTENCES[1:]]

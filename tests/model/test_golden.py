@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from golden.fill import filled
-from helpers import ROOT, SIZES, small_segmenter, threads
+from helpers import ROOT, SIZES, small_segmenter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -165,14 +165,13 @@ BY_FORM = [
 
 
 @pytest.fixture(params=BY_FORM)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Form]:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     if request.param.device == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    with threads(1):
-        yield request.param
+    return request.param
 
 
 def model_in(form: Form, name: str = "tiny") -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -238,7 +237,7 @@ def test_state_dict_has_the_official_keys_shapes_types_and_order(name):
 
 def test_parts_put_together_directly_equal_those_from_a_config():
     image, tokens, _ = case_inputs("tiny")
-    with torch.inference_mode(), threads(1):
+    with torch.inference_mode():
         direct = small_segmenter(SIZES).eval()(image, tokens)
         assert torch.equal(direct, case_model("tiny").eval()(image, tokens))
 

@@ -31,8 +31,6 @@ LAYOUTS = {
 WITHOUT_GRADIENT = {"backbone.logit_scale", "backbone.visual.attnpool.k_proj.bias"}
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class PlainBatchNorm(nn.Module):
     """Training-mode BatchNorm by its definition, differentiated by autograd alone."""

@@ -35,8 +35,6 @@ PARTS = {
 }
 BOTH = ("TRAIN.recompute_backbone", True, "TRAIN.recompute_decoder", True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @cache
 def step(dtype: torch.dtype, part: str | None = None) -> tuple[dict, int]:
