@@ -59,12 +59,11 @@ def end_of_logs() -> Iterator[None]:
 
 
 @pytest.fixture
-def log_lines() -> Iterator[list[str]]:
+def log_lines() -> list[str]:
     """What is logged during the test, on any level."""
     lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]))
-    yield lines
-    logger.remove(sink)
+    logger.add(lambda message: lines.append(message.record["message"]))
+    return lines
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from engine import tester
-from engine.evaluator import SentenceScore, score_masks
+from engine.evaluator import score_masks
 from engine.loaders import build_evaluation_loader
 from engine.pace import MEASURED
 from engine.trainer import Run, save
@@ -536,12 +536,6 @@ def write_odd_records(path: Path) -> Path:
     return path
 
 
-def score_of(ref: RefRecord, key: tuple[int, int], *masks: np.ndarray) -> SentenceScore:
-    """Score the ref's sentence at `key[1]`: truth, prediction and a perfect one, (H, W) bool."""
-    task = SentenceTask(key, ref, ref.sentences[key[1]], ref.sent_ids[key[1]])
-    return score_masks(task, *masks)
-
-
 def write_result(
     folder: Path,
     lmdb: Path,
@@ -563,9 +557,10 @@ def write_result(
     for position, ref in enumerate(all_refs(lmdb)):
         mask = load_mask(ref) > 0
         perfect = mask & (mask.sum() >= fewest)
-        for place in range(len(ref.sentences)):
+        for place, sentence in enumerate(zip(ref.sentences, ref.sent_ids, strict=True)):
             pred = np.roll(perfect, step * len(lines) % mask.shape[1], axis=1)
-            lines.append(score_of(ref, (position, place), mask, pred, perfect))
+            task = SentenceTask((position, place), ref, *sentence)
+            lines.append(score_masks(task, mask, pred, perfect))
     made = {"checkpoint": f"{folder.name}/best_model.pth", "seconds": 1.0}
     made |= tester.summarize_lines(lines, test.no_target_pixels)
     heads = tester.result_heads(cfg, dataset.reader).values()

@@ -107,14 +107,11 @@ def verify(lmdb: Path, is_subset: bool) -> None:
 
 
 def make_refs(args: argparse.Namespace, data: dict) -> None:
-    """Make a REFER folder: of a folder given, its archive, or Parquet with photos or without."""
+    """Make a REFER folder of its archive, or of Parquet with photos or without."""
     name, split_by, where = data["folder"], data["split_by"], args.given
     folder = args.root / "refer" / name
     if find_refs(folder, split_by).is_file():
         return
-    if where and find_refs(where / name, split_by).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return folder.symlink_to((where / name).resolve())
     if "archive" in data and args.source == "zip":
         return get_archive(args, data["archive"], folder)
     if "parquet" not in data:
@@ -146,7 +143,7 @@ def make_photos(args: argparse.Namespace) -> None:
 def get_archive(args: argparse.Namespace, name: str, folder: Path) -> None:
     """Get an archive and unpack it."""
     archive, path = ARCHIVES[name], args.root / "downloads" / name
-    get(args, archive, path, partial(check_archive, archive, args.subset))
+    get(args, archive, path, partial(check_archive, archive, args.subset, folder))
     print(f"{folder}: unpack {path}", flush=True)
     unpack(path, folder)
 
@@ -158,15 +155,13 @@ def get(args: argparse.Namespace, what: dict, path: Path, check: Callable[[Path]
     fetch(given or mirrors or what["sources"], path, check)
 
 
-def check_archive(archive: dict, is_subset: bool, path: Path) -> None:
+def check_archive(archive: dict, is_subset: bool, folder: Path, path: Path) -> None:
     """Raise UnfitError if a file is not the archive; of a part of the data only look inside."""
     if "sha256" in archive and not is_subset:
         check_file(path, archive["size"], archive["sha256"], archive["witnesses"])
     if lacking := set(archive["files"]) - names_in(path):
-        raise UnfitError(
-            f"{path} lacks {' and '.join(sorted(lacking))}: get it again, or put its files into a "
-            "folder below FOLDER, called as the data set, and pass --from FOLDER"
-        )
+        told = f"{path} lacks {' and '.join(sorted(lacking))}: get it again"
+        raise UnfitError(f"{told}, or put its files into {folder}")
 
 
 def check_clip(clip: dict, path: Path) -> None:

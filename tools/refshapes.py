@@ -353,13 +353,8 @@ def _make_image(
         chosen += [key for key in phrases if not key]
         referred |= {key: _choose_sentences(more, phrases[key], ANY_WEIGHTS) for key in chosen}
     image_id = source[1] * IDS_PER_SPLIT + number
-    image = {
-        "id": image_id,
-        "file_name": f"REFSHAPES_train2014_{image_id:012d}.jpg",
-        "width": scene.width,
-        "height": scene.height,
-        "license": 1,
-    }
+    image = {"id": image_id, "file_name": f"REFSHAPES_train2014_{image_id:012d}.jpg"}
+    image |= {"width": scene.width, "height": scene.height, "license": 1}
     annotations = [_annotation(image_id, index, t) for index, t in enumerate(scene.things)]
     refs = [
         _ref(rank, split, image, [annotations[i] for i in places], sentences, any_number)

@@ -145,8 +145,7 @@ def write_zip(path: Path, *names: str, method: int = zipfile.ZIP_DEFLATED) -> Pa
 
 def test_a_folder_of_an_archive_is_unpacked_and_what_a_killed_run_left_goes(tmp_path):
     (tmp_path / ".target.999999999.partial").mkdir()
-    path = write_zip(tmp_path / "a.zip", "a/1", "a/deep/2", "a/empty/")
-    unpack(path, tmp_path / "target")
+    unpack(write_zip(tmp_path / "a.zip", "a/1", "a/deep/2", "a/empty/"), tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "target"]
     assert sorted(p.name for p in (tmp_path / "target").rglob("*")) == ["1", "2"]
 
@@ -159,22 +158,17 @@ def test_of_two_files_of_one_name_none_is_chosen_but_hidden_ones_do_not_count(tm
         unpack(write_zip(tmp_path / "b.zip", *names), tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["a/../../evil", "a/../../../tmp/evil", "/evil", "a//evil"])
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
-    folder = tmp_path / "in/deep"
-    folder.mkdir(parents=True)
-    unpack(write_zip(tmp_path / "a.zip", "a/1", name), folder / "target")
-    outside = {p for p in tmp_path.rglob("*") if p.is_file()} - {tmp_path / "a.zip"}
-    assert all(p.is_relative_to(folder / "target") for p in outside)
-
-
-def test_a_link_in_an_archive_becomes_a_plain_file(tmp_path):
-    entry = zipfile.ZipInfo("a/link")
-    entry.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr(entry, "/etc/passwd")
-    unpack(tmp_path / "a.zip", tmp_path / "target")
-    assert not (tmp_path / "target/link").is_symlink()
+def test_an_archive_writes_plain_files_into_its_folder_and_nothing_outside(tmp_path):
+    path = write_zip(tmp_path / "a.zip", "a/1", "a/../../2", "a/../../../tmp/3", "/4", "a//5")
+    link = zipfile.ZipInfo("a/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+    (target := tmp_path / "in/deep/target").parent.mkdir(parents=True)
+    unpack(path, target)
+    written = {p for p in tmp_path.rglob("*") if p.is_symlink() or p.is_file()} - {path}
+    assert written == {target / name for name in ("1", "2", "3", "4", "5", "link")}
+    assert not (target / "link").is_symlink()
 
 
 @pytest.mark.parametrize("content", [b"", HTML, b"PK\x03\x04 and no more", CONTENT])

@@ -224,10 +224,10 @@ def test_refs_have_refers_fields_and_stable_unique_ids(root):
     instances, refs = read(root)
     names = {image["id"]: image["file_name"].removesuffix(".jpg") for image in instances["images"]}
     annotations = {a["id"]: a for a in instances["annotations"]}
-    assert len(annotations) == len(instances["annotations"])
-    assert len({ref["ref_id"] for ref in refs}) == len({ref["ann_id"] for ref in refs}) == len(refs)
     sent_ids = [i for ref in refs for i in ref["sent_ids"]]
-    assert len(set(sent_ids)) == len(sent_ids)
+    ref_ids, ann_ids = ([ref[name] for ref in refs] for name in ("ref_id", "ann_id"))
+    for ids in (sent_ids, ref_ids, ann_ids, [a["id"] for a in instances["annotations"]]):
+        assert len(set(ids)) == len(ids)
     assert max(sent_ids) < 2**31
     fields = "ref_id ann_id image_id category_id split sentences sent_ids file_name"
     for ref in refs:
@@ -306,17 +306,14 @@ def test_choosing_an_object_without_reading_scores_below_035_on_val(images):
     assert all(0.05 < score < 0.35 for score in np.mean(scores, axis=0)), scores
 
 
-def thing(shape: str, colour: str, x: float, y: float, area: float = 100) -> refshapes.Thing:
-    return refshapes.Thing(shape, colour, x, y, area, outline=np.empty((0, 2)))
-
-
 def test_a_phrase_has_the_referents_that_it_is_clearly_true_of():
-    things = (
-        thing("star", "red", 20, 20, 100),
-        thing("star", "red", 25, 80, 130),
-        thing("star", "blue", 80, 50, 300),
-        thing("circle", "blue", 60, 15),
+    looks = (
+        ("star", "red", 20, 20, 100),
+        ("star", "red", 25, 80, 130),
+        ("star", "blue", 80, 50, 300),
+        ("circle", "blue", 60, 15, 100),
     )
+    things = tuple(refshapes.Thing(*look, outline=np.empty((0, 2))) for look in looks)
     scene = refshapes.Scene(100, 100, things)
     expected = {
         ("attribute", "star", "", "red"): None,  # two of them
