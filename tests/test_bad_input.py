@@ -259,9 +259,9 @@ def test_stopping_by_hand_is_no_error():
         (">/dev/full", "error: the output could not be written: No space left on device\n"),
     ],
 )
-def test_a_program_whose_output_cannot_be_written(data, where, message):
-    command = f"{sys.executable} tools/inspect_lmdb.py {data}/lmdb/shapes/val.lmdb --samples 0"
-    ending = run_command("bash", "-c", f"{command} {where}")
+def test_a_program_whose_output_cannot_be_written(where, message):
+    program = "from utils.errors import run_entry_point as run; run(lambda: print('a line'))"
+    ending = run_command("bash", "-c", f'{sys.executable} -c "{program}" {where}')
     assert (ending.returncode, ending.stderr) == (int(bool(message)), message)
 
 
