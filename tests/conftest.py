@@ -7,11 +7,14 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from helpers import ROOT, make_run, pack, write_records
+from helpers import ALONE, ROOT, build_run, on_cpu, pack, write_config, write_records
 from loguru import logger
 from odd_server import OddServer, serve
 
+from engine.loaders import build_evaluation_loader
+from engine.trainer import save
 from tools import refshapes
+from utils.transforms import normalize_images
 
 # Tests fork. A child whose parent had OpenCV's pool of threads can wait for one of them for ever.
 cv2.setNumThreads(1)
@@ -47,8 +50,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The config of a run whose masks are not trivial."""
-    return make_run(tmp_path_factory.mktemp("trained"), data, threshold=0.15)
+    """The config of a run whose model masks a quarter of the pixels of val.
+
+    Its weights are initial ones, and the projector's are scaled and shifted until the threshold
+    lies among the logits. So masks are neither empty nor full on any processor, and they depend on
+    photo and sentence.
+    """
+    threshold = 0.15
+    config = write_config(tmp_path_factory.mktemp("trained"), data, threshold=threshold)
+    run = build_run(config)
+    model, text = run.model, run.model.proj.txt
+    loader = build_evaluation_loader(run.cfg, run.cfg.DATA.val_lmdb, ALONE)
+    with on_cpu(), torch.no_grad():
+        model.eval()
+        text.weight[-1] = 0  # no offset by the sentence
+        for parameter in text.parameters():
+            taps = parameter[:-1].unflatten(0, (-1, 9))
+            taps -= taps.mean(1, keepdim=True)  # each sentence's logits lie around 0
+        batches = [(normalize_images(b["images"]), b["tokens"], b["image_index"]) for b in loader]
+        # Without the outermost, which lean on padding.
+        logits = torch.cat([model(*batch)[..., 1:-1, 1:-1].flatten() for batch in batches])
+        spread = logits.std()
+        for parameter in text.parameters():
+            parameter.div_(spread)
+        text.bias[-1] += torch.logit(torch.tensor(threshold)) - logits.quantile(3 / 4) / spread
+    save(run, {}, is_best=True)
+    return config
 
 
 @pytest.fixture(autouse=True)

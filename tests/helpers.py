@@ -33,9 +33,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import train
 from engine import tester
 from engine.evaluator import score_masks
-from engine.loaders import build_evaluation_loader
 from engine.pace import MEASURED
-from engine.trainer import Run, save
+from engine.trainer import Run
 from model.clip import ClipSizes
 from model.segmenter import Segmenter, assemble
 from tools import data_process, folder2lmdb
@@ -47,7 +46,7 @@ from utils.distributed import Ranks
 from utils.logger import Tracker
 from utils.records import JoinedReader, RecordReader, RecordWriter, RefRecord
 from utils.tokenizer import token_lengths
-from utils.transforms import load_mask, normalize_images
+from utils.transforms import load_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ClipSizes(  # of the golden case "tiny"
@@ -321,37 +320,6 @@ def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None
     reader = RecordReader(path)
     records = JoinedReader([(reader, range(len(reader)))])
     return TrainingDataset(records, side, 9, seed, {path: cache} if cache else {})
-
-
-def make_run(folder: Path, data: Path, threshold: float) -> Path:
-    """Write a config and a run in `folder` whose model masks a quarter of the pixels of val.
-
-    Its weights are initial ones, and the projector's are scaled and shifted until the threshold
-    lies among the logits. So masks are neither empty nor full on any processor, and they depend on
-    photo and sentence.
-
-    Args:
-        threshold: goes into the config.
-    """
-    config = write_config(folder, data, threshold=threshold)
-    run = build_run(config)
-    model, text = run.model, run.model.proj.txt
-    loader = build_evaluation_loader(run.cfg, run.cfg.DATA.val_lmdb, ALONE)
-    with on_cpu(), torch.no_grad():
-        model.eval()
-        text.weight[-1] = 0  # no offset by the sentence
-        for parameter in text.parameters():
-            taps = parameter[:-1].unflatten(0, (-1, 9))
-            taps -= taps.mean(1, keepdim=True)  # each sentence's logits lie around 0
-        batches = [(normalize_images(b["images"]), b["tokens"], b["image_index"]) for b in loader]
-        # Without the outermost, which lean on padding.
-        logits = torch.cat([model(*batch)[..., 1:-1, 1:-1].flatten() for batch in batches])
-        spread = logits.std()
-        for parameter in text.parameters():
-            parameter.div_(spread)
-        text.bias[-1] += torch.logit(torch.tensor(threshold)) - logits.quantile(3 / 4) / spread
-    save(run, {}, is_best=True)
-    return config
 
 
 @contextmanager
