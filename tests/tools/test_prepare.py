@@ -7,7 +7,6 @@ import runpy
 import shutil
 import sys
 import tarfile
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,8 @@ from utils.records import RecordReader
 COUNTS = {"train": 6, "val": 3, "testA": 2, "testB": 2}
 
 
-def zip_folder(path: Path, folder: Path, name: str) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, f"{name}/{file.name}")
+def zip_folder(folder: Path, out: Path) -> None:
+    shutil.make_archive(str(out / folder.name), "zip", folder.parent, folder.name)
 
 
 def rows_of(refer: Refer) -> list[dict]:
@@ -80,17 +77,16 @@ def refcoco_m_rows(refer: Refer, photos: Path) -> list[dict]:
     return rows
 
 
-def write_parquet(path: Path, rows: list[dict]) -> Path:
+def write_parquet(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
-    return path
 
 
 def draw(folder: Path, name: str, any_number: bool = False) -> Path:
     """RefShapes as if it were another data set."""
     refshapes.generate(folder, COUNTS, seed=1, any_number=any_number)
     (folder / "refshapes").rename(folder / name)
-    zip_folder(folder / "train2014.zip", folder / "images/train2014", "train2014")
+    zip_folder(folder / "images/train2014", folder)
     return folder
 
 
@@ -108,7 +104,7 @@ def refer(shapes) -> Refer:
 def files(shapes, refer, tmp_path_factory) -> Path:
     """What can be had: two archives, Parquet files of refs, and two evaluation sets."""
     folder, photos = tmp_path_factory.mktemp("files"), shapes / "images/train2014"
-    zip_folder(folder / "refcoco.zip", shapes / "refcoco", "refcoco")
+    zip_folder(shapes / "refcoco", folder)
     shutil.copy(shapes / "train2014.zip", folder)
     write_parquet(folder / "refcoco/train-0.parquet", rows_of(refer))
     for split in ("val", "testA"):
@@ -196,8 +192,8 @@ def test_archives_and_parquet_give_the_same_records_without_network(files, made,
 def test_real_photos_give_records_that_are_whole_and_score_alike(mini_root, run, trained, tmp_path):
     given = tmp_path / "given"
     given.mkdir()
-    zip_folder(given / "refcoco.zip", mini_root / "refcoco", "refcoco")
-    zip_folder(given / "train2014.zip", mini_root / "images/train2014", "train2014")
+    for folder in ("refcoco", "images/train2014"):
+        zip_folder(mini_root / folder, given)
     write_parquet(given / "refcoco/all.parquet", rows_of(Refer(mini_root, "refcoco", "unc")))
     scores = []
     for source in ("zip", "parquet"):
@@ -213,14 +209,15 @@ def test_real_photos_give_records_that_are_whole_and_score_alike(mini_root, run,
     assert len(scores[0].splitlines()) == 36
 
 
-def test_photos_that_coco_lacks_are_counted_and_may_be_left_out(files, run, tmp_path, capsys):
-    (photos := tmp_path / "data/images/train2014").mkdir(parents=True)
-    with zipfile.ZipFile(files / "train2014.zip") as archive:
-        names = [name for name in archive.namelist() if name.endswith(".jpg")]
-        for name in names[2:]:
-            (photos / Path(name).name).write_bytes(archive.read(name))
+def test_photos_that_coco_lacks_are_counted_and_may_be_left_out(
+    files, shapes, run, tmp_path, capsys
+):
+    shutil.copytree(shapes / "images", tmp_path / "data/images")
+    first, second, *_ = sorted((tmp_path / "data/images/train2014").iterdir())
+    first.unlink()
+    second.unlink()
     line = error(run, "refcoco", "--from", files)
-    assert f"{photos / Path(names[0]).name} and 1 more do not exist" in line
+    assert f"{first} and 1 more do not exist" in line
     assert "--skip-odd" in line
     root = run("refcoco", "--from", files, "--skip-odd")
     assert RecordReader(root / "lmdb/refcoco/train.lmdb").meta["left_out"] > 1
@@ -338,7 +335,7 @@ def test_an_archive_that_is_cut_or_lacks_a_file_is_named(grefcoco, files, shapes
     path = tmp_path / "refcoco.zip"
     path.write_bytes((files / path.name).read_bytes()[:-100])
     assert "refcoco.zip is no whole archive" in error(run, "refcoco", "--from", tmp_path)
-    zip_folder(path, shapes / "images/train2014", "refcoco")
+    shutil.copy(shapes / "train2014.zip", path)
     told = error(run, "refcoco", "--from", tmp_path)
     assert "refcoco.zip lacks instances.json and refs(unc).p" in told
     assert not list((tmp_path / "data/refer").glob("*"))
