@@ -241,8 +241,7 @@ def refer_ref(ref_id: int, split: str = "train", **changes: object) -> dict:
 def refer_instances(refs: Sequence[dict], **changes: dict[int, dict | None]) -> dict:
     """What instances.json says of these refs: a square each, on photos of 8 × 10 pixels.
 
-    Args:
-        changes: to `images` and `annotations`, by their ids; None takes one out.
+    `changes` are to `images` and `annotations`, by their ids; None takes one out.
     """
     square = {"bbox": [2.9, 1.2, 4.7, 4.9], "segmentation": [[2, 1, 6, 1, 6, 5, 2, 5]]}
     image_ids, categories = ({ref[f"{k}_id"] for ref in refs} for k in ("image", "category"))
@@ -279,10 +278,7 @@ def write_config(
 ) -> Path:
     """A config over config/base.yaml: tiny model, few steps, output in `folder`/exp/tiny.
 
-    Args:
-        data: holds lmdb/<dataset>/*.lmdb.
-        threshold: of TEST.
-        train_keys: of the TRAIN section.
+    `data` holds lmdb/<dataset>/*.lmdb; `threshold` is a key of TEST, `train_keys` are of TRAIN.
     """
     lmdb = data / "lmdb" / dataset
     val_lmdb, out = f"{lmdb}/val.lmdb", {"exp_name": "tiny", "output_folder": f"{folder}/exp"}
@@ -514,8 +510,7 @@ def write_result(
 ) -> Path:
     """Write what test.py leaves of a model that moves masks aside, by `step` more each time.
 
-    Returns:
-        The `.jsonl`; of both protocols, that of aligned.
+    The `.jsonl` is returned; of both protocols, that of aligned.
     """
     train = TrainConfig(output_folder=str(folder.parent), exp_name=folder.name)
     test = TestConfig(protocol=protocol, swap_sentences=is_swapped, report=True, **test_keys)
