@@ -14,7 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -318,14 +318,9 @@ def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None
     return TrainingDataset(records, side, 9, seed, {path: cache} if cache else {})
 
 
-@contextmanager
-def on_cpu() -> Iterator[None]:
+def on_cpu() -> AbstractContextManager:
     """No GPU."""
-    with (
-        mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch("torch.cuda.device_count", return_value=0),
-    ):
-        yield
+    return mock.patch.multiple("torch.cuda", is_available=lambda: False, device_count=lambda: 0)
 
 
 def run_program(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> None:
