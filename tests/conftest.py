@@ -22,6 +22,12 @@ cv2.setNumThreads(1)
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from all tests but those of `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def mini_root() -> Path:
     """The folder of real RefCOCO photos and sentences, which may not lie in this repository."""

@@ -18,7 +18,6 @@ from helpers import (
     TINY_MODEL,
     TINY_RECIPE,
     load,
-    on_cpu,
     read_metrics,
     run_command,
     run_program,
@@ -65,7 +64,6 @@ def run(tree: Path, module: str, *args: object) -> None:
     others = {name: sys.modules[name] for name in sys.modules.keys() - own}
     with (
         chdir(tree),
-        on_cpu(),
         mock.patch.dict(sys.modules, others, clear=True),
         mock.patch.object(sys, "path", [str(tree), *sys.path]),
         mock.patch.object(sys, "argv", [module, *map(str, args)]),
