@@ -1,41 +1,42 @@
 """Pack data of your own: a JSON Lines file of images, masks and sentences -> an LMDB file a split.
 
-Everything is checked before anything is written, and all problems are listed with their lines.
+All lines that cannot be used are listed with what is wrong, and then nothing is written.
 """
 
 import argparse
 import posixpath
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-)
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, WrapValidator, with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
 from tools.folder2lmdb import check_mask, image_id_of, image_size, packed_summary
-from tools.odd_records import MISSING_PHOTO
-from tools.refer import ImageKey, draw_segmentation, join_masks, must, read_file
+from tools.odd_records import MISSING_PHOTO, OddError, OddRecords
+from tools.refer import (
+    ImageKey,
+    SplitName,
+    Text,
+    draw_segmentation,
+    join_masks,
+    must,
+    read_as,
+    read_file,
+    refuse_seen,
+)
 from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
-from utils.files import is_plain_name
 from utils.photos import read_mask
-from utils.records import LARGEST, LONGEST_KEY, RecordWriter, RefRecord
-from utils.tokenizer import has_words, token_lengths
+from utils.records import LARGEST, RecordWriter, RefRecord
+from utils.tokenizer import token_lengths
 
 EPILOG = """a line, an object of one image (spread out here):
   {"image": "photos/7.jpg",
@@ -46,15 +47,21 @@ EPILOG = """a line, an object of one image (spread out here):
 A mask may also be polygons, run lengths, a list of masks, or null for nothing. docs/own_data.md
 describes all fields and has a worked example."""
 
-Stripped = StringConstraints(strip_whitespace=True)
-Text = Annotated[str, Stripped, must(has_words, "texts with words in each")]
-Count = Annotated[int | None, Field(ge=0, le=LARGEST, description="a whole number from 0")]
+_REMEDY = "docs/own_data.md describes the fields"
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Polygons = Annotated[list[list[float]], Field(min_length=1)]
 Mask = Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons
 
 
-def _as_list(mask: Mask | list[Mask] | None) -> list[Mask]:
-    """Return the masks that a line joins."""
+def _read_masks(value: Any, check: Callable[[Any], Mask | list[Mask] | None]) -> list[Mask]:
+    """Check the mask of a line, and return the masks that it joins."""
+    try:
+        mask = check(value)
+    except ValidationError:
+        raise ValueError(
+            "a path, {size: [height, width], counts: ...}, null, a list of masks, or a list of "
+            "polygons in pixels: [[x, y, ...], ...] even for one"
+        ) from None
     if mask is None:
         return []
     is_list = isinstance(mask, list) and not isinstance(mask[0], list)
@@ -62,209 +69,134 @@ def _as_list(mask: Mask | list[Mask] | None) -> list[Mask]:
     return mask if is_list or are_polygons else [mask]
 
 
-def _are_in_pixels(masks: list[Mask]) -> bool:
-    """Tell whether none of the masks is polygons that lie in [0, 1]."""
-    return not any(
-        isinstance(mask, list) and all(0 <= x <= 1 for polygon in mask for x in polygon)
-        for mask in masks
-    )
+@with_config({"extra": "forbid"})
+class Line(TypedDict):
+    """Describe a line of the file: an object, the sentences that denote it, and its split."""
 
-
-class Line(BaseModel):
-    """Holds a line of the file: an object, the sentences that denote it, and its split.
-
-    A field's description completes "must be", where no validator says more. `mask` becomes a
-    list: of the masks that are joined.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    image: Annotated[ImageKey, must(str.strip), AfterValidator(posixpath.normpath)] = Field(
-        description=f"a path of at most {LONGEST_KEY} bytes"
-    )
+    image: Annotated[ImageKey, must(str.strip, "a path"), AfterValidator(posixpath.normpath)]
     mask: Annotated[
-        Mask | Annotated[list[Mask], Field(min_length=1)] | None,
-        AfterValidator(_as_list),
-        must(_are_in_pixels, "in pixels (these polygons lie in [0, 1])"),
-    ] = Field(
-        description="a path, {size: [height, width], counts: ...}, null, a list of masks, or a "
-        "list of polygons in pixels: [[x, y, ...], ...] even for one"
-    )
-    sentences: list[Text] = Field(min_length=1, description="a list of one or more texts")
-    split: Annotated[str, must(is_plain_name)] = Field(description="a name such as train")
-    ref_id: Count = None
-    image_id: Count = None
-    category: Count = None
+        Mask | Annotated[list[Mask], Field(min_length=1)] | None, WrapValidator(_read_masks)
+    ]
+    sentences: Annotated[
+        list[Annotated[Text, AfterValidator(str.strip)]], must(bool, "one or more")
+    ]
+    split: SplitName
+    ref_id: NotRequired[Count | None]
+    image_id: NotRequired[Count | None]
+    category: NotRequired[Count | None]
 
 
-@dataclass
-class Contents:
-    """Holds what has been read so far, below two folders."""
-
-    images: Path
-    masks: Path
-    entries: list[tuple[int, Line]] = field(default_factory=list)  # lines of sound fields
-    sizes: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # None: unusable
-    missing: list[str] = field(default_factory=list)  # images
-    # An image's id, and the line that first gave it; the line of a ref's id.
-    image_ids: dict[str, tuple[int | None, int]] = field(default_factory=dict)
-    ref_ids: dict[int, int] = field(default_factory=dict)
-    # What a mask seldom is, and its lines.
-    odd_masks: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+_OBJECT, _LINE = TypeAdapter(dict), TypeAdapter(Line)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check the file, pack its splits, and print what went into them."""
+    """Pack the splits of a file, and print what went into them."""
     args = _parse_args(argv)
-    images = args.images or args.jsonl.parent
-    contents, problems = read(args.jsonl, images, args.jsonl.parent)
-    if problems:
-        for problem in problems:
-            print(f"{args.jsonl}:{problem}", file=sys.stderr)
-        raise UserError(f"{args.jsonl}: {len(problems)} problems, listed above; nothing written")
-    _print_notes(contents)
+    odd = OddRecords(args.skip_odd)
+    reader = LineReader(args, odd)
+    writers: dict[str, RecordWriter] = {}
+    count = 0  # of refs
+    lines = read_file(args.jsonl, "a line of it is one object (--help shows one)").split(b"\n")
+    with ExitStack() as stack:  # all splits appear at its end, or none
+        for number, line in enumerate(tqdm(lines, desc="pack", unit="line", disable=None), 1):
+            found = reader.read(number, line) if line.strip() else None
+            count += found is not None
+            if found is None or args.check:
+                continue
+            split, photo, ref = found
+            if split not in writers:
+                writers[split] = stack.enter_context(_open_writer(args, split))
+            writers[split].add_image(ref.image_key, photo)
+            writers[split].add_ref(ref, token_lengths(ref.sentences))
+        odd.settle()
+        for split, writer in writers.items():
+            writer.left_out = len(odd.of_split(split))
+    if not count:
+        raise UserError(f"{args.jsonl} has no line to pack: {_REMEDY}")
+    reader.print_notes()
     if args.check:
-        print(f"{args.jsonl}: {len(contents.entries)} refs, no problem; nothing written")
-        return
-    paths = {entry.split: args.output / f"{entry.split}.lmdb" for _, entry in contents.entries}
-    there = [path for path in paths.values() if path.exists()]
-    if there and not args.force:
+        print(f"{args.jsonl}: {count} refs, no problem; nothing written")
+    for writer in writers.values():
+        print(packed_summary(writer.path))
+
+
+def _open_writer(args: argparse.Namespace, split: str) -> RecordWriter:
+    """Make the writer of a split; what is there already is replaced only if that is meant."""
+    path = args.output / f"{split}.lmdb"
+    if path.exists() and not args.force:
         remedy = "choose another -o, or replace it with --force; nothing written"
-        raise UserError(f"{there[0]} is there already: {remedy}")
-    pack(contents, paths, args.output.resolve().name)
-    for path in paths.values():
-        print(packed_summary(path))
+        raise UserError(f"{path} is there already: {remedy}")
+    return RecordWriter(path, args.output.resolve().name, split)
 
 
-def read(path: Path, images: Path, masks: Path) -> tuple[Contents, list[str]]:
-    """Read and check a JSON Lines file and all images and masks that it names.
+class LineReader:
+    """Reads lines into records, and notes what is odd about them."""
 
-    Args:
-        images, masks: folders that relative paths start at.
-    Returns:
-        what it holds, and its problems, each "<line>: <text>", or " <text>" of the whole file.
-    Raises:
-        UserError: the file is missing, holds no line, or is not UTF-8.
-    """
-    try:
-        text = read_file(path, "a line of it is one object (--help shows one)").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty: a line of it is one object (--help shows one)")
-    contents, problems = Contents(images, masks), []
-    for number, line in tqdm(lines, desc="check", unit="ref", disable=None, leave=False):
-        try:
-            entry = Line.model_validate_json(line)
-            contents.entries.append((number, entry))
-            found = _content_problems(entry, number, contents)
-        except ValidationError as error:
-            found = _field_problems(error, line)
-        problems += [f"{number}: {problem}" for problem in found]
-    if (count := len(contents.missing)) > 1:
-        problems.append(f" {count} images are not below {images}: name their folder with --images")
-    return contents, problems
+    def __init__(self, args: argparse.Namespace, odd: OddRecords) -> None:
+        self._path, self._masks = args.jsonl, args.jsonl.parent
+        self._images = args.images or args.jsonl.parent
+        self._odd = odd
+        self._ref_ids: set[str] = set()
+        self._image_ids: dict[str, int | None] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}  # of images
+        self._splits: defaultdict[str, set[str]] = defaultdict(set)  # of images
+        self._odd_masks: defaultdict[str, list[int]] = defaultdict(list)  # their lines
+        self._sentences = 0
 
+    def read(self, number: int, line: bytes) -> tuple[str, bytes, RefRecord] | None:
+        """Read a line into its split, photo and record; None, and noted, if it cannot be used."""
+        where = f"{self._path}:{number}"
+        with self._odd.catch("malformed line", None, number):
+            item = read_as(_OBJECT, line, where, _REMEDY)
+            with self._odd.catch("malformed line", str(item.get("split")), number):
+                entry = read_as(_LINE, item, where, _REMEDY)
+                try:
+                    found = self._record(entry, number)
+                except UserError as error:
+                    kind = getattr(error, "kind", "unusable line")
+                    raise OddError(kind, f"{where}: {error}") from None
+                numbers = [f"ref_id {found[-1].ref_id}"]
+                refuse_seen(self._ref_ids, numbers, where, "give each line another, or none")
+                return found
+        return None
 
-def _field_problems(error: ValidationError, line: str) -> Iterator[str]:
-    """Say what is wrong with the fields of a line, once a field."""
-    told = set()
-    for fault in error.errors():
-        kind, reason = fault["type"], fault.get("ctx", {}).get("error", "")
-        name = fault["loc"][0] if fault["loc"] else ""
-        if name in told:
-            continue
-        told.add(name)
-        if kind == "json_invalid":
-            yield f"is not JSON ({reason})"
-        elif not name:
-            yield f"is {line.strip():.60}, not an object {{...}}"
-        elif kind == "missing":
-            yield f"has no {name}"
-        elif kind == "extra_forbidden":
-            near = get_close_matches(name, Line.model_fields, 1)
-            yield f"has an unknown field {name}" + (f"; did you mean {near[0]}?" if near else "")
-        else:
-            needed = str(reason) or Line.model_fields[name].description
-            yield f"{name} must be {needed}, not {fault['input']!r:.80}"
+    def _record(self, entry: Line, number: int) -> tuple[str, bytes, RefRecord]:
+        """Read the photo and masks of a line, whose fields are sound."""
+        key, image_id, texts = entry["image"], entry.get("image_id"), tuple(entry["sentences"])
+        path, remedy = self._images / key, "check image, or name its folder with --images"
+        photo = read_file(path, remedy, MISSING_PHOTO)
+        size = self._sizes.get(key) or image_size(photo, str(path), remedy)
+        self._sizes[key] = size
+        parts = [load_mask(mask, size, self._masks) for mask in entry["mask"]]
+        mask = join_masks(parts, size)
+        if np.mean(mask > 0) >= 0.99:
+            self._odd_masks["cover 99 % of their photo or more"].append(number)
+        if any(map(_has_several_values, parts)):
+            self._odd_masks["have several values, all taken for the object"].append(number)
+        known = self._image_ids.setdefault(key, image_id)
+        if known != image_id:
+            raise UserError(f"its image {key} has image_id {image_id}, but {known} on a line above")
+        ref_id = number if entry.get("ref_id") is None else entry["ref_id"]
+        self._splits[key].add(entry["split"])
+        sent_ids = tuple(range(self._sentences, self._sentences + len(texts)))
+        self._sentences += len(texts)
+        image_id = image_id_of(key) if image_id is None else image_id
+        encoded = encode_mask(mask)
+        fields = key, image_id, entry.get("category"), *size, encoded, texts, sent_ids
+        return entry["split"], photo, RefRecord(ref_id, *fields, len(parts))
 
-
-def _content_problems(entry: Line, number: int, contents: Contents) -> Iterator[str]:
-    """Say what is wrong with the image, the mask and the ids of a line whose fields are sound."""
-    key = entry.image
-    if key not in contents.sizes:
-        contents.sizes[key] = None
-        path, remedy = contents.images / key, "check image"
-        try:
-            data = read_file(path, remedy, MISSING_PHOTO)
-            contents.sizes[key] = image_size(data, str(path), remedy)
-        except (UserError, OSError) as error:
-            if getattr(error, "kind", None) == MISSING_PHOTO:
-                contents.missing.append(key)
-            if key not in contents.missing[1:]:
-                yield str(error)
-    elif contents.sizes[key] is None and key not in contents.missing[1:]:
-        yield f"its image {key} cannot be used, see above"
-    if (size := contents.sizes[key]) is not None:
-        try:
-            parts = [load_mask(mask, size, contents.masks) for mask in entry.mask]
-            if np.mean(join_masks(parts, size) > 0) >= 0.99:
-                contents.odd_masks["cover 99 % of their photo or more"].append(number)
-            if any(map(_has_several_values, parts)):
-                contents.odd_masks["have several values, all taken for the object"].append(number)
-        except (UserError, OSError) as error:
-            yield str(error)
-    known, first = contents.image_ids.setdefault(key, (entry.image_id, number))
-    if known != entry.image_id:
-        yield f"its image {key} has image_id {entry.image_id}, but {known} on line {first}"
-    if entry.ref_id is not None:
-        first = contents.ref_ids.setdefault(entry.ref_id, number)
-        if first != number:
-            yield f"ref_id {entry.ref_id} is that of line {first} as well"
-    if (entry.ref_id is None) != (contents.entries[0][1].ref_id is None):
-        yield "ref_id is on some lines only: put it on all of them or on none"
+    def print_notes(self) -> None:
+        """Tell of odd masks, and of images in several splits, which flatter scores."""
+        for what, numbers in self._odd_masks.items():
+            lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+            print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
+        if shared := sorted(image for image, splits in self._splits.items() if len(splits) > 1):
+            print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
 
 
 def _has_several_values(codes: np.ndarray) -> bool:
     """Tell whether the object has several; 253 to 255 are one, as the release writes it."""
     return len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}) > 1
-
-
-def _print_notes(contents: Contents) -> None:
-    """Tell of odd masks, and of images in several splits, which flatter scores."""
-    for what, numbers in contents.odd_masks.items():
-        lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
-        print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
-    places = {(entry.image, entry.split) for _, entry in contents.entries}
-    splits = Counter(image for image, _ in places)
-    if shared := sorted(image for image, count in splits.items() if count > 1):
-        print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
-
-
-def pack(contents: Contents, paths: Mapping[str, Path], dataset: str) -> None:
-    """Write the file of each split; all of them appear, or none.
-
-    Raises:
-        UserError: an image or mask has changed since it was checked.
-    """
-    count = 0  # of sentences
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(RecordWriter(path, dataset, split))
-            for split, path in paths.items()
-        }
-        for number, entry in tqdm(contents.entries, desc="pack", unit="ref", disable=None):
-            writer, key, size = writers[entry.split], entry.image, contents.sizes[entry.image]
-            writer.add_image(key, (contents.images / key).read_bytes())
-            parts = [load_mask(mask, size, contents.masks) for mask in entry.mask]
-            mask = encode_mask(join_masks(parts, size))
-            ref_id = number if entry.ref_id is None else entry.ref_id
-            image_id = image_id_of(key) if entry.image_id is None else entry.image_id
-            texts = tuple(entry.sentences)
-            sent_ids = tuple(range(count, count + len(texts)))
-            fields = key, image_id, entry.category, *size, mask, texts, sent_ids, len(entry.mask)
-            writer.add_ref(RefRecord(ref_id, *fields), token_lengths(texts))
-            count += len(texts)
 
 
 def load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
@@ -282,6 +214,8 @@ def load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
         codes = read_mask(read_file(path, remedy), str(path), remedy)
         check_mask(codes, size, str(path), remedy)
         return codes
+    if isinstance(mask, list) and all(0 <= x <= 1 for polygon in mask for x in polygon):
+        raise UserError("its mask must be in pixels (these polygons lie in [0, 1])")
     try:
         drawn = draw_segmentation(mask, *size)
     except UserError as error:
@@ -297,6 +231,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-o", "--output", type=Path, help="folder for <split>.lmdb; names the data")
     add("--images", type=Path, help="folder that image paths start at (that of the file)")
     add("--check", action="store_true", help="only look for problems")
+    add("--skip-odd", action="store_true", help="leave out lines that cannot be used")
     add("--force", action="store_true", help="replace records that are in the folder already")
     args = parser.parse_args(argv)
     if args.output is None and not args.check:

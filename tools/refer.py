@@ -6,7 +6,6 @@ The pickle comes from the web, so it is read by an unpickler that knows plain co
 and numbers, and refuses everything else before any of it runs.
 """
 
-import codecs
 import io
 import json
 import pickle
@@ -56,6 +55,7 @@ _Ids = Annotated[Any, must(_are_ids, "a whole number, or a list of them")]
 _SHORT_PATH = must(_is_key, f"a path of at most {LONGEST_KEY} bytes")
 ImageKey = Annotated[str, Field(min_length=1), _SHORT_PATH]
 Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+SplitName = Annotated[str, must(is_plain_name, "a plain name")]
 # With a limit of its length, a text is refused that holds half a character (a lone surrogate).
 Text = Annotated[str, Field(min_length=0), must(has_words, "a text with words")]
 
@@ -77,7 +77,7 @@ class Ref(TypedDict):
     ann_id: _Ids
     image_id: int
     category_id: _Ids
-    split: Annotated[str, must(is_plain_name, "a plain name")]
+    split: SplitName
     sentences: Sentences
 
 
@@ -283,7 +283,8 @@ def load_refs(
 def load_plain(data: bytes, where: str) -> Any:
     """Read a pickle of plain containers, strings and numbers, and nothing else.
 
-    The byte strings that Python 2 wrote become str: UTF-8 where that is valid, else Latin-1.
+    The byte strings that Python 2 wrote become str. What is no UTF-8 in them becomes lone
+    surrogates, which `Text` refuses.
 
     Raises:
         UserError: it is no pickle, is cut off, or asks for any class or function; the text names
@@ -316,29 +317,31 @@ def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:
     """Check plain containers, or a JSON file's bytes, and return them without unknown fields.
 
     Raises:
-        UserError: "`where`[3].field: what it must be: `remedy`", of the first fault.
+        UserError: "`where`[3].field: what it must be: `remedy`", of each field that is wrong.
     """
     try:
         # Pydantic's own reader of JSON would take half as much memory again.
         content = json.loads(data) if isinstance(data, bytes) else data
         return kind.validate_python(content, strict=True)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not readable JSON ({error}): {remedy}") from None
-    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
-    text = fault["msg"].replace("Input should", "must").replace("Value error,", "must be")
-    found = f", not {reprlib.repr(fault['input']):.80}"  # shared lists can be endless
-    text = "is missing" if fault["type"] == "missing" else text + found
-    raise UserError(f"{where}{place}: {text}: {remedy}")
+    told: dict[Any, str] = {}  # one a field
+    for fault in faults:
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+        text = fault["msg"].replace("Input should", "must").replace("Value error,", "must be")
+        text += f", not {reprlib.repr(fault['input']):.80}"  # shared lists can be endless
+        text = {"missing": "is missing", "extra_forbidden": "is unknown"}.get(fault["type"], text)
+        told.setdefault(fault["loc"][:1], f"{place}: {text}")
+    raise UserError(f"{where}{'; '.join(told.values())}: {remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
     def __init__(self, data: bytes, where: str) -> None:
-        codecs.register_error("rest as latin-1", _decode_rest)
-        super().__init__(io.BytesIO(data), encoding="utf-8", errors="rest as latin-1")
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
         self._where = where
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -346,11 +349,6 @@ class _PlainUnpickler(pickle.Unpickler):
             f"{self._where} asks for {module}.{name}: refs are plain lists, dicts, strings and "
             "numbers, so this file is damaged or hostile and was not loaded"
         )
-
-
-def _decode_rest(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Decode what is no UTF-8, up to the end of the string, as Latin-1."""
-    return error.object[error.start :].decode("latin-1"), len(error.object)
 
 
 def _by_id(items: list) -> dict[int, dict]:
