@@ -1,7 +1,6 @@
 """Pack a split's JSON, images and masks into one LMDB file, which train.py and test.py read."""
 
 import argparse
-import hashlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +72,6 @@ class ReleaseItem(TypedDict):
     cat: Number | None
     seg_id: Number
     img_name: ImageKey
-    num_sents: int
     sents: Annotated[list[Text], must(bool, "one or more")]
 
 
@@ -121,29 +119,26 @@ def pack(args: argparse.Namespace) -> Path:
     path = args.output_dir / f"{split}.lmdb"
     odd = OddRecords(args.skip_odd)
     entries = read_entries(args.json, odd)
-    photos: dict[str, bytes] = {}  # read, and not stored yet
     sizes: dict[str, tuple[int, int]] = {}
     whitened = 0
     with RecordWriter(path, dataset, split) as writer:
         for place, entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key, number = entry["img_name"], entry["segment_id"]
             with odd.catch("unreadable file", split, place):
-                if key not in sizes:
-                    photo = find_photo(args.img_dir, key)
-                    photos[key] = read_file(photo, _IMAGE_REMEDY, MISSING_PHOTO)
-                    sizes[key] = image_size(photos[key], str(photo), _IMAGE_REMEDY)
+                photo_path = find_photo(args.img_dir, key)
                 mask_path = args.mask_dir / f"{number}.png"
+                photo = read_file(photo_path, _IMAGE_REMEDY, MISSING_PHOTO)
+                size = sizes.get(key) or image_size(photo, str(photo_path), _IMAGE_REMEDY)
+                sizes[key] = size
                 mask = read_file(mask_path, _MASK_REMEDY, MISSING_MASK)
                 num_targets = entry.get("num_targets", 1)
-                white = whiten_mask(mask, sizes[key], str(mask_path), _MASK_REMEDY, num_targets)
+                white = whiten_mask(mask, size, str(mask_path), _MASK_REMEDY, num_targets)
                 whitened += white != mask
-                if key in photos:
-                    writer.add_image(key, photos.pop(key))
+                writer.add_image(key, photo)
                 texts = tuple(sentence["sent"] for sentence in entry["sentences"])
                 sent_ids = tuple(sentence["sent_id"] for sentence in entry["sentences"])
-                fields = key, image_id_of(key), entry["cat"], *sizes[key], white, texts, sent_ids
-                record = RefRecord(number, *fields, num_targets)
-                writer.add_ref(record, token_lengths(texts))
+                fields = key, image_id_of(key), entry["cat"], *size, white, texts, sent_ids
+                writer.add_ref(RefRecord(number, *fields, num_targets), token_lengths(texts))
         odd.settle()
         lists = [p.with_suffix(".odd") for p in args.json]
         earlier = sum(len(p.read_text("utf-8").split("\n")) for p in lists if p.is_file())
@@ -169,12 +164,12 @@ def read_entries(paths: Sequence[Path], odd: OddRecords) -> list[tuple[int, Entr
     split = "+".join(path.stem for path in paths)
     entries: list[tuple[int, Entry]] = []
     seen: set[str] = set()
-    again = _REDO if len(paths) == 1 else "pack each JSON file alone"
     for place, (where, item) in enumerate(items):
         with odd.catch("malformed entry", split, place):
             entry = read_as(_ENTRY, item, where, _REDO)
-            numbers = (f"sent_id {sentence['sent_id']}" for sentence in entry["sentences"])
-            refuse_seen(seen, [f"segment_id {entry['segment_id']}", *numbers], where, again)
+            numbers = [f"sent_id {sentence['sent_id']}" for sentence in entry["sentences"]]
+            numbers.append(f"segment_id {entry['segment_id']}")
+            refuse_seen(seen, numbers, where, f"{_REDO}, or pack each JSON file alone")
             entries.append((place, entry))
     return entries
 
@@ -256,7 +251,6 @@ def convert(args: argparse.Namespace) -> Path:
     if path.resolve() == source.resolve():
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     sizes: dict[str, tuple[int, int]] = {}
-    digests: dict[str, bytes] = {}
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
     odd = OddRecords(args.skip_odd)
@@ -267,12 +261,7 @@ def convert(args: argparse.Namespace) -> Path:
             with odd.catch("unreadable entry", source.stem, place):
                 item = read_as(_RELEASE_ITEM, _unpickle(data, where), where, REPACK)
                 key, number, texts = item["img_name"], item["seg_id"], tuple(item["sents"])
-                if len(texts) != item["num_sents"]:
-                    raise UserError(f"{where}: num_sents is not the number of sents: {REPACK}")
                 size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", REPACK)
-                digest = hashlib.sha256(item["img"]).digest()
-                if digests.setdefault(key, digest) != digest:
-                    raise UserError(f"{where} has another image {key} than an earlier: {REPACK}")
                 mask = whiten_mask(item["mask"], size, f"{where}, mask", REPACK)
                 refuse_seen(seen, [f"seg_id {number}"], where, REPACK)
                 whitened += mask != item["mask"]
