@@ -1,8 +1,6 @@
 """Reading CLIP's weights: equal to what torch.jit.load finds, without running the archive."""
 
-import hashlib
 import re
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -186,22 +184,6 @@ def test_the_backbone_gets_float32_weights_rounded_through_float16_where_the_rel
     assert_same_tensors({name: got[name] for name in expected}, expected)
 
 
-def test_file_with_a_published_name_is_compared_with_the_published_digest(
-    archive, tmp_path, monkeypatch
-):
-    path = tmp_path / "RN50.pt"
-    path.write_bytes(archive.read_bytes())
-    with pytest.warns(UserWarning, match=r"not the published RN50\.pt.*SHA-256.*afeb0e10") as seen:
-        state = read_clip(path)
-    assert [warning.filename for warning in seen] == [__file__]
-    assert_same_tensors(state, read_clip(archive))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(clip_archive.PUBLISHED_DIGESTS, "RN50.pt", digest)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read_clip(path)
-
-
 def test_missing_file_says_where_to_get_it(tmp_path):
     assert "tools/prepare_datasets.md" in only_line(tmp_path / "RN50.pt")
 
@@ -254,8 +236,6 @@ def test_cris_checkpoint_is_pointed_to_train_weight(tmp_path, prefix, wrapper):
 
 def test_content_that_is_no_clip_is_named(tmp_path):
     path, state = tmp_path / "clip.pt", tiny_clip().state_dict()
-    pool = {"visual.attnpool.positional_embedding": torch.empty(7, 256)}
-    assert "has 6 positions, which is no square" in only_line(path, dict(state) | pool)
     del state["text_projection"]
     assert "no 'text_projection'" in only_line(path, state)
     assert "it has text_model.x" in only_line(path, {"text_model.x": torch.zeros(1)})

@@ -90,7 +90,7 @@ def test_bad_options(tmp_path, trained, capsys):
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}: it cannot be used here"):
             report(trained, tmp_path, "--device", name)
-    with pytest.raises(UserError, match=r"no CLIP archive at ViT\.pt"):
+    with pytest.raises(UserError, match=r"ViT\.pt: there is no such CLIP archive"):
         report(trained, tmp_path, "--opts", *f"{ARCHIVE} ViT.pt TRAIN.clip_arch null".split())
     for option in ("--rounds", "--sentences"):
         with pytest.raises(SystemExit, match="2"):
