@@ -118,9 +118,7 @@ def training_records(cfg: Config) -> JoinedReader:
         UserError: nothing is left.
     """
     readers = [RecordReader(path) for path in cfg.DATA.train_lmdb]
-    excluded = []
-    if len(readers) > 1:
-        excluded = [RecordReader(path) for path in cfg.DATA.exclude_lmdb]
+    excluded = [RecordReader(path) for path in cfg.DATA.exclude_lmdb] if len(readers) > 1 else []
     records = JoinedReader([(r, np.flatnonzero(~on_images_of(excluded, r))) for r in readers])
     if len(records) == 0:
         raise UserError("every ref of DATA.train_lmdb is on an image of DATA.exclude_lmdb")

@@ -4,8 +4,6 @@ import math
 
 from torch import nn, optim
 
-BACKBONE, HEAD = "backbone", "head"
-
 
 def parameter_groups(model: nn.Module, cfg) -> list[dict]:
     """Split the trained parameters as the release does.
@@ -18,8 +16,8 @@ def parameter_groups(model: nn.Module, cfg) -> list[dict]:
         `backbone` and is no positional embedding, **head** all the rest.
     """
     base_lr = cfg.TRAIN.base_lr
-    backbone = {"name": BACKBONE, "params": [], "initial_lr": base_lr * cfg.TRAIN.lr_multi}
-    head = {"name": HEAD, "params": [], "initial_lr": base_lr}
+    backbone = {"name": "backbone", "params": [], "initial_lr": base_lr * cfg.TRAIN.lr_multi}
+    head = {"name": "head", "params": [], "initial_lr": base_lr}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_backbone = name.startswith("backbone") and "positional_embedding" not in name

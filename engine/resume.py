@@ -148,7 +148,7 @@ def save_if_due(run: Run, has_stepped: bool = True, asks: bool = True) -> None:
     if asks:
         by_clock = run.ranks.is_main and unit == "minutes"
         is_late = by_clock and time.monotonic() - run.saved_at >= 60 * interval
-        is_asked, is_late = any_rank(run.stop.is_set, is_late)
+        is_asked, is_late = any_rank(bool(run.stop.name or run.stop.loss), is_late)
         if is_asked:
             save_and_stop(run)
     if has_stepped and (is_late or (unit == "steps" and run.step % interval == 0)):

@@ -18,7 +18,7 @@ from engine.resume import save, stoppable
 from engine.run import Run
 from model.loss import resize_target, text_to_pixel_loss
 from utils.dataset import TrainingBatch
-from utils.distributed import gather_objects, mean_over_ranks, no_sync, share_buffers, unwrap
+from utils.distributed import gather_objects, no_sync, share_buffers, unwrap
 from utils.errors import UserError
 from utils.logger import duration, progress
 from utils.metrics import main_metric, training_scores
@@ -142,8 +142,8 @@ def forward_backward(run: Run, batch: TrainingBatch, synchronize: bool) -> Tenso
 
 def means(sums: Tensor) -> dict[str, float]:
     """Turn sums and their count into means over all ranks. Waits for the device."""
-    values = mean_over_ranks(sums[:-1] / sums[-1]).tolist()
-    return dict(zip(TRAINING_METRICS, values, strict=True))
+    by_rank = torch.tensor(gather_objects((sums[:-1] / sums[-1]).tolist()))
+    return dict(zip(TRAINING_METRICS, by_rank.mean(0).tolist(), strict=True))
 
 
 def log_step(run: Run, values: dict[str, float]) -> None:

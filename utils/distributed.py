@@ -46,8 +46,8 @@ def start(alone: bool = False) -> Ranks:
         UserError: there are GPUs, and fewer than ranks on this machine; or the environment names
             ranks, but not as torchrun does.
     """
-    numbers = None if alone else _announced()
-    local_rank = numbers["LOCAL_RANK"] if numbers else 0
+    announced = None if alone else _announced()
+    rank, world_size, local_rank, local_size = announced or (0, 1, 0, 1)
     has_mps = alone and torch.backends.mps.is_available()
     device = torch.device("mps" if has_mps else "cpu")
     if torch.cuda.is_available():
@@ -58,41 +58,33 @@ def start(alone: bool = False) -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if numbers is None:
-        return Ranks(0, 1, 0, 1, device)
-    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    ranks = Ranks(rank, world_size, local_rank, local_size, device)
+    if announced is None:
+        return ranks
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there,
         # after a restart, under which address a dead rank listened; ranks would wait for it until
         # the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
-        address = os.environ["MASTER_ADDR"], numbers["MASTER_PORT"]
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         shared = dist.TCPStore(*address, timeout=dist.default_pg_timeout)
         store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
-    is_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if is_cuda else None,
-    )
-    return Ranks(rank, world_size, local_rank, numbers["LOCAL_WORLD_SIZE"], device)
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own)
+    return ranks
 
 
-def _announced() -> dict[str, int] | None:
-    """Return the numbers that torchrun gives a rank; None where no rank is named."""
+def _announced() -> tuple[int, int, int, int] | None:
+    """Return the first four fields of `Ranks` as torchrun gives them; None without any rank."""
     given = {"LOCAL_WORLD_SIZE": "1"} | os.environ
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & given.keys():
         return None
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     try:
-        numbers = {name: int(given[name]) for name in names}
-        size, rank, local_rank, local_size, port = numbers.values()
-        if not (0 <= rank < size and 0 <= local_rank < size and local_size > 0):
-            raise ValueError("no such rank")
-        if not 0 < port < 1 << 16:
-            raise ValueError("no such port")
+        rank, size, local_rank, local_size, port = (int(given[name]) for name in names)
+        is_rank = 0 <= rank < size and 0 <= local_rank < size and local_size > 0
+        if not (is_rank and 0 < port < 1 << 16):
+            raise ValueError("no such rank or port")
         socket.getaddrinfo(given["MASTER_ADDR"], port)
     except (KeyError, ValueError, OSError) as error:
         told = ", ".join(f"{name}={given.get(name)}" for name in (*names, "MASTER_ADDR"))
@@ -100,7 +92,7 @@ def _announced() -> dict[str, int] | None:
             f"the environment names no rank that can start ({error}): {told}; unset WORLD_SIZE, "
             "RANK and LOCAL_RANK for a single process, or start ranks with torchrun"
         ) from None
-    return numbers
+    return rank, size, local_rank, local_size
 
 
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
@@ -170,26 +162,13 @@ def gather_objects(item: Any) -> list[Any]:
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set on any rank; no device waits for it."""
-    if not dist.is_initialized():
-        return flags
-    joined = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(joined, dist.ReduceOp.MAX)
-    return tuple(map(bool, joined.tolist()))
+    """Return for each flag whether it is set on any rank; no device waits for it."""
+    return tuple(map(any, zip(*gather_objects(flags), strict=True)))
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this process in place of one that failed."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return count.isdecimal() and int(count) > 0
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+    """Tell whether torchrun has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> nn.Module:
@@ -207,7 +186,6 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> n
         model = synchronize_batchnorm(model)
     return DistributedDataParallel(
         model,
-        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         forward_sync_buffers=not sync_bn,
         static_graph=static_graph,
@@ -227,13 +205,13 @@ def share_buffers(model: nn.Module) -> None:
     """
     if not dist.is_initialized():
         return
-    buffers = list(unwrap(model).buffers())
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):  # one broadcast each
-        same = [buffer for buffer in buffers if buffer.dtype == dtype]
-        joined = torch.cat([buffer.flatten() for buffer in same])
-        dist.broadcast(joined, 0)
-        for buffer, values in zip(same, joined.split([b.numel() for b in same]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+    # Integers only count batches, of which each rank had the same number.
+    buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point()]
+    joined = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(joined, 0)
+    parts = joined.split([buffer.numel() for buffer in buffers])
+    for buffer, values in zip(buffers, parts, strict=True):
+        buffer.copy_(values.view_as(buffer))
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager:
@@ -242,11 +220,10 @@ def no_sync(model: nn.Module) -> AbstractContextManager:
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm by one over all ranks; names and values stay."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, SyncBatchNorm.of(child))
+    """Turn every BatchNorm into one over all ranks, in place; names and values stay."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = SyncBatchNorm  # which keeps no state of its own
     return model
 
 
@@ -255,14 +232,6 @@ class SyncBatchNorm(_BatchNorm):
 
     Unlike torch's it also runs on CPUs, never waits for the device, and torch.compile takes it.
     """
-
-    @classmethod
-    def of(cls, norm: _BatchNorm) -> "SyncBatchNorm":
-        """Return one that shares the parameters and statistics of `norm`."""
-        synced = cls(norm.num_features, norm.eps, norm.momentum)
-        for name, value in (*norm.named_parameters(), *norm.named_buffers()):
-            setattr(synced, name, value)
-        return synced.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept every number of dimensions."""

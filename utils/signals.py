@@ -25,11 +25,6 @@ class StopRequest:
         self.loss: str | None = None
         self._since = 0.0
 
-    @property
-    def is_set(self) -> bool:
-        """Whether there is a reason to stop."""
-        return self.name is not None or self.loss is not None
-
     def receive(self, number: int, _: FrameType | None) -> None:
         """Note a signal; a person's second Ctrl-C ends the process where it is."""
         now = time.monotonic()
