@@ -16,19 +16,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, build_run, kept_bytes, write_config
+from helpers import ROOT, Batches, build_run, kept_bytes, write_config
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import evaluator, predictor
+from engine import evaluator, predictor, resume, trainer
 from engine.evaluator import evaluate, resolve_protocols
 from engine.loaders import _copy_stream, to_device
 from engine.optim import build_optimizer, parameter_groups
 from engine.predictor import Predictor
 from engine.run import Run
-from engine.trainer import build_scaler, forward_backward, optimizer_step, resolve_precision
+from engine.trainer import build_scaler, resolve_precision, train_one_epoch
 from model.clip import causal_mask, resizing_matrix
 from model.decoder import map_positions, sequence_positions
 from model.neck import coordinates
@@ -209,6 +209,25 @@ def test_a_step_at_full_size_keeps_three_quarters_and_launches_no_more_than_befo
         assert found <= limit, what
 
 
+class NoWaits(TorchDispatchMode):
+    """Refuses copies between devices that the host waits for; fakes refuse to be read."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, kwargs = function(*args, **(kwargs or {})), kwargs or {}
+        if function is torch.ops.aten._to_copy.default:
+            assert result.device == args[0].device or kwargs.get("non_blocking")
+        elif function is torch.ops.aten.copy_.default:
+            assert result.device == args[1].device or args[2:] == (True,)
+        return result
+
+
+class Endless(Batches):
+    """A loader whose epoch has not ended when its batches have, so that nothing is logged."""
+
+    def __len__(self) -> int:
+        return 99
+
+
 RECOMPUTED = {"recompute_backbone": True, "recompute_decoder": True}
 
 
@@ -225,9 +244,9 @@ RECOMPUTED = {"recompute_backbone": True, "recompute_decoder": True}
 def test_training_steps_mix_no_devices_and_wait_for_nothing(
     tmp_path, data, monkeypatch, precision, expected, options, ranks
 ):
-    config = write_config(tmp_path, data, dropout=0.1, precision=precision, **options)
-    run = build_run(config)
-    batch = next(iter(run.train_loader))
+    keys = {"dropout": 0.1, "precision": precision, "print_freq": 99}
+    run = build_run(write_config(tmp_path, data, **keys | options))
+    run.train_loader = Endless([next(iter(run.train_loader))])
     types = []
     run.model.register_forward_hook(lambda *call: types.append(call[-1].dtype))
 
@@ -238,17 +257,22 @@ def test_training_steps_mix_no_devices_and_wait_for_nothing(
                 parameter.grad = torch.empty_like(parameter)
 
     monkeypatch.setattr(Tensor, "backward", backward)
+    monkeypatch.setattr(trainer, "means", lambda sums: {"sums": sums})  # it reads them
+    # Ranks ask each other for signals on the CPU.
+    monkeypatch.setattr(resume, "gather_objects", lambda own: [own])
+    monkeypatch.setattr(resume, "any_rank", lambda *flags: flags)
     with two_ranks() if ranks == 2 else nullcontext(), fake_cuda():
         if ranks == 2:
             synchronize_batchnorm(run.model)
         put_on_cuda(run)
-        for _ in range(2):
-            run.sums[1] += forward_backward(run, batch, synchronize=True)
-            optimizer_step(run)
+        for watched in (nullcontext(), NoWaits()):  # the first step makes tables that stay
+            with watched:
+                train_one_epoch(run)
         states = [value for state in run.optimizer.state.values() for value in state.values()]
         held = (*states, run.sums, run.faults)
         assert {value.device for value in held} == {GPU}
         assert {value.dtype for value in states} == {torch.float32}
+    assert run.step == 2
     assert types == [expected] * 2
     assert run.scaler.is_enabled() == (expected is torch.float16)
 

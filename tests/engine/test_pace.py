@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
-from helpers import CPU, spawn
+from helpers import CPU
 
-from engine.pace import GIB, MEASURED, Pace, memory_in_use
-from utils.distributed import Ranks
-from utils.machine import peak_memory
+from engine import pace
+from engine.pace import MEASURED, Pace, memory_in_use
+from utils.machine import GIB, peak_memory
 
 
 def slow_loader(count: int, seconds: float) -> Iterator[int]:
@@ -19,10 +20,10 @@ def slow_loader(count: int, seconds: float) -> Iterator[int]:
 
 
 def lap_of(load: float, compute: float, count: int = 5) -> dict[str, float]:
-    pace = Pace(CPU)
-    for _ in pace.watch(slow_loader(count, load)):
+    taken = Pace(CPU)
+    for _ in taken.watch(slow_loader(count, load)):
         time.sleep(compute)
-    return pace.lap(batch_size=8)
+    return taken.lap(batch_size=8)
 
 
 def test_the_share_is_the_time_in_which_the_loop_waited_for_the_loader():
@@ -33,17 +34,13 @@ def test_the_share_is_the_time_in_which_the_loop_waited_for_the_loader():
 
 
 def test_speed_counts_the_refs_of_all_batches_since_the_last_lap():
-    pace = Pace(CPU)
-    start = time.monotonic()
-    batches = pace.watch(slow_loader(6, 0.01))
-    for _ in range(4):
-        next(batches)
-    speed = pace.lap(batch_size=16)["refs_per_second"]
-    assert speed == pytest.approx(4 * 16 / (time.monotonic() - start), rel=0.2)
-    start = time.monotonic()
-    assert len(list(batches)) == 2
-    speed = pace.lap(batch_size=16)["refs_per_second"]
-    assert speed == pytest.approx(2 * 16 / (time.monotonic() - start), rel=0.2)
+    taken = Pace(CPU)
+    batches = taken.watch(slow_loader(6, 0.01))
+    for count in (4, 2):
+        start = time.monotonic()
+        assert len(list(islice(batches, count))) == count
+        speed = taken.lap(batch_size=16)["refs_per_second"]
+        assert speed == pytest.approx(count * 16 / (time.monotonic() - start), rel=0.2)
 
 
 def test_a_loader_is_gone_through_as_it_is():
@@ -51,7 +48,13 @@ def test_a_loader_is_gone_through_as_it_is():
 
 
 def test_memory_on_the_cpu_is_the_most_that_the_process_held():
-    assert memory_in_use(CPU) == pytest.approx(peak_memory() / GIB, rel=0.01)
+    assert lap_of(0.0, 0.0)["memory_gib"] == pytest.approx(peak_memory() / GIB, rel=0.01)
+
+
+def test_of_several_ranks_the_one_that_waited_longest_and_the_one_that_took_most_count(monkeypatch):
+    monkeypatch.setattr(pace, "gather_objects", lambda own: [own, (0.9, 0.0), (0.0, 1e4)])
+    values = lap_of(load=0.0, compute=0.01)
+    assert (values["data_wait_share"], values["memory_gib"]) == (0.9, 1e4)
 
 
 @pytest.mark.gpu
@@ -64,13 +67,3 @@ def test_memory_on_a_gpu_is_the_most_that_tensors_took():
     block = torch.ones(2**26, dtype=torch.uint8, device=device)
     del block
     assert memory_in_use(device) - before == pytest.approx(2**26 / GIB, rel=0.1)
-
-
-def waits_on_one_rank(ranks: Ranks) -> None:
-    values = lap_of(load=0.04 * ranks.rank, compute=0.01)
-    assert values["data_wait_share"] > 0.6, values
-
-
-@pytest.mark.slow
-def test_of_several_ranks_the_one_that_waited_longest_counts():
-    spawn(2, waits_on_one_rank)

@@ -15,16 +15,20 @@ import torch
 from helpers import (
     assert_equal_runs,
     assert_same,
+    build_run,
     free_port,
     load,
     load_state,
     read_metrics,
     repack,
+    spawn,
     start_command,
-    torchrun,
     write_config,
 )
 
+import train
+from utils.config import load_config
+from utils.distributed import Ranks
 from utils.records import RecordReader
 
 pytestmark = pytest.mark.slow
@@ -39,14 +43,17 @@ def recipe(folder: Path, data: Path, **train_keys) -> Path:
     return write_config(folder, data, **(keys | train_keys))
 
 
+def train_on_rank(ranks: Ranks, config: Path) -> None:
+    train.train(load_config(config), ranks)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """The config of two ranks' run that nothing happened to."""
-    keys = {"epochs": EPOCHS, "workers": 1, "workers_val": 1}
+    """The folder of two ranks' run that nothing happened to, with a checkpoint of each 2 steps."""
+    keys = {"epochs": EPOCHS, "workers": 1, "workers_val": 1, "keep_checkpoints": 99}
     config = recipe(tmp_path_factory.mktemp("whole"), data, **keys)
-    ending = torchrun(2, "train.py", "--config", config)
-    assert ending.returncode == 0, ending.stderr
-    return config
+    spawn(2, train_on_rank, config)
+    return folder_of(config)
 
 
 @pytest.fixture
@@ -125,7 +132,7 @@ def finish_after_kill(start: Callable, config: Path) -> str:
 def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_path, start, whole):
     config = recipe(tmp_path, data, epochs=EPOCHS)
     assert finish_after_kill(start, config).count(RESUMED) == 1
-    assert_equal_runs(folder_of(config), folder_of(whole))
+    assert_equal_runs(folder_of(config), whole)
     epochs = [r["epoch"] for r in read_metrics(folder_of(config)) if r["kind"] == "epoch"]
     assert epochs == [1, 2, 3, 4]
     state = load(folder_of(config) / "last_model.pth")
@@ -134,31 +141,30 @@ def test_torchrun_restarts_after_a_killed_rank_and_nothing_differs(data, tmp_pat
     assert not any(key.startswith("module.") for key in state["state_dict"])
 
 
-def test_a_forced_run_that_is_restarted_goes_on_from_what_it_has_saved(
-    data, tmp_path, start, whole
-):
-    config = recipe(tmp_path, data, epochs=EPOCHS, resume=None, force=True)
-    last = folder_of(config) / "last_model.pth"
-    last.parent.mkdir(parents=True)
-    shutil.copy(folder_of(whole) / "last_model.pth", last.with_name("step_00000099.pth"))
-    err = finish_after_kill(start, config)
-    assert err.count("TRAIN.force: 1 checkpoint(s)") == 1
-    assert err.count(f"{RESUMED}{last}") == 1
-    assert_equal_runs(folder_of(config), folder_of(whole))
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_a_restart_takes_what_the_run_has_saved_not_what_it_began_from(
     data, tmp_path, start, whole, force
 ):
-    first = recipe(tmp_path / "first", data, epochs=1)
-    assert torchrun(2, "train.py", "--config", first).returncode == 0
-    other = folder_of(first) / "last_model.pth"
-    config = recipe(tmp_path / "second", data, epochs=EPOCHS, resume=str(other), force=force)
+    other = whole / "step_00000002.pth"
+    config = recipe(tmp_path, data, epochs=EPOCHS, resume=str(other), force=force)
     last = folder_of(config) / "last_model.pth"
+    if force:
+        last.parent.mkdir(parents=True)
+        shutil.copy(whole / "last_model.pth", last.with_name("step_00000099.pth"))
     err = finish_after_kill(start, config)
+    assert err.count("TRAIN.force: 1 checkpoint(s)") == force
     assert [err.count(f"{RESUMED}{path}") for path in (other, last)] == [1, 1]
-    assert_same(load_state(last), load_state(folder_of(whole) / "last_model.pth"))
+    assert_same(load_state(last), load_state(whole / "last_model.pth"))
+
+
+def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(
+    data, tmp_path, whole, capfd
+):
+    last, config = whole / "last_model.pth", recipe(tmp_path, data, epochs=EPOCHS + 1)
+    run = build_run(config, "TRAIN.resume", last)
+    assert run.epoch == EPOCHS
+    assert f"ranks was 2 when {last} was saved, now 1" in capfd.readouterr().err
+    assert_same(dict(run.model.state_dict()), dict(load(last)["state_dict"]))
 
 
 def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):
@@ -170,7 +176,7 @@ def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_pa
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert sum(error.count("2 rank(s) x 4 x 1") for error in errors) == 2
     assert sum(error.count(RESUMED) for error in errors) == 1
-    assert_equal_runs(folder_of(config), folder_of(whole))
+    assert_equal_runs(folder_of(config), whole)
 
 
 @pytest.mark.parametrize("to", ["a rank", "the launcher"])
