@@ -153,7 +153,7 @@ def evaluate(
             tokens, image_index = batch["tokens"], batch["image_index"]
             images, side = normalize_images(batch["images"]), batch["images"].shape[1]
             if number == 0:
-                _check_twin(model, images, tokens, image_index)
+                _check_twin(model, images, tokens)
             before, running = running, []
             with computing_in(precision, device):
                 features = twin.encode_image(images)
@@ -189,15 +189,10 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
-def _check_twin(model: nn.Module, images: Tensor, tokens: Tensor, image_index: Tensor) -> None:
-    """Compare the folded twin with the model on a batch's first sentence."""
-
-    def answer(model: nn.Module) -> Tensor:
-        features = model.encode_image(images.index_select(0, image_index[:1]))
-        return model.segment(features, tokens[:1])
-
+def _check_twin(model: nn.Module, images: Tensor, tokens: Tensor) -> None:
+    """Compare the folded twin with the model on a batch's first sentence, of its first image."""
     with computing_in("fp32", images.device):
-        check_folding(model, answer)
+        check_folding(model, lambda each: each.segment(each.encode_image(images[:1]), tokens[:1]))
 
 
 def summarize_scores(scores: Iterable[SentenceScore], prefix: str = "") -> dict[str, float | None]:
@@ -264,12 +259,12 @@ def _bring_back(maps: Mapping[str, Tensor]) -> Callable[[], dict[str, np.ndarray
     is_cuda = next(iter(maps.values())).device.type == "cuda"
     # Such copies go to pinned memory: neither the host nor the next batch waits for them.
     host = {name: square.to("cpu", non_blocking=is_cuda) for name, square in maps.items()}
-    done = torch.cuda.Event() if is_cuda else None
-    if done is not None:
+    if is_cuda:
+        done = torch.cuda.Event()
         done.record()
 
     def wait() -> dict[str, np.ndarray]:
-        if done is not None:
+        if is_cuda:
             done.synchronize()
         return {name: square.numpy() for name, square in host.items()}
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from loguru import logger
 from torch import nn
@@ -28,13 +27,7 @@ from utils.transforms import PROTOCOLS
 from utils.visualize import file_stem, save_picture
 
 REPORT = "report"  # folder in that of the run
-
-
-class Scored(NamedTuple):
-    """Hold a split's score by one protocol: the content of its `.json`, and its sentences."""
-
-    result: dict
-    lines: list[SentenceScore]
+Scored = tuple[dict, list[SentenceScore]]  # a result as its `.json` has it, and its sentences
 
 
 def find_records(cfg: Config, weights: str) -> list[str]:
@@ -117,7 +110,7 @@ def score_split(
     made = {"checkpoint": weights, "seconds": time.monotonic() - start}
     heads, pixels = result_heads(cfg, dataset.reader), cfg.TEST.no_target_pixels
     return dataset, [
-        Scored(heads[name] | made | summarize_lines(lines, pixels), lines)
+        (heads[name] | made | summarize_lines(lines, pixels), lines)
         for name, lines in scores.items()
     ]
 
@@ -139,10 +132,10 @@ def write_split(cfg: Config, dataset: EvaluationDataset, scored: Sequence[Scored
     if cfg.TEST.report:
         write_report(cfg, dataset.reader, scored)
     if cfg.TEST.visualize:
-        name = "{dataset}_{split}".format(**scored[0].result)
+        result, lines = scored[0]
+        name = "{dataset}_{split}".format(**result)
         name += ".swapped" if cfg.TEST.swap_sentences else ""
-        lines = scored[0].lines[: cfg.TEST.visualize_limit]
-        draw(dataset, lines, cfg.run_folder / "vis" / name)
+        draw(dataset, lines[: cfg.TEST.visualize_limit], cfg.run_folder / "vis" / name)
 
 
 def result_stem(result: Mapping) -> str:

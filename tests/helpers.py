@@ -522,9 +522,9 @@ def write_result(
     made = {"checkpoint": f"{folder.name}/best_model.pth", "seconds": 1.0}
     made |= tester.summarize_lines(lines, test.no_target_pixels)
     heads = tester.result_heads(cfg, dataset.reader).values()
-    scored = [tester.Scored(head | made, lines) for head in heads]
+    scored = [(head | made, lines) for head in heads]
     tester.write_split(cfg, dataset, scored)
-    return folder / f"{tester.result_stem(scored[0].result)}.jsonl"
+    return folder / f"{tester.result_stem(scored[0][0])}.jsonl"
 
 
 def read_script(path: Path) -> dict | list:

@@ -46,7 +46,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import progress
-from utils.metrics import summarize
+from utils.metrics import Counts
 from utils.records import JoinedReader, RecordReader
 from utils.seed import deterministic, draw
 from utils.tokenizer import tokenize
@@ -166,7 +166,7 @@ def compare_evaluation(setting: Setting) -> dict:
     theirs_counted, counted = (
         np.array([found[name][key] for key in found[PUBLISHED]]) for name in ways
     )
-    mean, theirs_mean = (summarize(*counts.T)["mIoU"] for counts in (counted, theirs_counted))
+    mean, theirs_mean = (Counts(*counts.T).scores()["mIoU"] for counts in (counted, theirs_counted))
     return result | {
         "what": f"evaluation of {sentences} sentences on {len(groups)} photos at "
         f"{setting.side} px, {precision} against fp32",

@@ -118,25 +118,21 @@ def answer(predictor: Predictor, questions: Questions, folder: Path) -> tuple[li
             names[name.casefold()] += 1  # no answer overwrites another
             if (number := names[name.casefold()]) > 1:
                 name = f"{name}-{number}"
-            records.append(write_answer(predictor, photo, found, path, folder / name))
+            records.append(write_answer(predictor, photo, found, path, folder, name))
     return records, failed
 
 
 def write_answer(
-    predictor: Predictor, photo: np.ndarray, found: Prediction, image: Path, stem: Path
+    predictor: Predictor, photo: np.ndarray, found: Prediction, image: Path, folder: Path, name: str
 ) -> dict:
     """Write one prediction's three files, the JSON last, and return what that holds.
 
     Args:
-        photo: (H, W, 3) uint8 RGB.
-        image: where the photo is from.
-        stem: path of the files without their suffixes.
+        photo: (H, W, 3) uint8 RGB, read from `image`.
     """
-    mask, shown, written = (
-        stem.with_name(stem.name + suffix) for suffix in (".mask.png", ".overlay.png", ".json")
-    )
-    save_picture(Image.fromarray(found.mask.astype(np.uint8) * 255), mask)
-    save_picture(Image.fromarray(overlay(photo, found.mask, PRED_COLOR)), shown)
+    mask, shown = f"{name}.mask.png", f"{name}.overlay.png"
+    save_picture(Image.fromarray(found.mask.astype(np.uint8) * 255), folder / mask)
+    save_picture(Image.fromarray(overlay(photo, found.mask, PRED_COLOR)), folder / shown)
     record = {
         "image": str(image),
         "sentence": found.sentence,
@@ -149,10 +145,10 @@ def write_answer(
         "protocol": predictor.protocol,
         "is_cut": found.is_cut,
         "weights": predictor.weights,
-        "mask": mask.name,
-        "overlay": shown.name,
+        "mask": mask,
+        "overlay": shown,
     }
-    with atomic_path(written) as partial:
+    with atomic_path(folder / f"{name}.json") as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return record
 
@@ -174,8 +170,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--image", type=Path, metavar="PATH", help="a photo, or a folder of photos")
     what.add_argument("--jsonl", type=Path, metavar="FILE", help="photos and sentences, one a line")
     parser.add_argument("--text", action="append", default=[], help="a sentence; may be repeated")
-    output = {"type": Path, "default": Path("predictions"), "metavar": "DIR"}
-    parser.add_argument("-o", "--output", **output, help="default: predictions")
+    parser.add_argument("-o", "--output", type=Path, default="predictions", metavar="DIR",
+        help="default: %(default)s")  # fmt: skip
     args = parse_with_opts(parser, argv)
     if args.image is not None and not args.text:
         parser.error('--image needs a sentence: --text "the man on the left"')

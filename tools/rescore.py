@@ -116,8 +116,8 @@ def count_pixels(
     if convention == "lavt":
         how = {"dsize": (480, 480), "interpolation": cv2.INTER_NEAREST_EXACT}
         pred, truth = (cv2.resize(m.astype(np.uint8), **how) > 0 for m in (pred, truth))
-    if convention == "gres" and np.count_nonzero(pred) < no_target_pixels:
-        pred = np.zeros_like(pred)
+    if convention == "gres":
+        pred = pred & (np.count_nonzero(pred) >= no_target_pixels)
     intersection, union = metrics.intersection_and_union(pred, truth)
     area = np.count_nonzero(truth)
     return {"intersection": intersection, "union": union, "target_area": area}

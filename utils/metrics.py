@@ -10,7 +10,7 @@ answered with nothing, T-acc that of sentences with a target that are answered w
 Pr@X that of sentences with a target whose IoU is X or more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -50,54 +50,48 @@ class Convention(NamedTuple):
     metrics: dict[str, Callable[["Counts"], float]]
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else np.nan
-
-
-def _mean_iou(counts: "Counts") -> float:
-    return counts.ious.mean()
+def _share(hits: np.ndarray) -> float:
+    return hits.mean() if hits.size else np.nan
 
 
 def _overall_iou(counts: "Counts") -> float:
-    return _share(counts.intersections.sum(), counts.unions.sum())
+    union = counts.unions.sum()
+    return counts.intersections.sum() / union if union else np.nan
 
 
 def _exact_ious(counts: "Counts") -> np.ndarray:
     return counts.intersections / np.maximum(counts.unions, 1)  # 0 of 0 pixels are 0
 
 
-def _precision_from(at: float) -> Callable[["Counts"], float]:
-    return lambda c: _share((c.ious[c.has_target] >= at).sum(), c.has_target.sum())
-
-
 # A metric that is added to CRIS is in the test's tables, files and report, in the log, and in
 # comparisons, wherever every sentence has a target; one of GRES wherever some have none.
 CRIS = Convention(
     lambda c: iou(c.intersections, c.unions),
-    {"mIoU": _mean_iou, "oIoU": lambda c: iou(c.intersections.sum(), c.unions.sum())}
+    {"mIoU": lambda c: c.ious.mean()}
+    | {"oIoU": lambda c: iou(c.intersections.sum(), c.unions.sum())}
     | {f"Pr@{at}": lambda c, at=at: (c.ious > at).mean() for at in PRECISION_AT},
 )
 LAVT = Convention(
     _exact_ious,
-    {"mIoU": _mean_iou, "oIoU": _overall_iou}
+    {"mIoU": lambda c: c.ious.mean(), "oIoU": _overall_iou}
     | {f"Pr@{at}": lambda c, at=at: (c.ious >= at).mean() for at in PRECISION_AT},
 )
 GRES = Convention(
     lambda c: np.where(c.has_target, _exact_ious(c), c.areas == 0),
     {
-        "gIoU": _mean_iou,
+        "gIoU": lambda c: c.ious.mean(),
         "cIoU": _overall_iou,
-        "N-acc": lambda c: _share((c.areas[~c.has_target] == 0).sum(), (~c.has_target).sum()),
-        "T-acc": lambda c: _share((c.areas[c.has_target] > 0).sum(), c.has_target.sum()),
+        "N-acc": lambda c: _share(c.areas[~c.has_target] == 0),
+        "T-acc": lambda c: _share(c.areas[c.has_target] > 0),
     }
-    | {f"Pr@{at}": _precision_from(at) for at in PRECISION_AT[2:]},
+    | {f"Pr@{at}": lambda c, at=at: _share(c.ious[c.has_target] >= at) for at in PRECISION_AT[2:]},
 )
 METRIC_NAMES = tuple(CRIS.metrics)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Hold pixel counts of N sentences, float64 arrays of (N,), and how they are scored.
+    """Hold pixel counts of N sentences, arrays of (N,), and how they are scored.
 
     intersections, unions: of prediction and truth.
     areas: of the predictions; where one counts as none, it is 0 and the prediction empty.
@@ -141,11 +135,6 @@ def count_lines(lines: Iterable[Mapping], prefix: str = "") -> Counts:
     has_target = number > 0
     convention = CRIS if has_target.all() else GRES
     return Counts(inter, union, union - truth + inter, has_target, convention)
-
-
-def summarize(intersections: Sequence[int], unions: Sequence[int]) -> dict[str, float]:
-    """Return the scores of sentences that all have a target, by `METRIC_NAMES`."""
-    return Counts(*(np.asarray(a, np.float64) for a in (intersections, unions))).scores()
 
 
 def main_metric(scores: Mapping[str, object]) -> str:

@@ -324,7 +324,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
             run.model.train(), run.val_loader, GPU, protocols, 4, precision=precision, **part
         )
         predict = Predictor(run.cfg)
-        found = predict.predict([photo, predict.encode(photo)], [["red star", "blue"], "a"])
+        found = predict(photo, ["red star", "blue"]), predict(predict.encode(photo), "a")
     assert {name: len(lines) for name, lines in scores.items()} == dict.fromkeys(
         protocols, len(batch["tasks"])
     )

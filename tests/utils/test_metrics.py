@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from utils.metrics import (
+    CRIS,
     GRES,
     LAVT,
     METRIC_NAMES,
-    PRECISION_AT,
+    Convention,
     Counts,
     count_lines,
     intersection_and_union,
     iou,
     percent,
-    summarize,
     training_scores,
 )
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # of truth and prediction
 
 
 def square(top: int, left: int, side: int = 4) -> np.ndarray:
@@ -60,41 +62,47 @@ def test_iou_is_symmetric_and_within_0_and_1(seed):
     assert 0 <= iou(*counts) <= 1
 
 
+def scores_of(
+    intersections: object, unions: object, convention: Convention = CRIS
+) -> dict[str, float]:
+    return Counts(np.array(intersections), np.array(unions), convention=convention).scores()
+
+
 def test_miou_averages_sentences_and_oiou_adds_up_pixels():
     # A small object found whole and a big one half found: 1 and 300/600.
-    scores = summarize([10, 300], [10, 600])
-    assert scores["mIoU"] == pytest.approx((1 + 0.5) / 2)
-    assert scores["oIoU"] == pytest.approx(310 / 610)
+    scores = scores_of([10, 300], [10, 600])
+    assert (scores["mIoU"], scores["oIoU"]) == pytest.approx((0.75, 310 / 610))
     assert tuple(scores) == METRIC_NAMES
 
 
 def test_precision_is_the_share_strictly_above_the_threshold():
-    unions = [100] * 6
-    scores = summarize([50, 51, 60, 75, 90, 100], unions)
-    shares = {0.5: 5, 0.6: 3, 0.7: 3, 0.8: 2, 0.9: 1}
-    assert {x: round(6 * scores[f"Pr@{x}"]) for x in PRECISION_AT} == shares
-
-
-def test_exact_half_does_not_count_as_above_half():
-    # The released 1e-6 in the denominator keeps it just below even for unions of billions.
+    scores = scores_of([50, 51, 60, 75, 90, 100], [100] * 6)
+    shares = {"Pr@0.5": 5, "Pr@0.6": 3, "Pr@0.7": 3, "Pr@0.8": 2, "Pr@0.9": 1}
+    assert {name: round(6 * scores[name]) for name in shares} == shares
+    # The released 1e-6 in the denominator keeps a half just below it even for large unions.
     for union in (2, 100, 5_000_000):
-        assert summarize([union // 2], [union])["Pr@0.5"] == 0
-        assert summarize([union // 2 + 1], [union])["Pr@0.5"] == 1
+        assert scores_of([union // 2], [union])["Pr@0.5"] == 0
+        assert scores_of([union // 2 + 1], [union])["Pr@0.5"] == 1
+
+
+def test_lavt_counts_from_the_threshold_on_and_divides_by_the_union_alone():
+    scores = scores_of([5, 9, 0], [10, 10, 0], LAVT)
+    assert (scores["mIoU"], scores["oIoU"]) == pytest.approx((1.4 / 3, 14 / 20), abs=1e-12)
+    assert [scores[f"Pr@{x}"] for x in (0.5, 0.6, 0.9)] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
 
 
 def test_all_scores_are_numbers_between_0_and_1():
     rng = np.random.default_rng(0)
     unions = rng.integers(0, 1000, 200)
-    intersections = (unions * rng.random(200)).astype(int)
-    scores = summarize(intersections.tolist(), unions.tolist())
+    scores = scores_of((unions * rng.random(200)).astype(int), unions)
     assert all(type(value) is float and 0 <= value <= 1 for value in scores.values())
     assert all(scores[f"Pr@{a}"] >= scores[f"Pr@{b}"] for a, b in [(0.5, 0.6), (0.8, 0.9)])
 
 
 def test_a_split_of_empty_masks_scores_0_and_no_sentences_is_an_error():
-    assert set(summarize([0, 0], [0, 0]).values()) == {0.0}
+    assert set(scores_of([0, 0], [0, 0]).values()) == {0.0}
     with pytest.raises(ValueError, match="no sentences"):
-        summarize([], [])
+        scores_of([], [])
 
 
 def test_training_scores_equal_a_plain_loop():
@@ -122,8 +130,8 @@ def test_training_scores_take_any_soft_target_for_foreground_and_need_no_gradien
 # ---------------------------------------------------------------------------- any number of targets
 
 
-def plain_gres(pairs: list[tuple[np.ndarray, np.ndarray]], pixels: int) -> dict[str, float | None]:
-    """Score (truth, prediction) pairs as ReLA's evaluation does, one at a time."""
+def plain_gres(pairs: Pairs, pixels: int) -> dict[str, float | None]:
+    """Score as ReLA's evaluation does, one sentence at a time."""
     ious, inter, union, told, found, with_target = [], 0, 0, [], [], []
     for truth, pred in pairs:
         p = pred if pred.sum() >= pixels else np.zeros_like(pred)
@@ -136,12 +144,10 @@ def plain_gres(pairs: list[tuple[np.ndarray, np.ndarray]], pixels: int) -> dict[
             found.append(bool(p.any()))
             ious.append((p & truth).sum() / (p | truth).sum())
             with_target.append(ious[-1])
-    scores = {"gIoU": np.mean(ious), "cIoU": inter / union if union else None}
-    scores |= {n: np.mean(x) if x else None for n, x in (("N-acc", told), ("T-acc", found))}
-    for at in (0.7, 0.8, 0.9):
-        hits = [value >= at for value in with_target]
-        scores[f"Pr@{at}"] = np.mean(hits) if hits else None
-    return scores
+    shares = {"gIoU": ious, "N-acc": told, "T-acc": found}
+    shares |= {f"Pr@{at}": [value >= at for value in with_target] for at in (0.7, 0.8, 0.9)}
+    scores = {name: np.mean(values) if values else None for name, values in shares.items()}
+    return scores | {"cIoU": inter / union if union else None}
 
 
 def line_of(truth: np.ndarray, pred: np.ndarray, pixels: int) -> dict:
@@ -153,8 +159,8 @@ def line_of(truth: np.ndarray, pred: np.ndarray, pixels: int) -> dict:
     return dict(zip(names, (*counts, area, int(area > 0)), strict=True))
 
 
-def any_scores(pairs: list[tuple[np.ndarray, np.ndarray]], pixels: int) -> dict[str, float | None]:
-    return count_lines(line_of(truth, pred, pixels) for truth, pred in pairs).scores()
+def any_scores(pairs: Pairs, pixels: int) -> dict[str, float | None]:
+    return count_lines(line_of(*pair, pixels) for pair in pairs).scores()
 
 
 SMALL = square(0, 0, 5)  # 25 pixels: none by one rule, something by the other
@@ -233,10 +239,3 @@ def test_a_metric_without_a_sentence_of_its_kind_has_no_value():
         ("cIoU", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9")
     )
     assert percent(scores["T-acc"]) == "–"
-
-
-def test_lavt_counts_from_the_threshold_on_and_divides_by_the_union_alone():
-    counts = Counts(np.array([5.0, 9.0, 0.0]), np.array([10.0, 10.0, 0.0]), convention=LAVT)
-    scores = counts.scores()
-    assert (scores["mIoU"], scores["oIoU"]) == pytest.approx((1.4 / 3, 14 / 20), abs=1e-12)
-    assert [scores[f"Pr@{x}"] for x in (0.5, 0.6, 0.9)] == pytest.approx([2 / 3, 1 / 3, 1 / 3])

@@ -7,7 +7,7 @@ from helpers import blob, encoded
 
 from engine.evaluator import perfect_prediction
 from utils.errors import UserError
-from utils.metrics import intersection_and_union, iou, summarize
+from utils.metrics import Counts, intersection_and_union, iou
 from utils.transforms import (
     BORDER,
     CLIP_MEAN,
@@ -152,7 +152,7 @@ def ceiling(masks: list[np.ndarray], side: int, protocol: str) -> float:
     """The mIoU of perfect predictions."""
     found = [perfect_prediction(mask, side, PROTOCOLS[protocol]) for mask in masks]
     counts = [intersection_and_union(a, b > 0) for a, b in zip(found, masks, strict=True)]
-    return summarize(*zip(*counts, strict=True))["mIoU"]
+    return Counts(*np.array(counts).T).scores()["mIoU"]
 
 
 @pytest.mark.parametrize(
