@@ -168,7 +168,7 @@ def describe_figures(part: Mapping) -> str:
         for name, row in figures["ways"].items():
             rate = f", {row['GFLOP/s'] / 1e3:,.2f} TFLOP/s" if row.get("GFLOP/s") else ""
             ratio = f", ratio {ratios[name]['median']:.2f}" if name in ratios else ""
-            cells.append(f"{name}: {row[unit]['median']:,.1f} {unit}{rate}{ratio}")
+            cells.append(f"{name}: {row[unit]['median']:,.2f} {unit}{rate}{ratio}")
         return "; ".join(cells)
     plain = {key: value for key, value in figures.items() if not isinstance(value, dict)}
     cells = [f"{k} {v:,.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
