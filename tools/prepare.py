@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.clip import DenseCLIP
-from model.clip_archive import PUBLISHED_DIGESTS, derive_sizes, read_clip
+from model.clip_archive import derive_sizes, read_clip
 from model.segmenter import load_backbone
 from tools import data_process, folder2lmdb
 from tools.download import UnfitError, ask_hub, check_file, check_space, fetch, names_in, unpack
@@ -170,7 +170,7 @@ def check_clip(clip: dict, path: Path) -> None:
     Half precision, which the archive has, must change none of them.
     """
     if zipfile.is_zipfile(path):
-        return check_file(path, None, PUBLISHED_DIGESTS[clip["file"]])
+        return check_file(path, None, clip["sha256"])
     try:
         weights = read_clip(path)
         sizes = derive_sizes(weights)

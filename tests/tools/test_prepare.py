@@ -359,7 +359,7 @@ def clip(tmp_path, monkeypatch) -> dict[str, bytes]:
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     save_file(weights, tmp_path / "plain.safetensors")
     digest = hashlib.sha256(archive).hexdigest()
-    published = prepare.CLIP["clip-rn50"] | {"layers": list(TINY.vision_layers)}
+    published = prepare.CLIP["clip-rn50"] | {"sha256": digest, "layers": list(TINY.vision_layers)}
     monkeypatch.setitem(prepare.CLIP, "clip-rn50", published)
     plain = (tmp_path / "plain.safetensors").read_bytes()
     return {"RN50.pt": archive, "open_clip_model.safetensors": plain}
