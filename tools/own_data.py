@@ -8,7 +8,7 @@ import posixpath
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -53,30 +53,25 @@ Polygons = Annotated[list[list[float]], Field(min_length=1)]
 Mask = Annotated[str, must(lambda path: "\0" not in path)] | dict[str, Any] | Polygons
 
 
-def _read_masks(value: Any, check: Callable[[Any], Mask | list[Mask] | None]) -> list[Mask]:
-    """Check the mask of a line, and return the masks that it joins."""
-    try:
-        mask = check(value)
-    except ValidationError:
-        raise ValueError(
-            "a path, {size: [height, width], counts: ...}, null, a list of masks, or a list of "
-            "polygons in pixels: [[x, y, ...], ...] even for one"
-        ) from None
-    if mask is None:
+def _read_masks(value: Any, check: Callable[[Any], list[Mask]]) -> list[Mask]:
+    """Check the mask, or list of masks, of a line, and return the masks that it joins."""
+    if value is None:
         return []
-    is_list = isinstance(mask, list) and not isinstance(mask[0], list)
-    are_polygons = isinstance(mask, list) and any(isinstance(part, list) for part in mask[0])
-    return mask if is_list or are_polygons else [mask]
+    for masks in ([value], value):
+        with suppress(ValidationError):
+            return check(masks)
+    raise ValueError(
+        "a path, {size: [height, width], counts: ...}, null, a list of masks, or a list of "
+        "polygons in pixels: [[x, y, ...], ...] even for one"
+    )
 
 
 @with_config({"extra": "forbid"})
 class Line(TypedDict):
     """Describe a line of the file: an object, the sentences that denote it, and its split."""
 
-    image: Annotated[ImageKey, must(str.strip, "a path"), AfterValidator(posixpath.normpath)]
-    mask: Annotated[
-        Mask | Annotated[list[Mask], Field(min_length=1)] | None, WrapValidator(_read_masks)
-    ]
+    image: Annotated[ImageKey, AfterValidator(posixpath.normpath)]
+    mask: Annotated[list[Mask], Field(min_length=1), WrapValidator(_read_masks)]
     sentences: Annotated[
         list[Annotated[Text, AfterValidator(str.strip)]], must(bool, "one or more")
     ]
@@ -139,7 +134,6 @@ class LineReader:
         self._ref_ids: set[str] = set()
         self._image_ids: dict[str, int | None] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # of images
-        self._splits: defaultdict[str, set[str]] = defaultdict(set)  # of images
         self._odd_masks: defaultdict[str, list[int]] = defaultdict(list)  # their lines
         self._sentences = 0
 
@@ -167,7 +161,7 @@ class LineReader:
         photo = read_file(path, remedy, MISSING_PHOTO)
         size = self._sizes.get(key) or image_size(photo, str(path), remedy)
         self._sizes[key] = size
-        parts = [load_mask(mask, size, self._masks) for mask in entry["mask"]]
+        parts = [self._load_mask(mask, size) for mask in entry["mask"]]
         mask = join_masks(parts, size)
         if np.mean(mask > 0) >= 0.99:
             self._odd_masks["cover 99 % of their photo or more"].append(number)
@@ -177,7 +171,6 @@ class LineReader:
         if known != image_id:
             raise UserError(f"its image {key} has image_id {image_id}, but {known} on a line above")
         ref_id = number if entry.get("ref_id") is None else entry["ref_id"]
-        self._splits[key].add(entry["split"])
         sent_ids = tuple(range(self._sentences, self._sentences + len(texts)))
         self._sentences += len(texts)
         image_id = image_id_of(key) if image_id is None else image_id
@@ -185,43 +178,32 @@ class LineReader:
         fields = key, image_id, entry.get("category"), *size, encoded, texts, sent_ids
         return entry["split"], photo, RefRecord(ref_id, *fields, len(parts))
 
+    def _load_mask(self, mask: Mask, size: tuple[int, int]) -> np.ndarray:
+        """Read or draw one mask of a photo of (height, width): 0 in the background."""
+        if isinstance(mask, str):
+            path, remedy = self._masks / mask, "check mask"
+            codes = read_mask(read_file(path, remedy), str(path), remedy)
+            check_mask(codes, size, str(path), remedy)
+            return codes
+        if isinstance(mask, list) and all(0 <= x <= 1 for polygon in mask for x in polygon):
+            raise UserError("its mask must be in pixels (these polygons lie in [0, 1])")
+        try:
+            drawn = draw_segmentation(mask, *size)
+        except UserError as error:
+            raise UserError(f"its mask is {error}") from None
+        check_mask(drawn, size, "its mask", "it covers no pixel")
+        return drawn
+
     def print_notes(self) -> None:
-        """Tell of odd masks, and of images in several splits, which flatter scores."""
+        """Tell of masks that are perhaps not what was meant."""
         for what, numbers in self._odd_masks.items():
             lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
             print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
-        if shared := sorted(image for image, splits in self._splits.items() if len(splits) > 1):
-            print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
 
 
 def _has_several_values(codes: np.ndarray) -> bool:
     """Tell whether the object has several; 253 to 255 are one, as the release writes it."""
     return len({min(code, 253) if code <= 255 else code for code in np.unique(codes)} - {0}) > 1
-
-
-def load_mask(mask: Mask, size: tuple[int, int], folder: Path) -> np.ndarray:
-    """Read or draw one mask of a line: (height, width), 0 in the background.
-
-    Args:
-        mask: the path of a PNG, a COCO run-length mask, or polygons.
-        size: (height, width) of the image.
-        folder: where a relative path starts.
-    Raises:
-        UserError: it cannot be read, is no PNG, is of another size, or is empty.
-    """
-    if isinstance(mask, str):
-        path, remedy = folder / mask, "check mask"
-        codes = read_mask(read_file(path, remedy), str(path), remedy)
-        check_mask(codes, size, str(path), remedy)
-        return codes
-    if isinstance(mask, list) and all(0 <= x <= 1 for polygon in mask for x in polygon):
-        raise UserError("its mask must be in pixels (these polygons lie in [0, 1])")
-    try:
-        drawn = draw_segmentation(mask, *size)
-    except UserError as error:
-        raise UserError(f"its mask is {error}") from None
-    check_mask(drawn, size, "its mask", "it covers no pixel")
-    return drawn
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

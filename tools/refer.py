@@ -397,11 +397,10 @@ def _run_lengths(part: list | dict, height: int, width: int) -> dict:
     with all the memory there is, so neither gets that far.
     """
     if isinstance(part, list):
-        if not (_has_points(part) and np.isfinite(part).all()):
-            what = f"three or more pairs of finite numbers x, y, not {part!r:.60}"
-            raise UserError(f"an unreadable segmentation (a polygon is {what})")
-        if np.abs(np.reshape(part, (-1, 2)) / (width, height)).max() > 10:
-            raise UserError(f"a polygon far outside its image of {height} x {width}: {part!r:.60}")
+        points = np.reshape(part, (-1, 2)) if _has_points(part) else np.array(np.nan)
+        if not (np.abs(points) <= (10 * width, 10 * height)).all():
+            what = f"three or more pairs of numbers x, y near its image of {height} x {width}"
+            raise UserError(f"an unreadable segmentation (a polygon is {what}, not {part!r:.60})")
         return coco_mask.frPyObjects([part], height, width)[0]
     rows, columns = part["size"]
     if (rows, columns) != (height, width):

