@@ -54,6 +54,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def config(tmp_path: Path, data: Path) -> Path:
+    """The config of a tiny model that is to be trained on them."""
+    return write_config(tmp_path, data)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The config of a run whose model masks a quarter of the pixels of val.

@@ -35,11 +35,6 @@ def checkpoint(trained) -> Path:
     return trained.parent / "exp/tiny/best_model.pth"
 
 
-@pytest.fixture
-def config(tmp_path, data) -> Path:
-    return write_config(tmp_path, data)
-
-
 def left_behind(folder: Path) -> set[str]:
     """What a run wrote below its output folder."""
     return {path.name for path in (folder / "exp").rglob("*") if path.is_file()}

@@ -139,8 +139,7 @@ def test_real_photos_with_sentences_about_several_objects_and_about_none(mini_ro
     score(config, path, convention=GRES)
 
 
-def test_the_training_command_of_the_release_runs_with_keys_that_do_nothing_here(data, tmp_path):
-    config = write_config(tmp_path, data)
+def test_the_training_command_of_the_release_runs_with_keys_that_do_nothing_here(config):
     tree = yaml.safe_load(config.read_text())
     tree["DATA"]["mask_root"] = "datasets/masks/refcoco"
     tree["TRAIN"] |= {"evaluate": True, "save_freq": 1, "intermediate": False}

@@ -4,8 +4,7 @@
     python tools/prepare.py refcocog_u --from ~/Downloads     # files that are there, no network
 
 What is there and whole is not made again, so an interrupted run is continued by the same command.
-To make something anew, delete it. tools/prepare_datasets.md tells the size of each target; "all"
-is everything but the evaluation splits.
+To make something anew, delete it. tools/prepare_datasets.md tells the size of each target.
 """
 
 import argparse
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make each target."""
     parser = text_parser(__doc__)
     add = parser.add_argument
-    add("targets", nargs="+", choices=(*TARGETS, "all"), help="what to make")
+    add("targets", nargs="+", choices=TARGETS, help="what to make")
     add("--root", type=Path, default=Path("datasets"), help="data root (%(default)s)")
     add("--pretrain", type=Path, default=Path("pretrain"), help="for CLIP (%(default)s)")
     add("--from", dest="given", type=Path, metavar="DIR", help="use files in DIR, offline")
@@ -53,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.given is not None and not args.given.is_dir():
         parser.error(f"--from {args.given} is no folder")
-    everything = [t for t in TARGETS if t not in DATASETS or "archive" in DATASETS[t]]
-    for target in everything if "all" in args.targets else args.targets:
+    for target in args.targets:
         if target in DATASETS:
             make_dataset(args, target, DATASETS[target])
         elif target in CLIP:

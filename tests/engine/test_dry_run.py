@@ -37,11 +37,6 @@ def check_report(text: str) -> None:
     assert "dry run: nothing was written to " in text
 
 
-@pytest.fixture
-def config(data, tmp_path) -> Path:
-    return write_config(tmp_path, data)
-
-
 def test_a_process_of_its_own_takes_a_step_and_writes_nothing(config, data, tmp_path):
     opts = ("TRAIN.accumulation_steps", 2, "TRAIN.wandb", "offline", "TRAIN.workers", 1)
     opts += ("DATA.cache", tmp_path / "cache")

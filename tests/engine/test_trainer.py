@@ -42,11 +42,6 @@ from utils.transforms import normalize_images, normalize_masks
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def config(tmp_path, data) -> Path:
-    return write_config(tmp_path, data)
-
-
 def recipe(folder: Path, data: Path, **keys: object) -> Path:
     """Dropout on, and three rates that differ."""
     return write_config(folder, data, dropout=0.2, milestones=[2], lr_multi=0.1, **keys)
