@@ -16,7 +16,6 @@ from helpers import (
     all_refs,
     encoded,
     error_of,
-    on_cpu,
     read_jsonl,
     repack,
     run_program,
@@ -89,8 +88,7 @@ def scores_of(
 ) -> list[SentenceScore]:
     loader = build_evaluation_loader(cfg, str(lmdb), ranks)
     protocols = {"_": replace(PROTOCOLS["aligned"], threshold=THRESHOLD, no_target_pixels=50)}
-    with on_cpu():
-        return evaluate(model, loader, ranks.device, protocols, cfg.TRAIN.batch_size_val)["_"]
+    return evaluate(model, loader, ranks.device, protocols, cfg.TRAIN.batch_size_val)["_"]
 
 
 def assert_close(got: list[SentenceScore], expected: list[SentenceScore]) -> None:
@@ -143,7 +141,7 @@ def ask_oracle(
     oracle, keys = Oracle(loader, PROTOCOLS[name].target), loader.dataset.keys()
     protocols = resolve_protocols(TestConfig(protocol=name, no_target_pixels=no_target_pixels))
     # It answers each sentence once, in order, and has no BatchNorm.
-    with on_cpu(), mock.patch("engine.evaluator.check_folding"):
+    with mock.patch("engine.evaluator.check_folding"):
         asked = oracle, loader, ALONE.device, protocols, 4
         return evaluate(*asked, in_full=keys, progress=oracle.batches())[name]
 
@@ -270,7 +268,7 @@ def test_where_polygons_overlap_is_foreground_too(model, cfg, val, tmp_path):
 def test_a_sentence_scored_twice_or_never_is_an_error(model, cfg, val, images, message):
     dataset = build_evaluation_loader(cfg, str(val), ALONE).dataset
     loader = DataLoader(dataset, sampler=images, collate_fn=collate_images)
-    with on_cpu(), pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         evaluate(model, loader, ALONE.device, ALIGNED, 16)
 
 
@@ -295,7 +293,7 @@ def test_what_is_stopped_does_not_wait_for_masks_that_nobody_will_see(model, cfg
 
     loader, slow = build_evaluation_loader(cfg, str(val), ALONE), Slow()
     asked = model, loader, ALONE.device, ALIGNED, 16
-    with on_cpu(), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         evaluate(*asked, in_full=slow, progress=stop_after_a_batch(loader))
     assert slow.asked <= 6  # those that two threads had begun
 
@@ -314,7 +312,7 @@ def test_a_mask_that_cannot_be_read_ends_it_before_the_next_photos(model, traine
     cfg = load_config(trained, ["TRAIN.batch_size_val", "1"])
     loader = build_evaluation_loader(cfg, str(lmdb), ALONE)
     assert len(loader) > 3
-    with on_cpu(), pytest.raises(UserError, match=f"mask of ref {refs[0].ref_id} cannot"):
+    with pytest.raises(UserError, match=f"mask of ref {refs[0].ref_id} cannot"):
         evaluate(model, loader, ALONE.device, ALIGNED, 1, progress=walk(loader))
     assert len(seen) <= 2
 

@@ -14,7 +14,6 @@ from helpers import (
     build_run,
     error_of,
     load,
-    on_cpu,
     read_jsonl,
     run_program,
     write_config,
@@ -66,13 +65,12 @@ def poison(monkeypatch, is_bad: Callable[[int, dict], bool], fault: float = math
 
 def step(run: Run, *batches: dict, fault: float | None = None) -> None:
     """A training step over so many micro-batches, at its end with a fault in a gradient."""
-    with on_cpu():
-        for number, batch in enumerate(batches, start=1):
-            trainer.forward_backward(run, batch, number == len(batches))
-        if fault is not None:
-            graded = (p for p in run.model.parameters() if p.grad is not None)
-            next(graded).grad.flatten()[0] = fault
-        optimizer_step(run)
+    for number, batch in enumerate(batches, start=1):
+        trainer.forward_backward(run, batch, number == len(batches))
+    if fault is not None:
+        graded = (p for p in run.model.parameters() if p.grad is not None)
+        next(graded).grad.flatten()[0] = fault
+    optimizer_step(run)
     run.position += 1
 
 
@@ -185,8 +183,7 @@ def test_a_bad_micro_batch_leaves_the_statistics_to_the_others(config, monkeypat
     first, second = list(run.train_loader)[:2]
     step(run, first, second)
     monkeypatch.undo()
-    with on_cpu():
-        forward_backward(expected, second if bad == 1 else first, True)
+    forward_backward(expected, second if bad == 1 else first, True)
     assert_same(statistics(run), statistics(expected))
     assert_same(learnt(run)["weights"], before)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ALONE, build_run, load, on_cpu, run_program, spawn, write_config
+from helpers import ALONE, build_run, load, run_program, spawn, write_config
 from PIL import Image
 
 from engine.pictures import show_sentences, watched_sentences
@@ -48,9 +48,8 @@ def test_the_same_sentences_are_shown_after_each_epoch(config, data):
     run.tracker = Shown()
     show_sentences(run, [])
     assert not (run.folder / "pictures").exists()
-    with on_cpu():
-        for run.epoch in (0, 1):
-            validate(run)
+    for run.epoch in (0, 1):
+        validate(run)
     first, second = (run.tracker.epochs[epoch] for epoch in (1, 2))
     keys = sorted(watched_sentences(run.val_loader.dataset, 3))
     reader = RecordReader(data / "lmdb/shapes/val.lmdb")
@@ -87,8 +86,7 @@ def shown_by(ranks: Ranks, config: Path, out: Path) -> None:
 def test_two_ranks_show_what_one_process_shows_once(config, tmp_path):
     spawn(2, shown_by, config, tmp_path / "two")
     (tmp_path / "one").mkdir()
-    with on_cpu():
-        shown_by(ALONE, config, tmp_path / "one")
+    shown_by(ALONE, config, tmp_path / "one")
     one, two = (tmp_path / name for name in ("one", "two"))
     assert (one / "captions.txt").read_text() == (two / "captions.txt").read_text()
     sheets = [np.array(Image.open(f / "tiny/pictures/epoch_0001.jpg")) for f in (one, two)]

@@ -11,7 +11,6 @@ from helpers import (
     build_run,
     kept_bytes,
     load,
-    on_cpu,
     random_batch,
     read_jsonl,
     run_program,
@@ -120,8 +119,7 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
             norms = [m for m in run.model.modules() if isinstance(m, SyncBatchNorm)]
             assert norms
             assert run.model.static_graph == (steps == 1)
-            with on_cpu():
-                train_one_epoch(run)
+            train_one_epoch(run)
             results[f"{name} {steps}"] = dict(unwrap(run.model).state_dict())
     torch.save(results, out / f"{ranks.rank}.pt")
 

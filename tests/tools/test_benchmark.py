@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, on_cpu, random_batch, small_segmenter, write_config
+from helpers import ROOT, random_batch, small_segmenter, write_config
 
 from engine.trainer import PRECISIONS
 from model.loss import text_to_pixel_loss
@@ -87,8 +87,7 @@ def benchmark_of(data: Path, tmp_path: Path):
 
     def run(command: str, *words: object, lmdb: Path = data / "lmdb/shapes/val.lmdb") -> dict:
         given = ["--config", config, "--rounds", 1, "--json", path, command, lmdb, *words]
-        with on_cpu():
-            benchmark.main([str(word) for word in given if word is not None])
+        benchmark.main([str(word) for word in given if word is not None])
         return json.loads(path.read_text())
 
     return run

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 from browser import Visit, open_browser
-from helpers import ROOT, on_cpu, save_photo
+from helpers import ROOT, save_photo
 from PIL import Image
 
 from engine.predictor import Predictor
@@ -160,8 +160,7 @@ def message(page: "Page") -> str:
 def test_a_photo_and_a_sentence_give_an_overlay_and_a_map_that_the_threshold_moves(
     page, photo, trained
 ):
-    with on_cpu():
-        (found,) = Predictor(trained)(photo, "red circle")
+    (found,) = Predictor(trained)(photo, "red circle")
     low, high = np.quantile(found.probability, (0.5, 0.9)).round(2).tolist()
     assert 0.01 <= low < high <= 0.98
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, on_cpu
+from helpers import CPU, ROOT
 
 from engine.build import build_model
 from tools import latency
@@ -18,8 +18,7 @@ ARCHIVE = "TRAIN.clip_pretrain"
 
 def report(trained: Path, tmp_path: Path, *args: object) -> dict:
     path = tmp_path / "cost.json"
-    with on_cpu():
-        latency.main(["--config", str(trained), "--json", str(path), *map(str, args)])
+    latency.main(["--config", str(trained), "--json", str(path), *map(str, args)])
     return json.loads(path.read_text())
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import ROOT, on_cpu, run_command, save_photo
+from helpers import ROOT, run_command, save_photo
 from PIL import Image
 
 from engine.predictor import MAX_CHARACTERS, Predictor
@@ -26,8 +26,7 @@ def photo(tmp_path) -> Path:
 
 
 def ask(trained: Path, *args: object) -> None:
-    with on_cpu():
-        predict.main(["--config", str(trained), *map(str, args)])
+    predict.main(["--config", str(trained), *map(str, args)])
 
 
 def texts(*sentences: str) -> list[str]:
@@ -47,9 +46,8 @@ def test_each_sentence_gets_a_mask_an_overlay_and_its_measures(tmp_path, trained
     stems = ["street-the_red_circle", "street-biggest_square"]
     suffixes = ("mask.png", "overlay.png", "json")
     assert names(out) == {f"{stem}.{suffix}" for stem in stems for suffix in suffixes}
-    with on_cpu():
-        predictor = Predictor(load_config(trained, ["TEST.threshold", "0.01"]))
-        expected = [predictor(photo, text)[0] for text in TEXTS]
+    predictor = Predictor(load_config(trained, ["TEST.threshold", "0.01"]))
+    expected = [predictor(photo, text)[0] for text in TEXTS]
     pixels = np.asarray(Image.open(photo))
     lines = capsys.readouterr().out.splitlines()
     assert sum(found.area > 0 for found in expected) > 0
