@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import CPU, ROOT, assert_same, load, on_cpu, run_program, smooth_photo
+from helpers import CPU, ROOT, assert_same, load, run_program, smooth_photo
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -29,8 +29,7 @@ def cfg(trained) -> Config:
 
 
 def export_as(kind: str, trained: Path, *args: object) -> None:
-    with on_cpu():
-        export.main(["--config", str(trained), "--format", kind, *map(str, args)])
+    export.main(["--config", str(trained), "--format", kind, *map(str, args)])
 
 
 # -------------------------------------------------------------------------------------- safetensors
@@ -53,9 +52,8 @@ def test_safetensors_hold_the_weights_to_the_bit_and_the_config(saved, cfg):
 
 def test_safetensors_predict_and_are_scored_like_the_checkpoint(saved, cfg, tmp_path, capsys):
     photo, config = smooth_photo(np.random.default_rng(0), 70, 100), saved.with_name("config.yaml")
-    with on_cpu():
-        (expected,) = Predictor(cfg)(photo, "the red star")
-        (found,) = Predictor(config, saved)(photo, "the red star")
+    (expected,) = Predictor(cfg)(photo, "the red star")
+    (found,) = Predictor(config, saved)(photo, "the red star")
     assert np.array_equal(found.probability, expected.probability)
     opts = ["TEST.weights", saved, "TRAIN.output_folder", tmp_path / "scored"]
     run_program("test.py", config, *opts)
@@ -126,17 +124,16 @@ def test_graphs_compute_what_the_model_does_and_the_check_sees_when_not(
     graphs, cfg, record_property
 ):
     paths = {kind: graphs / kind for kind in NAMES}
-    with on_cpu():
-        model, *_ = restore_trained(cfg, CPU, None, "weights")
-        model.eval()
-        found = list(compare(model, cfg, paths, make_cases(cfg, seed=7)))
-        assert len(found) == 4 * 5
-        worst = max(off for *_, off in found)
-        record_property("difference", ("tiny", "ONNX from PyTorch, relative", worst, 1e-5))
-        assert 0 < worst < 1e-5
-        with torch.no_grad():
-            model.proj.txt.bias[-1] += 0.1  # the kernel's bias
-        changed = {output: off for _, output, off in compare(model, cfg, paths, make_cases(cfg))}
+    model, *_ = restore_trained(cfg, CPU, None, "weights")
+    model.eval()
+    found = list(compare(model, cfg, paths, make_cases(cfg, seed=7)))
+    assert len(found) == 4 * 5
+    worst = max(off for *_, off in found)
+    record_property("difference", ("tiny", "ONNX from PyTorch, relative", worst, 1e-5))
+    assert 0 < worst < 1e-5
+    with torch.no_grad():
+        model.proj.txt.bias[-1] += 0.1  # the kernel's bias
+    changed = {output: off for _, output, off in compare(model, cfg, paths, make_cases(cfg))}
     assert changed["v5"] < 1e-5
     assert changed["logits"] > 1e-3
 
@@ -172,8 +169,7 @@ def test_the_example_of_the_documentation_gives_the_predictors_masks(
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_example(seed=0)[0]).save("photo.jpg")
-    with on_cpu():
-        expected = Predictor(trained)("photo.jpg", ["the red star", "biggest square"])
+    expected = Predictor(trained)("photo.jpg", ["the red star", "biggest square"])
     assert any(found.area for found in expected)
     runpy.run_path("example.py", run_name="__main__")
     for found in expected:

@@ -17,7 +17,6 @@ from tools.gpu import measure_product, profile_step
 def test_without_a_gpu_each_part_that_needs_one_is_named_and_the_others_run(
     tmp_path, data, monkeypatch, capsys
 ):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     measure, words = gpu.PARTS[gpu.LOADER]
     lmdb, config = data / "lmdb/shapes/val.lmdb", write_config(tmp_path, data)
     small = [*words, str(lmdb), "--config", str(config)]
