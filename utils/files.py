@@ -25,16 +25,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and move it into place on success.
 
     The parent folder is created, and what killed processes left there for `path` is removed. If
-    the block raises, the temporary file is removed and whatever stood at `path` before is
-    untouched. An error of the system's names `path`.
+    the block raises, what it wrote is removed and whatever stood at `path` before is untouched.
+    An error of the system's names `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    partial = _partial(path, os.getpid())
-    try:
+    with _temporary(Path(path)) as partial:
         yield partial
         os.replace(partial, path)
+
+
+@contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, to move what is whole out of it; as `atomic_path`."""
+    with _temporary(path) as staging:
+        staging.mkdir()
+        yield staging
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = leftover.suffixes[-2][1:]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            _remove(leftover)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(partial)  # of a killed process with the same number
+    try:
+        yield partial
     except OSError as error:
         # Writing names no file, and the temporary name would tell the user nothing.
         is_ours = error.filename is None or str(error.filename) == str(partial)
@@ -42,26 +59,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
-@contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, to move what is whole out of it; it is removed.
-
-    So is what killed processes left there for `path`. An error of the system's that names no file
-    names `path`.
-    """
-    _remove_leftovers(path)
-    staging = _partial(path, os.getpid())
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except OSError as error:
-        error.filename = error.filename or str(path)  # writing names no file
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -69,20 +74,6 @@ def check_writable(folder: Path) -> None:
     with atomic_path(folder / ".writable") as partial:
         partial.touch()
     (folder / ".writable").unlink()
-
-
-def _partial(path: Path, pid: int) -> Path:
-    return path.with_name(f".{path.name}.{pid}.partial")
-
-
-def _remove_leftovers(path: Path) -> None:
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = partial.suffixes[-2][1:]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
