@@ -1,9 +1,8 @@
 """Photos and masks in the network's square, made once and kept in a memory-mapped file.
 
 Sound because no augmentation changes them. S is the side of the network's input. The file holds a
-header of 4096 bytes (JSON padded with blanks: what the rest was made from) and then, image by image
-in the order of their first refs, the photo, (S, S, 3) uint8 RGB, and its refs' masks, (S, S) uint8
-each.
+header of 4096 bytes (JSON padded with blanks: what the rest was made from), then the photos in the
+order of their first refs, (S, S, 3) uint8 RGB each, then the refs' masks, (S, S) uint8 each.
 """
 
 import hashlib
@@ -25,27 +24,19 @@ from utils.machine import available_cores
 from utils.records import RecordReader, group_positions
 from utils.transforms import load_image, load_square_mask
 
-CACHE_VERSION = 3
-IMAGES_AT_A_TIME = 64  # are in memory while the file is made
+CACHE_VERSION = 4
+AT_A_TIME = 64  # photos that are in memory while the file is made
 _HEADER = 4096
-_PHOTO = 3  # squares of S x S bytes that a photo takes; a mask takes one
 
 
 class SquareCache:
-    """Reads a cache; maps it at the first use, in whichever process that is.
-
-    Args:
-        path: of its file.
-        reader: the records that it is made from.
-        side: S.
-    """
+    """Reads the cache of a reader's records; maps it at the first use, in whichever process."""
 
     def __init__(self, path: Path, reader: RecordReader, side: int) -> None:
         self.path = path
         self.reader = reader
         self.side = side
-        squares = _PHOTO * reader.meta["images"] + len(reader)
-        self.size = _HEADER + squares * side**2  # bytes of the file
+        self.size = _HEADER + (3 * reader.meta["images"] + len(reader)) * side**2  # bytes
         made_from = {
             "cache version": CACHE_VERSION,
             "side": side,
@@ -67,61 +58,58 @@ class SquareCache:
 
     def is_sound(self) -> bool:
         """Make the first and last ref's photo and mask anew: do they equal the file's?"""
-        for position in (0, len(self.reader) - 1):
-            ref = self.reader.ref(position)
-            photo, mask = load_image(self.reader, ref, self.side), load_square_mask(ref, self.side)
-            if (self.image(position) != photo).any() or (self.mask(position) != mask).any():
-                return False
-        return True
+        return all(
+            np.array_equal(self.image(position), self._make_image(position))
+            and np.array_equal(self.mask(position), self._make_mask(position))
+            for position in (0, len(self.reader) - 1)
+        )
 
     def image(self, position: int) -> np.ndarray:
         """Copy the photo of the ref at `position`: (S, S, 3) uint8 RGB."""
-        photo, _ = self._places[position]
-        squares = np.array(self._squares[photo : photo + _PHOTO])
-        return squares.reshape(self.side, self.side, 3)
+        photos, _ = self._arrays
+        return np.array(photos[self._photo_of[position]])
 
     def mask(self, position: int) -> np.ndarray:
         """Copy its mask: (S, S) uint8."""
-        _, mask = self._places[position]
-        return np.array(self._squares[mask])
+        _, masks = self._arrays
+        return np.array(masks[position])
 
     @cached_property
-    def _squares(self) -> np.ndarray:
-        """Map the file behind its header: (squares, S, S) uint8."""
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Map the file's photos, (images, S, S, 3) uint8, and masks, (refs, S, S) uint8."""
         if not self.is_whole():
             raise UserError(f"{self.path} was replaced while it was in use: start again")
-        return np.memmap(self.path, np.uint8, "r", _HEADER).reshape(-1, self.side, self.side)
+        squares = np.memmap(self.path, np.uint8, "r", _HEADER).reshape(-1, self.side, self.side)
+        photos, masks = np.split(squares, [-len(self.reader)])
+        return photos.reshape(-1, self.side, self.side, 3), masks
 
     @cached_property
-    def _places(self) -> dict[int, tuple[int, int]]:
-        """Tell by a ref's position the first square of its photo, and that of its mask."""
-        places, photo = {}, 0
-        for positions in group_positions(self.reader.index.image_keys):
-            first_mask = photo + _PHOTO
-            for mask, position in enumerate(positions, first_mask):
-                places[position] = photo, mask
-            photo = first_mask + len(positions)
-        return places
+    def _photo_of(self) -> dict[int, int]:
+        """Tell by a ref's position which photo of the file it is on."""
+        groups = enumerate(group_positions(self.reader.index.image_keys))
+        return {position: photo for photo, positions in groups for position in positions}
+
+    def _make_image(self, position: int) -> np.ndarray:
+        return load_image(self.reader, self.reader.ref(position), self.side)
+
+    def _make_mask(self, position: int) -> np.ndarray:
+        return load_square_mask(self.reader.ref(position), self.side)
 
     def make(self, progress: Callable[[Iterable, int, str], Iterable]) -> None:
         """Write the file; images are read in threads (OpenCV leaves Python's lock)."""
         groups = group_positions(self.reader.index.image_keys)
-
-        def read(positions: list[int]) -> list[np.ndarray]:
-            refs = [self.reader.ref(position) for position in positions]
-            masks = [load_square_mask(ref, self.side) for ref in refs]
-            return [load_image(self.reader, refs[0], self.side), *masks]
-
+        squares = [(self._make_image, group[0]) for group in groups]
+        squares += [(self._make_mask, position) for position in range(len(self.reader))]
         with (
             atomic_path(self.path) as partial,
             partial.open("wb") as file,
             ThreadPoolExecutor(available_cores()) as pool,
         ):
             file.write(self.header.ljust(_HEADER))
-            starts = range(0, len(groups), IMAGES_AT_A_TIME)
+            starts = range(0, len(squares), AT_A_TIME)
             for start in progress(starts, len(starts), f"cache {self.path.name}"):
-                for squares in pool.map(read, groups[start : start + IMAGES_AT_A_TIME]):
-                    file.writelines(squares)
+                some = squares[start : start + AT_A_TIME]
+                file.writelines(pool.map(lambda square: square[0](square[1]), some))
             file.flush()
             os.fsync(file.fileno())
 
@@ -138,8 +126,6 @@ def open_cache(
 
     Args:
         folder: of caches; created.
-        reader: the records.
-        side: S.
         progress: wraps (iterable, length, description) to show how far the work is.
     Raises:
         UserError: `folder` is a file.
