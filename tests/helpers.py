@@ -88,7 +88,7 @@ def repack(
 ) -> Path:
     """Pack records anew: these refs in place of all, other files in place of some photos."""
     reader, photos = RecordReader(source), photos or {}
-    with RecordWriter(target, dataset or reader.meta["dataset"], target.stem) as writer:
+    with RecordWriter.open(target, dataset or reader.meta["dataset"], target.stem) as writer:
         for ref in all_refs(source) if refs is None else refs:
             key = ref.image_key
             writer.add_image(key, photos[key] if key in photos else reader.image(key))
@@ -174,7 +174,7 @@ def write_records(path: Path, refs_per_image: Sequence[int]) -> Path:
     """Pack photos of different sizes with so many refs each, of 1-4 sentences each."""
     rng = np.random.default_rng(0)
     position = 0
-    with RecordWriter(path, "shapes", path.stem) as writer:
+    with RecordWriter.open(path, "shapes", path.stem) as writer:
         for image, count in enumerate(refs_per_image):
             size = (72 + 8 * (image % 5), 110 - 9 * (image % 7))
             writer.add_image(f"image_{image}.jpg", encoded(smooth_photo(rng, *size), ".jpg"))
@@ -485,7 +485,7 @@ def write_odd_records(path: Path) -> Path:
     """Two photos whose names need care, one far larger than a report shows, with odd sentences."""
     rng = np.random.default_rng(1)
     names, sizes = ("sub/50% #1?.jpg", "фото 犬.png"), ((600, 900), (40, 50))
-    with RecordWriter(path, "odd", path.stem) as writer:
+    with RecordWriter.open(path, "odd", path.stem) as writer:
         for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
             writer.add_image(name, encoded(smooth_photo(rng, *size), Path(name).suffix))
             sentences = ODD_SENTENCES[2 * i : 2 * i + 2]

@@ -121,7 +121,7 @@ def pack(args: argparse.Namespace) -> Path:
     entries = read_entries(args.json, odd)
     sizes: dict[str, tuple[int, int]] = {}
     whitened = 0
-    with RecordWriter(path, dataset, split) as writer:
+    with RecordWriter.open(path, dataset, split) as writer:
         for place, entry in tqdm(entries, desc=f"{dataset} {split}", unit="ref", disable=None):
             key, number = entry["img_name"], entry["segment_id"]
             with odd.catch("unreadable file", split, place):
@@ -254,7 +254,7 @@ def convert(args: argparse.Namespace) -> Path:
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
     odd = OddRecords(args.skip_odd)
-    with RecordWriter(path, dataset, source.stem) as writer:
+    with RecordWriter.open(path, dataset, source.stem) as writer:
         items = enumerate(release_items(source))
         for place, data in tqdm(items, desc=str(source), unit="ref", disable=None):
             where = f"{source}: entry {place}"

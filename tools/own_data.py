@@ -8,7 +8,7 @@ import posixpath
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -111,17 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader.print_notes()
     if args.check:
         print(f"{args.jsonl}: {count} refs, no problem; nothing written")
-    for writer in writers.values():
-        print(packed_summary(writer.path))
+    for split in writers:
+        print(packed_summary(args.output / f"{split}.lmdb"))
 
 
-def _open_writer(args: argparse.Namespace, split: str) -> RecordWriter:
-    """Make the writer of a split; what is there already is replaced only if that is meant."""
+def _open_writer(args: argparse.Namespace, split: str) -> AbstractContextManager[RecordWriter]:
+    """Open the file of a split; what is there already is replaced only if that is meant."""
     path = args.output / f"{split}.lmdb"
     if path.exists() and not args.force:
         remedy = "choose another -o, or replace it with --force; nothing written"
         raise UserError(f"{path} is there already: {remedy}")
-    return RecordWriter(path, args.output.resolve().name, split)
+    return RecordWriter.open(path, args.output.resolve().name, split)
 
 
 class LineReader:

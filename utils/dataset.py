@@ -56,7 +56,7 @@ class TrainingDataset(Dataset):
         images: dict[tuple[Path, str], Tensor] = {}
         samples = []
         for position, epoch in visits:
-            reader, place = self.records.locate(position)
+            reader, place = self.records.places[position]
             ref, cache = reader.ref(place), self.caches.get(reader.path)
             name = reader.path, ref.image_key
             if name not in images:

@@ -19,13 +19,11 @@ import os
 import shutil
 import threading
 import weakref
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
@@ -105,49 +103,49 @@ class RefIndex(NamedTuple):
 
 
 class RecordWriter:
-    """Writes one split to one LMDB file, which appears at `path` when it is complete.
+    """Writes one split to one LMDB file.
 
-        with RecordWriter(path, "refcoco", "val") as writer:
+        with RecordWriter.open(path, "refcoco", "val") as writer:
             writer.add_image(record.image_key, jpeg_bytes)
             writer.add_ref(record, token_lengths)
 
-    If the block raises, nothing is left and whatever stood at `path` before is untouched.
-
-    Args:
-        path: the file to make; its folder is created.
-        dataset, split: names for the meta entry, as is `left_out`, the number of refs not packed.
+    `left_out`, the number of refs not packed, is for the meta entry.
     """
 
-    def __init__(self, path: str | Path, dataset: str, split: str) -> None:
-        self.path = Path(path)
-        self._dataset = dataset
-        self._split = split
+    def __init__(self, env: lmdb.Environment) -> None:
         self.left_out = 0
+        self._env = env
         self._image_keys: set[str] = set()
         self._index: list[dict] = []  # its rows
         self._no_target = 0
         self._token_length: Counter[int] = Counter()
         self._digest = hashlib.sha256()
 
-    def __enter__(self) -> Self:
-        self._opened = self._open()
-        self._opened.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened.__exit__(*error)
-
+    @classmethod
     @contextmanager
-    def _open(self) -> Iterator[None]:
+    def open(cls, path: str | Path, dataset: str, split: str) -> Iterator[Self]:
+        """Open a file that appears at `path` when the block ends; its folder is created.
+
+        If the block raises, nothing is left and whatever stood at `path` before is untouched.
+
+        Args:
+            dataset, split: names for the meta entry.
+
+        Raises:
+            UserError: no ref was added.
+        """
         # One process writes a file that nobody else knows of: no lock file is needed, and one sync
         # at the end is enough.
         how = {"subdir": False, "map_size": _INITIAL_MAP_BYTES, "lock": False, "sync": False}
-        with atomic_path(self.path) as partial:  # names the file in errors of the system
-            partial.unlink(missing_ok=True)
+        with atomic_path(path) as partial:  # names the file in errors of the system
             try:
-                with lmdb.open(str(partial), **how) as self._env:
-                    yield
-                    self._finish()
+                with lmdb.open(str(partial), **how) as env:
+                    writer = cls(env)
+                    yield writer
+                    if not writer._index:
+                        what = f"split {split} of {dataset} has no refs"
+                        raise UserError(f"{what}: {path} not written")
+                    writer._finish(dataset, split)
             except lmdb.Error as error:  # a full disk is an input/output error to LMDB
                 if shutil.disk_usage(partial.parent).free == 0:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
@@ -197,16 +195,12 @@ class RecordWriter:
                 self._digest.update(value)
                 return
 
-    def _finish(self) -> None:
-        if not self._index:
-            raise UserError(
-                f"split {self._split} of {self._dataset} has no refs: {self.path} not written"
-            )
+    def _finish(self, dataset: str, split: str) -> None:
         self._put(_INDEX_KEY, _to_arrow(self._index, _INDEX_SCHEMA))
         meta = {
             "format_version": FORMAT_VERSION,
-            "dataset": self._dataset,
-            "split": self._split,
+            "dataset": dataset,
+            "split": split,
             "refs": len(self._index),
             "sentences": self._token_length.total(),
             "images": len(self._image_keys),
@@ -263,11 +257,8 @@ class RecordReader:
         return index
 
     def digest(self) -> str:
-        """Return what tells these records from others, such as the same refs packed anew."""
-        if "digest" in self.meta:
-            return self.meta["digest"]
-        entries = [self._read(key, bytes) for key in (META_KEY, _INDEX_KEY)]  # of an older file
-        return hashlib.sha256(b"".join(entries)).hexdigest()
+        """Return what tells these records from others; "" for a file that an older tool packed."""
+        return self.meta.get("digest", "")
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len."""
@@ -303,47 +294,31 @@ class RecordReader:
 class JoinedReader:
     """Joins some refs of one file or several into one sequence of positions, file by file.
 
+    `places` holds, for each position, the file and the ref's position there.
+
     Args:
-        parts: files, and for each the positions of the refs that count, in increasing order.
+        parts: files, and for each the positions of the refs that count.
     """
 
     def __init__(self, parts: Sequence[tuple[RecordReader, Sequence[int]]]) -> None:
         self.parts = parts
-        self._ends = list(accumulate(len(positions) for _, positions in parts))
+        self.places = [(reader, int(place)) for reader, places in parts for place in places]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.places)
 
     def image_names(self) -> list[tuple[Path, str]]:
         """Return the file and key of each ref's image; images of two files are two images."""
-        return [
-            (reader.path, reader.index.image_keys[place])
-            for reader, positions in self.parts
-            for place in positions
-        ]
-
-    def locate(self, i: int) -> tuple[RecordReader, int]:
-        """Return the file that holds the ref at position `i`, and its position there.
-
-        Raises:
-            IndexError: there is no such position.
-        """
-        number = bisect_right(self._ends, i)
-        reader, positions = self.parts[number]
-        return reader, int(positions[i - self._ends[number]])
+        return [(reader.path, reader.index.image_keys[place]) for reader, place in self.places]
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`."""
-        reader, place = self.locate(i)
+        reader, place = self.places[i]
         return reader.ref(place)
 
 
 def group_positions(images: Iterable[Hashable]) -> list[list[int]]:
-    """Return the positions of each image's refs, images in the order of their first ref.
-
-    Args:
-        images: what tells a ref's image from others, for each ref.
-    """
+    """Return the positions of each image's refs, images in the order of their first ref."""
     groups: dict[Hashable, list[int]] = {}
     for position, image in enumerate(images):
         groups.setdefault(image, []).append(position)
@@ -392,24 +367,19 @@ def open_lmdb(path: Path) -> lmdb.Environment:
         # open their files again. Without locks they are its own, and the parent does not notice.
         for inherited in [other for other in _environments if other[0] != pid]:
             _environments.pop(inherited).close()
-        env = _environments.get(key)
-        if env is None:
-            env = _environments[key] = _open_file(path)
-    return env
-
-
-def _open_file(path: Path) -> lmdb.Environment:
-    try:
-        env = lmdb.open(
-            str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
-        )
-    except lmdb.Error as error:
-        raise UserError(f"no LMDB can be read from {error}: {REPACK}") from None
-    # Pages beyond the end of a partly copied file would kill the process when they are touched.
-    size, expected = path.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if size < expected:
-        env.close()
-        raise UserError(f"{path} is cut off ({size} bytes of {expected}): {REPACK}")
+        if (env := _environments.get(key)) is not None:
+            return env
+        how = {"subdir": False, "readonly": True, "lock": False, "readahead": False}
+        try:
+            env = lmdb.open(str(path), meminit=False, **how)
+        except lmdb.Error as error:
+            raise UserError(f"no LMDB can be read from {error}: {REPACK}") from None
+        # Pages beyond the end of a partly copied file would kill the process when they are touched.
+        expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if stat.st_size < expected:
+            env.close()
+            raise UserError(f"{path} is cut off ({stat.st_size} bytes of {expected}): {REPACK}")
+        _environments[key] = env
     return env
 
 

@@ -49,7 +49,7 @@ SIZE = (40, 60)
 def write(path: Path, images: Sequence[tuple[int, int | None]], seed: int) -> Path:
     """Records of images (number in the key, id) with 1-3 refs each; pixels by seed and number."""
     position = 0
-    with RecordWriter(path, path.parent.name, path.stem) as writer:
+    with RecordWriter.open(path, path.parent.name, path.stem) as writer:
         for number, image_id in images:
             photo = smooth_photo(np.random.default_rng([seed, number]), *SIZE)
             key = f"image_{number}.jpg"
@@ -122,7 +122,7 @@ def test_no_excluded_image_is_trained_on(files, tmp_path, batch_by, workers, cac
 def test_everything_else_is_trained_on_once_an_epoch(files):
     loader = build_train_loader(joined(files, batch_size=2), 2, ALONE)
     records = loader.dataset.records
-    seen = [records.locate(p) for batch in loader for p in batch["positions"].tolist()]
+    seen = [records.places[p] for batch in loader for p in batch["positions"].tolist()]
     assert len(seen) == len(set(seen)) == len(records) - len(records) % 2
     kept = {
         (reader.path, i)
@@ -237,13 +237,13 @@ def test_photos_of_one_name_in_two_files_are_two_photos(strangers, tmp_path, bat
         index = batch["image_index"]
         images = batch["images"] if index is None else batch["images"][index]
         for image, position in zip(images, batch["positions"].tolist(), strict=True):
-            reader, place = records.locate(position)
+            reader, place = records.places[position]
             assert np.array_equal(image, load_image(reader, reader.ref(place), 32))
             checked += 1
     assert checked == 24
     groups = group_positions(records.image_names())
     assert len(groups) == 16
-    assert all(len({records.locate(p)[0] for p in group}) == 1 for group in groups)
+    assert all(len({records.places[p][0] for p in group}) == 1 for group in groups)
 
 
 def test_positions_run_through_the_files_in_order_past_those_of_which_nothing_is_left(strangers):
@@ -252,12 +252,8 @@ def test_positions_run_through_the_files_in_order_past_those_of_which_nothing_is
     parts = [(two, []), (one, range(count)), (two, np.array([1, 4])), (one, []), (one, [1])]
     records = JoinedReader(parts)
     assert len(records) == count + 3
-    places = [records.locate(i) for i in (0, count - 1, count, count + 1, count + 2)]
-    assert places == [(one, 0), (one, count - 1), (two, 1), (two, 4), (one, 1)]
+    assert records.places == [*((one, i) for i in range(count)), (two, 1), (two, 4), (one, 1)]
     assert records.ref(count + 1) == two.ref(4)
-    for position in (-1, count + 3):
-        with pytest.raises(IndexError):
-            records.locate(position)
 
 
 def test_the_sentence_depends_on_seed_epoch_and_position_alone(files):

@@ -182,7 +182,7 @@ def peak() -> int:
 def pack_many(path: Path, count: int, grown: Connection) -> None:
     """Pack more than 150 MB, and say by how much this process has grown."""
     photo, mask, before = os.urandom(20_000), os.urandom(1_500), peak()
-    with RecordWriter(path, "toys", "train") as writer:
+    with RecordWriter.open(path, "toys", "train") as writer:
         for i in range(count):
             image = i * 2 // 5
             key = f"COCO_train2014_{image:012d}.jpg"
