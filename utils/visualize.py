@@ -46,13 +46,7 @@ def fade(image: np.ndarray) -> np.ndarray:
 
 
 def heat_map(probability: np.ndarray) -> np.ndarray:
-    """Probabilities as colours, from 0 in dark blue over green to 1 in yellow.
-
-    Args:
-        probability: (H, W) float in [0, 1].
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
+    """Colour (H, W) float as (H, W, 3) uint8 RGB, from 0 in dark blue over green to 1 in yellow."""
     levels = (255 * probability).round().astype(np.uint8)
     return cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
@@ -96,12 +90,7 @@ def comparison(
 def grid(
     cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int
 ) -> Image.Image:
-    """Set pictures in rows on white.
-
-    Args:
-        size: (width, height) of each of them, in pixels.
-        gap: pixels between them and around them.
-    """
+    """Set pictures of a (width, height) in rows on white, `gap` pixels between and around them."""
     width, height = size[0] + gap, size[1] + gap
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
@@ -118,10 +107,9 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 def file_stem(text: str, limit: int = 80) -> str:
-    """A sentence as part of a file name: letters and digits of any script, the rest as `_`.
+    """Write a sentence as part of a file name: letters and digits of any script, the rest as `_`.
 
-    Args:
-        limit: bytes of UTF-8, in which file systems count (255 for a whole name, as a rule).
+    `limit` counts bytes of UTF-8, as file systems do (255 for a whole name, as a rule).
     """
     name = "".join(c if c.isalnum() else "_" for c in text)
     return name.encode()[:limit].decode(errors="ignore").strip("_") or "empty"
