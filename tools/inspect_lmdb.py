@@ -21,7 +21,7 @@ from utils.logger import progress
 from utils.records import RecordReader, RefRecord
 from utils.tokenizer import has_words, token_lengths
 from utils.transforms import decode_image, decode_mask
-from utils.visualize import TRUTH_COLOR, grid, overlay, save_picture
+from utils.visualize import TRUTH_COLOR, fade, grid, overlay, save_picture
 
 EPILOG = """example:
   python tools/inspect_lmdb.py datasets/lmdb/refcoco/val.lmdb --samples 20 -o val.jpg
@@ -237,9 +237,8 @@ def draw_cell(reader: RecordReader, ref: RefRecord) -> Image.Image:
     photo = decode_image(reader.image(ref.image_key), ref.image_key)
     mask = decode_mask(ref.mask, "mask") > 0
     room = CELL[0], CELL[1] - HEAD
-    small = (np.array(ImageOps.contain(Image.fromarray(p), room)) for p in (photo, mask))
-    picture = overlay(*small, TRUTH_COLOR, is_tinted=False)
-    cell.paste(Image.fromarray(picture), (0, HEAD))
+    small = [np.array(ImageOps.contain(Image.fromarray(p), room)) for p in (fade(photo), mask)]
+    cell.paste(Image.fromarray(overlay(*small, TRUTH_COLOR)), (0, HEAD))
     draw = ImageDraw.Draw(cell)
     text = " ".join(f"“{sentence}”" for sentence in ref.sentences)
     lines = textwrap.wrap(text, 42, max_lines=3, placeholder=" …")

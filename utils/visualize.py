@@ -14,22 +14,16 @@ TRUTH_COLOR, PRED_COLOR = (46, 204, 113), (255, 64, 129)
 PANEL_WIDTH, MARGIN, FONT_SIZE = 360, 8, 18
 
 
-def overlay(
-    image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], is_tinted: bool = True
-) -> np.ndarray:
-    """Tint a mask, or pale everything else, and draw the mask's outline.
+def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Tint a mask on a copy of a photo, and draw the mask's outline.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB, as is what is returned.
         mask: (H, W) bool.
         color: RGB.
-        is_tinted: False leaves the object its own colours.
-    Returns:
-        (H, W, 3) uint8 RGB, a copy.
     """
     tinted = image.copy()
-    changed, shade = (mask, np.array(color)) if is_tinted else (~mask, 255)
-    tinted[changed] = (0.5 * image[changed] + 0.5 * shade).astype(np.uint8)
+    tinted[mask] = (0.5 * image[mask] + 0.5 * np.array(color)).astype(np.uint8)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     thickness = max(1, round(max(image.shape[:2]) / 250))
     cv2.drawContours(tinted, outlines, -1, color, thickness)

@@ -56,15 +56,11 @@ def test_heat_map_brightens_with_the_probability():
     assert heat[0, -1, 0] > 2 * heat[0, -1, 2]  # yellow
 
 
-@pytest.mark.parametrize(
-    ("is_tinted", "inside", "outside"),
-    [(True, (73, 152, 106), (100,) * 3), (False, (100,) * 3, (177,) * 3)],
-)
-def test_overlay_tints_the_mask_or_pales_the_rest_and_leaves_the_source(is_tinted, inside, outside):
-    shown = overlay(GREY, MASK, TRUTH_COLOR, is_tinted)
+def test_overlay_tints_the_mask_and_leaves_the_rest_and_the_source():
+    shown = overlay(GREY, MASK, TRUTH_COLOR)
     assert (GREY == 100).all()
-    assert (shown[INSIDE] == inside).all()
-    assert (shown[~NEAR] == outside).all()
+    assert (shown[INSIDE] == (73, 152, 106)).all()
+    assert (shown[~NEAR] == 100).all()
     assert (shown[NEAR & ~INSIDE] == TRUTH_COLOR).all(-1).any()
     assert np.array_equal(overlay(GREY, NOTHING, PRED_COLOR), GREY)
     assert (overlay(GREY, ~NOTHING, PRED_COLOR) != GREY).any(-1).all()
