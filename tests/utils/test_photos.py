@@ -29,12 +29,6 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def as_file(kind: str, mode: str = "RGB", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def announced_png(width: int, height: int) -> bytes:
     """A PNG that says it has so many pixels, and has none."""
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -50,30 +44,18 @@ def as_published(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("suffix", "mode", "options"),
     [
-        *(as_file("JPEG", exif=turned(orientation)) for orientation in range(1, 9)),
-        *(as_file("JPEG", progressive=True, subsampling=s) for s in (0, 1, 2)),
-        *(as_file("PNG", mode) for mode in ("LA", "RGBA")),
-        encoded(np.arange(0, 60_000, 100, np.uint16).reshape(20, 30)),
+        *(("jpg", mode, {}) for mode in ("RGB", "L", "CMYK")),
+        *(("jpg", "RGB", {"progressive": True, "subsampling": s}) for s in (0, 1, 2)),
+        *(("png", mode, {}) for mode in ("RGB", "L", "P", "1", "LA", "RGBA")),
+        *((suffix, "RGB", {}) for suffix in ("webp", "bmp", "tif", "avif")),
+        ("gif", "P", {}),
     ],
 )
-def test_decoding_to_rgb_is_decoding_as_published_and_swapping(data):
-    assert np.array_equal(decode_image(data, "x"), as_published(data))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "mode"),
-    [
-        *(("jpg", mode) for mode in ("RGB", "L", "CMYK")),
-        *(("png", mode) for mode in ("RGB", "L", "P", "1", "RGBA")),
-        *((suffix, "RGB") for suffix in ("webp", "bmp", "tif", "avif")),
-        ("gif", "P"),
-    ],
-)
-def test_a_file_is_decoded_as_published_and_much_as_pillow_does(tmp_path, suffix, mode):
+def test_a_file_is_decoded_as_published_and_much_as_pillow_does(tmp_path, suffix, mode, options):
     path = tmp_path / f"photo.{suffix}"
-    picture(mode).save(path)
+    picture(mode).save(path, **options)
     found = read_photo(path)
     assert (found.shape, found.dtype) == ((37, 53, 3), np.uint8)
     assert np.array_equal(found, as_published(path.read_bytes()))
@@ -95,6 +77,8 @@ def test_the_orientation_of_a_camera_is_followed(tmp_path, suffix, orientation):
     found = read_photo(path)
     assert found.shape == np.asarray(expected).shape
     assert np.abs(found.astype(int) - np.asarray(expected)).mean() < 3
+    if suffix != "avif":  # which OpenCV does not turn
+        assert np.array_equal(found, as_published(path.read_bytes()))
     with Image.open(path) as image:
         assert np.abs(read_photo(image).astype(int) - found).max() <= 1
 
@@ -145,6 +129,7 @@ def test_16_bits_keep_their_upper_8_from_any_source(tmp_path):
     for name in ("grey.png", "grey.tif"):
         path = tmp_path / name
         path.write_bytes(encoded(grey16, path.suffix))
+        assert np.array_equal(as_published(path.read_bytes()), expected)
         assert np.array_equal(read_photo(path), expected)
         with Image.open(path) as image:
             assert np.array_equal(read_photo(image), expected)
