@@ -8,7 +8,7 @@ import posixpath
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -100,7 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             split, photo, ref = found
             if split not in writers:
-                writers[split] = stack.enter_context(_open_writer(args, split))
+                path = args.output / f"{split}.lmdb"
+                if path.exists() and not args.force:
+                    raise UserError(f"{path} is there already: give another -o, or --force")
+                writer = RecordWriter.open(path, args.output.resolve().name, split)
+                writers[split] = stack.enter_context(writer)
             writers[split].add_image(ref.image_key, photo)
             writers[split].add_ref(ref, token_lengths(ref.sentences))
         odd.settle()
@@ -113,15 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.jsonl}: {count} refs, no problem; nothing written")
     for split in writers:
         print(packed_summary(args.output / f"{split}.lmdb"))
-
-
-def _open_writer(args: argparse.Namespace, split: str) -> AbstractContextManager[RecordWriter]:
-    """Open the file of a split; what is there already is replaced only if that is meant."""
-    path = args.output / f"{split}.lmdb"
-    if path.exists() and not args.force:
-        remedy = "choose another -o, or replace it with --force; nothing written"
-        raise UserError(f"{path} is there already: {remedy}")
-    return RecordWriter.open(path, args.output.resolve().name, split)
 
 
 class LineReader:

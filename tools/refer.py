@@ -290,10 +290,11 @@ def load_plain(data: bytes, where: str) -> Any:
         UserError: it is no pickle, is cut off, or asks for any class or function; the text names
             `where`.
     """
+    file = io.BytesIO(data)
     try:
-        return _PlainUnpickler(data, where).load()
-    except UserError:
-        raise
+        return _PlainUnpickler(file, encoding="utf-8", errors="surrogateescape").load()
+    except UserError as error:
+        raise UserError(f"{where} {error}") from None
     except Exception as error:  # a damaged pickle can fail with almost anything
         raise UserError(f"{where} is not a readable pickle, or cut off ({error!r})") from None
 
@@ -340,13 +341,9 @@ def read_as(kind: TypeAdapter[T], data: Any, where: str, remedy: str) -> T:
 class _PlainUnpickler(pickle.Unpickler):
     """Reads the containers, strings and numbers that pickle has opcodes for, and no name."""
 
-    def __init__(self, data: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
-        self._where = where
-
     def find_class(self, module: str, name: str) -> NoReturn:
         raise UserError(
-            f"{self._where} asks for {module}.{name}: refs are plain lists, dicts, strings and "
+            f"asks for {module}.{name}: refs are plain lists, dicts, strings and "
             "numbers, so this file is damaged or hostile and was not loaded"
         )
 

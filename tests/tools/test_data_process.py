@@ -141,26 +141,6 @@ def sentences(*sent_ids: int, sent: str = "mug") -> list[dict]:
     return [{"sent": sent, "sent_id": i} for i in sent_ids]
 
 
-def write_odd(root: Path) -> Path:
-    """Ten refs, of which nine are odd, each in its own way."""
-    refs = [
-        refer_ref(0, image_id=3),
-        refer_ref(1, image_id=404),
-        refer_ref(2, sentences=[*sentences(99), *sentences(98, sent=" &nbsp;")]),
-        refer_ref(3, sentences=[]),
-        *(refer_ref(i) for i in range(4, 9)),
-        refer_ref(4, "val"),
-    ]
-    annotations = {
-        104: {"bbox": None},
-        105: {"segmentation": {"size": [9, 10], "counts": [90]}},
-        106: {"segmentation": {"size": [8, 10], "counts": [80]}},
-        107: {"segmentation": [[1, 1, 2, 2]]},
-        108: None,
-    }
-    return write(root, refs, images={404: None}, annotations=annotations)
-
-
 ODD = [
     r"refs\(me\)\.p\[3\].sentences: must be one or more",
     r"refs\(me\)\.p: ref_id 4 is there twice",
@@ -181,8 +161,25 @@ def assert_matches(text: str, patterns: list[str]) -> None:
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, pattern
 
 
-def test_all_odd_records_are_listed_at_once_with_counts_by_kind(tmp_path: Path, capsys) -> None:
-    root = write_odd(tmp_path / "in")
+def test_odd_records_are_listed_at_once_or_left_out_and_counted_as_far_as_the_lmdb(
+    tmp_path: Path, capsys
+) -> None:
+    refs = [
+        refer_ref(0, image_id=3),
+        refer_ref(1, image_id=404),
+        refer_ref(2, sentences=[*sentences(99), *sentences(98, sent=" &nbsp;")]),
+        refer_ref(3, sentences=[]),
+        *(refer_ref(i) for i in range(4, 9)),
+        refer_ref(4, "val"),
+    ]
+    annotations = {
+        104: {"bbox": None},
+        105: {"segmentation": {"size": [9, 10], "counts": [90]}},
+        106: {"segmentation": {"size": [8, 10], "counts": [80]}},
+        107: {"segmentation": [[1, 1, 2, 2]]},
+        108: None,
+    }
+    root = write(tmp_path / "in", refs, images={404: None}, annotations=annotations)
     with pytest.raises(UserError) as caught:
         prepare(root, tmp_path / "out", "--generate_mask")
     assert_matches(capsys.readouterr().err, ODD)
@@ -191,9 +188,7 @@ def test_all_odd_records_are_listed_at_once_with_counts_by_kind(tmp_path: Path, 
     assert str(caught.value).endswith("nothing written: put them right, or add --skip-odd")
     assert files(tmp_path / "out") == set()
 
-
-def test_odd_records_are_left_out_and_counted_as_far_as_the_lmdb(tmp_path: Path, capsys) -> None:
-    prepare(write_odd(tmp_path / "in"), tmp_path, "--generate_mask", "--skip-odd")
+    prepare(root, tmp_path, "--generate_mask", "--skip-odd")
     said = capsys.readouterr()
     assert_matches(said.err, ODD)
     assert "note: left out 9 odd records (" in said.out
@@ -289,23 +284,17 @@ def test_a_list_of_objects_is_their_union_without_crowds_and_bad_polygons(
 ) -> None:
     lists = {1: [1, 2], 2: [3, 4, 1], 3: [2], 4: [-1], 5: [5, 1, 1]}
     refs = [gref(i, *ids) for i, ids in lists.items()]
-    root = write_gref(tmp_path / "in", refs, name)
+    root = write_gref(tmp_path / "in", refs, name, bbox=[0.9, 3.5, 2.5, 4.2])
     (root / "grefcoco/refs(unc).p").write_bytes(b"of another data set")
     prepare_gref(root, tmp_path)
     entries = entries_of(tmp_path, "grefcoco/val")
     assert numbers_of_targets(entries) == [2, 2, 1, 0, 2]
     assert [entry["cat"] for entry in entries] == [11, 11, 11, None, 11]
-    assert [entry["bbox"] for entry in entries] == [[2, 1, 6, 5]] * 3 + [None] + [[2, 1, 6, 5]]
+    joined, alone = [0, 1, 6, 7], [2, 1, 6, 5]
+    assert [entry["bbox"] for entry in entries] == [joined, joined, alone, None, joined]
     assert "refs of no target: 1, of one: 1, of several: 3" in capsys.readouterr().out
     for ref_id, ids in {1: [1, 2], 2: [3, 1], 3: [2], 4: [], 5: [1]}.items():
         assert_mask(tmp_path / f"masks/grefcoco/{ref_id}.png", *(AREAS[i] for i in ids))
-
-
-def test_boxes_of_several_objects_are_joined(tmp_path: Path) -> None:
-    root = write_gref(tmp_path / "in", [gref(1, 1, 2)], bbox=[0.9, 3.5, 2.5, 4.2])
-    prepare_gref(root, tmp_path)
-    (entry,) = entries_of(tmp_path, "grefcoco/val")
-    assert entry["bbox"] == [0, 1, 6, 7]
 
 
 @pytest.mark.parametrize(
