@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import load, on_cpu, read_jsonl, run_program, smooth_photo
+from helpers import load, read_jsonl, run_program, smooth_photo
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -42,18 +42,16 @@ def test_a_photo_file_gives_the_masks_of_test_py_pixel_for_pixel(tmp_path, train
     run_program("test.py", trained, *opts, "TRAIN.output_folder", tmp_path)
     stem = "test_shapes_val" + (".aligned" if protocol == "aligned" else "")
     lines = read_jsonl(tmp_path / f"tiny/{stem}.threshold0.15.jsonl")
-    with on_cpu():
-        predictor = Predictor(load_config(trained, [str(opt) for opt in opts]))
-        areas = []
-        for line in lines:
-            path = tmp_path / line["image"]
-            path.write_bytes(reader.image(line["image"]))
-            (found,) = predictor(path, line["sentence"])
-            mask = coco_mask.decode(line["pred_rle"]) > 0
-            is_clear = np.abs(found.probability - 0.15) > 1e-5  # rounding decides the rest
-            assert is_clear.mean() > 0.99
-            assert np.array_equal(found.mask[is_clear], mask[is_clear])
-            areas.append(found.area)
+    predictor, areas = Predictor(load_config(trained, [str(opt) for opt in opts])), []
+    for line in lines:
+        path = tmp_path / line["image"]
+        path.write_bytes(reader.image(line["image"]))
+        (found,) = predictor(path, line["sentence"])
+        mask = coco_mask.decode(line["pred_rle"]) > 0
+        is_clear = np.abs(found.probability - 0.15) > 1e-5  # rounding decides the rest
+        assert is_clear.mean() > 0.99
+        assert np.array_equal(found.mask[is_clear], mask[is_clear])
+        areas.append(found.area)
     assert len(areas) == len(lines) > 20
     assert np.mean([0 < area < mask.size / 2 for area in areas]) > 0.4  # there is something to err
 

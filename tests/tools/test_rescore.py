@@ -94,10 +94,6 @@ def test_anybodys_lines_in_any_order_do_with_either_kind_of_run_lengths(saved, t
     assert score(write(tmp_path / "a.jsonl", lines), lmdb) == score(path, lmdb)
 
 
-def drop_first(lines: list[dict]) -> list[dict]:
-    return lines[1:]
-
-
 def changed(**values: object):
     return lambda lines: [lines[0] | values, *lines[1:]]
 
@@ -105,7 +101,7 @@ def changed(**values: object):
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (drop_first, "train.lmdb has sent_id 0, {path} has not: 1 such in all"),
+        (lambda lines: lines[1:], "train.lmdb has sent_id 0, {path} has not: 1 such in all"),
         (changed(sent_id=-7), "{path} has sent_id -7, "),
         (lambda lines: [*lines, lines[3]], "{path}:72: sent_id "),
         (changed(pred_rle={"size": [3, 4], "counts": [12]}), "sent_id 0 has a segmentation of 3 x"),
