@@ -21,7 +21,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.logger import progress
-from utils.metrics import describe_rule, main_metric, percent
+from utils.metrics import describe_rule, percent
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS
 from utils.visualize import file_stem, save_picture
@@ -189,28 +189,16 @@ def print_table(results: Sequence[Mapping]) -> None:
     Splits with sentences that are true of nothing have metrics, so a table, of their own.
     """
     for names in dict.fromkeys(tuple(result["ceiling"]) for result in results):
-        _print_scores([r for r in results if tuple(r["ceiling"]) == names], names)
-
-
-def _print_scores(results: Sequence[Mapping], names: Sequence[str]) -> None:
-    rule = {"N-acc": f"N-acc (none: {results[0].get('no_target_rule')})"}
-    rows = [["dataset", "split", "protocol", "sentences", *(rule.get(n, n) for n in names)]]
-    by_protocol: dict[tuple[str, str], list[Mapping]] = {}
-    for result in results:
-        dataset, split, protocol = (result[name] for name in ("dataset", "split", "protocol"))
-        by_protocol.setdefault((dataset, protocol), []).append(result)
-        label = protocol + (" (swapped)" if result["swapped_sentences"] else "")
-        head = [dataset, split, label, f"{result['sentences']}"]
-        rows.append(head + [percent(result[name]) for name in names])
-        ceiling = [percent(result["ceiling"][name]) for name in names]
-        rows.append(["", "", "  perfect model", "", *ceiling])
-    print_aligned(rows, left=3)
-    main = main_metric(results[0])
-    for (dataset, protocol), group in by_protocol.items():
-        if len(group) > 1:  # as papers do
-            splits = " / ".join(result["split"] for result in group)
-            values = " / ".join(percent(result[main]) for result in group)
-            print(f"{dataset} {main} ({protocol}), {splits}: {values}")
+        group = [result for result in results if tuple(result["ceiling"]) == names]
+        rule = {"N-acc": f"N-acc (none: {group[0].get('no_target_rule')})"}
+        rows = [["dataset", "split", "protocol", "sentences", *(rule.get(n, n) for n in names)]]
+        for result in group:
+            label = result["protocol"] + (" (swapped)" if result["swapped_sentences"] else "")
+            head = [result["dataset"], result["split"], label, str(result["sentences"])]
+            rows.append(head + [percent(result[name]) for name in names])
+            ceiling = [percent(result["ceiling"][name]) for name in names]
+            rows.append(["", "", "  perfect model", "", *ceiling])
+        print_aligned(rows, left=3)
 
 
 def print_aligned(rows: Sequence[Sequence[str]], left: int) -> None:
