@@ -77,13 +77,6 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
-def start_two(start: Callable, config: Path, *options: object) -> list[subprocess.Popen]:
-    """Two launchers with a rank each, which meet at a free port."""
-    meeting = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
-    options = ("--nnodes=2", "--nproc_per_node=1", *meeting, "--local_addr=127.0.0.1", *options)
-    return [start(config, *options) for _ in range(2)]
-
-
 def wait_for(process: subprocess.Popen, config: Path, name: str = "metrics.jsonl") -> None:
     """Until the run has written something: by default the record of the first step."""
     path = folder_of(config) / name
@@ -169,7 +162,9 @@ def test_one_process_resumes_what_two_ranks_saved_and_says_what_differs(
 
 def test_two_launchers_train_as_one_and_restart_after_a_killed_rank(data, tmp_path, start, whole):
     config = recipe(tmp_path, data, epochs=EPOCHS)
-    agents = start_two(start, config, "--max-restarts=1")
+    meeting = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", "--max-restarts=1")
+    agents = [start(config, *nodes, *meeting) for _ in range(2)]
     wait_for(agents[0], config, "last_model.pth")
     os.kill(pid_of_rank(1, *agents), signal.SIGKILL)
     errors = [end(agent) for agent in agents]

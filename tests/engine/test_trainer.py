@@ -60,11 +60,6 @@ def num_steps(data: Path) -> int:
     return len(RecordReader(data / "lmdb/shapes/train.lmdb")) // 8
 
 
-def num_sentences(data: Path) -> int:
-    """Of val."""
-    return RecordReader(data / "lmdb/shapes/val.lmdb").meta["sentences"]
-
-
 # ------------------------------------------------------------------------------------- the run
 
 
@@ -179,13 +174,14 @@ def test_an_epoch_reports_the_mean_over_its_steps(tmp_path, data):
 
 def test_log_and_saved_config_tell_the_run(straight, data):
     text = (straight / "exp/tiny/train.log").read_text()
+    sentences = RecordReader(data / "lmdb/shapes/val.lmdb").meta["sentences"]
     for expected in (
         "step        1 rank(s) x 8 x 1 (accumulation) = batch 8",
         f"epoch 1 step 2/{num_steps(data)}",
         "epoch 3/3: loss",
         " % waiting for data, ",
         " GiB, ",
-        f"shapes val, {num_sentences(data)} sentences, published: mIoU ",
+        f"shapes val, {sentences} sentences, published: mIoU ",
         "(best)",
     ):
         assert expected in text
