@@ -18,6 +18,7 @@ import torch
 
 from engine.build import find_device, restore_trained
 from engine.evaluator import probability_maps, validation_protocol
+from engine.loaders import images_at_a_time
 from model.fold import fold_batch_norm
 from model.neck import ImageFeatures
 from utils.config import Config, load_config
@@ -124,43 +125,79 @@ class Predictor:
     ) -> list[Prediction]:
         """Segment what each sentence denotes in one photo, which is encoded once.
 
-        Returns:
-            A prediction a sentence, all of them in memory: 5 bytes a pixel each.
         Raises:
-            UserError: the photo cannot be read, or a sentence is none; nothing was computed.
+            UserError: the photo cannot be read, or a sentence is none (see `check_sentence`).
         """
-        asked = [sentences] if isinstance(sentences, str) else list(sentences)
-        for sentence in asked:
-            check_sentence(sentence)
-        if not asked:
-            return []
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        return self.predict([image], [sentences])[0]
+
+    def predict(
+        self,
+        images: Sequence[Photo | EncodedImage],
+        sentences: Sequence[str | Sequence[str]],
+    ) -> list[list[Prediction]]:
+        """Segment several photos, each with its own sentences, in shared batches.
+
+        Args:
+            images: N photos, encoded together; those that are encoded already are used as they are.
+            sentences: N lists.
+        Returns:
+            A list a photo, of a prediction a sentence. All of them are in memory: an area's
+            5 bytes a pixel and sentence.
+        Raises:
+            UserError: a photo cannot be read, or a sentence is none; nothing was computed.
+        """
+        asked = [[texts] if isinstance(texts, str) else list(texts) for texts in sentences]
+        if len(images) != len(asked):
+            raise ValueError(f"{len(images)} images with {len(asked)} lists of sentences")
+        flat = [check_sentence(sentence) for texts in asked for sentence in texts]
+        found: list[list[Prediction]] = [[] for _ in asked]
+        if not flat:
+            return found
+        fresh = iter(self.encode_batch([i for i in images if not isinstance(i, EncodedImage)]))
+        encoded = [i if isinstance(i, EncodedImage) else next(fresh) for i in images]
+        levels = zip(*(image.features for image in encoded), strict=True)
+        rows = [row for row, texts in enumerate(asked) for _ in texts]
         train = self.config.TRAIN
         parts = probability_maps(
             self.model,
-            encoded.features,
-            torch.zeros(len(asked), dtype=torch.int64, device=self.device),
-            tokenize(asked, train.word_len).to(self.device),
+            ImageFeatures(*map(torch.cat, levels)),
+            torch.tensor(rows, device=self.device),
+            tokenize(flat, train.word_len).to(self.device),
             train.input_size,
             self.protocols,
             train.batch_size_val,
         )
         squares = (square for _, maps in parts for square in maps()[self.protocol])
-        found = []
-        for sentence, square, length in zip(asked, squares, token_lengths(asked), strict=True):
-            probability = restore_size(square, encoded.size)
+        lengths = token_lengths(flat)
+        for row, sentence, square, length in zip(rows, flat, squares, lengths, strict=True):
+            probability = restore_size(square, encoded[row].size)
             probability.clip(0, 1, out=probability)  # the cubic ways leave it a little
             rule = self.threshold, length > train.word_len, self.no_target_pixels
-            found.append(Prediction(sentence, probability, *rule))
+            found[row].append(Prediction(sentence, probability, *rule))
         return found
 
-    @torch.inference_mode()
     def encode(self, image: Photo) -> EncodedImage:
         """Compute what a photo gives without a sentence; most of the work for a photo."""
-        photo = read_photo(image)
-        square = torch.from_numpy(letterbox_image(photo, self.config.TRAIN.input_size))
-        images = normalize_images(square[None].to(self.device))
-        return EncodedImage(self.model.encode_image(images), photo.shape[:2])
+        return self.encode_batch([image])[0]
+
+    @torch.inference_mode()
+    def encode_batch(self, images: Sequence[Photo]) -> list[EncodedImage]:
+        """Encode several photos, as many of them at a time as in evaluation."""
+        count = images_at_a_time(self.config.TRAIN.batch_size_val, self.device)
+        encoded = []
+        for start in range(0, len(images), count):
+            squares, sizes = [], []
+            for image in images[start : start + count]:
+                photo = read_photo(image)
+                square = letterbox_image(photo, self.config.TRAIN.input_size)
+                squares.append(torch.from_numpy(square))
+                sizes.append(photo.shape[:2])
+            batch = torch.stack(squares).to(self.device)
+            features = self.model.encode_image(normalize_images(batch))
+            # Copies, or each kept image would keep its whole batch.
+            rows = torch.arange(len(sizes), device=self.device)[:, None]
+            encoded += map(EncodedImage, map(features.repeat, rows), sizes)
+        return encoded
 
 
 def check_sentence(sentence: str) -> str:

@@ -136,14 +136,22 @@ def test_an_encoded_image_serves_any_number_of_sentences(predictor, photo):
 
 
 @pytest.mark.parametrize("size", [2, 16])
-def test_sentences_in_batches_of_any_size_give_what_each_gives_alone(
-    trained, predictor, photo, size
-):
+def test_photos_in_batches_of_any_size_give_what_each_gives_alone(trained, predictor, size):
     cfg = load_config(trained, ["TRAIN.batch_size_val", str(size)])
-    together = Predictor(cfg, device="cpu")(photo, SENTENCES)
-    for sentence, found in zip(SENTENCES, together, strict=True):
-        (alone,) = predictor(photo, sentence)
-        assert np.abs(alone.probability - found.probability).max() < 1e-5
+    photos = [smooth_photo(np.random.default_rng(n), 60 + 9 * n, 80 - 7 * n) for n in range(4)]
+    asked = [SENTENCES, SENTENCES[:1], [], SENTENCES[1:]]
+    mixed = [photos[0], predictor.encode(photos[1]), *photos[2:]]
+    found = Predictor(cfg, device="cpu").predict(mixed, asked)
+    assert [[p.sentence for p in row] for row in found] == asked
+    for photo, sentences, row in zip(photos, asked, found, strict=True):
+        for alone, together in zip(predictor(photo, sentences), row, strict=True):
+            assert alone.mask.shape == together.mask.shape
+            assert np.abs(alone.probability - together.probability).max() < 1e-5
+
+
+def test_lists_that_do_not_fit_are_a_mistake_of_the_program(predictor, photo):
+    with pytest.raises(ValueError, match="2 images with 1 lists"):
+        predictor.predict([photo, photo], [SENTENCES])
 
 
 # ------------------------------------------------------------------------------------ what is wrong
