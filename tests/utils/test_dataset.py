@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, all_refs, training_dataset
+from helpers import ROOT, all_refs, training_dataset, write_records
 from torch.utils.data import DataLoader
 
 from utils.dataset import EvaluationDataset, TrainingDataset, collate_images, collate_refs
@@ -212,3 +212,9 @@ def test_a_photo_of_another_size_than_its_ref_is_named(shapes_lmdb, monkeypatch)
     ):
         with pytest.raises(UserError, match=r"image_0\.jpg is 110×72 pixels, ref 100 says 110×41"):
             dataset[index]
+
+
+def test_swap_without_any_image_of_two_refs_is_refused(tmp_path):
+    path = write_records(tmp_path / "val.lmdb", [1, 1])
+    with pytest.raises(UserError, match=r"val\.lmdb: no image has two refs"):
+        evaluation_dataset(path, swap=True)
