@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -35,11 +34,7 @@ pred_rle is COCO's RLE at the photo's size; it may be called segmentation or rle
 CONVENTIONS = {  # how it scores, who uses it, and what it does
     "cris": (metrics.CRIS, "CRIS, ETRIS, DETRIS", "at the photo's size, Pr@X above X"),
     "lavt": (metrics.LAVT, "LAVT", "squashed to 480 x 480 (an approximation), Pr@X from X"),
-    "gres": (
-        metrics.GRES,
-        "ReLA, on gRefCOCO",
-        "at the photo's size (ReLA: 480 x 480), Pr@X from X",
-    ),
+    "gres": (metrics.GRES, "ReLA, gRefCOCO", "at the photo's size (ReLA: 480 x 480), Pr@X from X"),
 }
 
 
@@ -78,11 +73,10 @@ def read_predictions(path: Path) -> dict[int, dict]:
 
 def check_sentences(path: Path, predictions: Mapping[int, dict], reader: RecordReader) -> None:
     """Refuse predictions that are not of exactly the sentences of the records."""
-    held = Counter(sent_id for i in range(len(reader)) for sent_id in reader.ref(i).sent_ids)
-    ((sent_id, count),) = held.most_common(1)
-    if count > 1:
-        raise UserError(f"{reader.path} has sent_id {sent_id} {count} times: ids must be unique")
-    if alone := predictions.keys() ^ held.keys():
+    held = [sent_id for i in range(len(reader)) for sent_id in reader.ref(i).sent_ids]
+    if len(held) > len(set(held)):
+        raise UserError(f"{reader.path} has a sent_id twice: ids must be unique")
+    if alone := predictions.keys() ^ held:
         sent_id, names = min(alone), (path, reader.path)
         has, lacks = names if sent_id in predictions else names[::-1]
         raise UserError(f"{has} has sent_id {sent_id}, {lacks} has not: {len(alone):,} such in all")

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import read_jsonl, write_any_number, write_result
+from helpers import all_refs, read_jsonl, repack, write_any_number, write_result
 from pycocotools import mask as coco_mask
 
 from tools import rescore
@@ -28,7 +28,7 @@ def score(path: Path, lmdb: Path, *args: object) -> dict[str, dict]:
 
 
 def write(path: Path, lines: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
@@ -119,6 +119,10 @@ def test_predictions_that_do_not_fit_the_records_are_one_line(saved, tmp_path, e
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(saved, tmp_path):
+def test_what_is_not_there_or_has_no_unique_sentences_is_named(saved, tmp_path):
+    path, lmdb = saved
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
-        rescore.main([str(tmp_path / "no.jsonl"), str(saved[1])])
+        rescore.main([str(tmp_path / "no.jsonl"), str(lmdb)])
+    twice = repack(lmdb, tmp_path / "twice.lmdb", [all_refs(lmdb)[0]] * 2)
+    with pytest.raises(UserError, match=r"twice\.lmdb has a sent_id twice"):
+        rescore.main([str(path), str(twice)])
