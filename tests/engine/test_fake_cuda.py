@@ -93,22 +93,9 @@ def _lent_guard() -> Iterator[None]:
         table[CUDA] = before
 
 
-def move(model: nn.Module, device: torch.device = GPU) -> None:
-    """`model.to(device)`, in place."""
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(_like(value, device), value.requires_grad)
-        module._buffers |= {name: _like(value, device) for name, value in module._buffers.items()}
-
-
-def _like(value: Tensor, device: torch.device) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-
-
 def put_on_cuda(run: Run) -> None:
     """What train.py builds of a run's parts where there is a GPU."""
-    move(run.model)
+    run.model.to_empty(device=GPU)
     run.ranks = Ranks(0, 1, 0, 1, GPU)
     run.dtype = resolve_precision(run.cfg.TRAIN.precision, GPU)
     run.optimizer = build_optimizer(parameter_groups(run.model, run.cfg), run.cfg)
@@ -170,7 +157,7 @@ def full_size(formulation: Callable[[nn.Module], nn.Module]) -> tuple[int, "Laun
     model = formulation(model).train()
     attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
     with fake_cuda(), attention, Launches() as launches, kept_bytes() as kept:
-        move(model)
+        model.to_empty(device=GPU)
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         images = torch.empty(64, 3, 416, 416, device=GPU, memory_format=torch.channels_last)
         tokens = torch.ones(64, cfg.TRAIN.word_len, dtype=torch.int64, device=GPU)
@@ -316,7 +303,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none", {}))
     photo = np.zeros((50, 70, 3), np.uint8)
     with fake_cuda():
-        move(run.model)
+        run.model.to_empty(device=GPU)
         protocols = resolve_protocols(TestConfig(protocol="both"))
         batch |= {k: v.clone() for k, v in batch.items() if isinstance(v, Tensor)}  # fakes too
         part = {"progress": [batch], "batches": 1}
