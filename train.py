@@ -22,7 +22,7 @@ from engine.run import Run
 from engine.trainer import build_scaler, fit, resolve_precision
 from utils import distributed
 from utils.arguments import config_parser, parse_with_opts
-from utils.config import Config, check_batch, load_config, to_dict
+from utils.config import Config, check_batch, load_config
 from utils.errors import run_entry_point
 from utils.lock import check_locks
 from utils.logger import Tracker, setup_logging
@@ -84,7 +84,7 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
         is_own = resume.is_own_checkpoint(cfg, source)
         keeps = is_own or (source is not None and not options.force)
         kept = resume.records_until(state) if keeps else None
-        tracked = (folder if writes else None, options.wandb, options.exp_name, to_dict(cfg))
+        tracked = (folder if writes else None, options.wandb, options.exp_name, cfg.model_dump())
         # Nothing is written before everything that can be missing has been found.
         with Tracker(*tracked, kept) as tracker, deterministic(options.deterministic):
             setup_logging(None if is_dry else folder, ranks.is_main)

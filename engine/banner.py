@@ -11,7 +11,7 @@ from loguru import logger
 
 from engine.loaders import report_records
 from engine.run import Run
-from utils.config import Config, to_dict
+from utils.config import Config
 from utils.distributed import unwrap
 from utils.records import RecordReader
 
@@ -59,19 +59,19 @@ def banner(run: Run, source: str | None) -> Iterator[tuple[str, str]]:
     ((name, protocol),) = run.protocols.items()
     rule = f"{name} protocol, threshold {protocol.threshold:g}, {dataset.sentences} sentences"
     yield "validation", f"{line}; {rule}"
-    device = f"{ranks.device} with {counted(torch.get_num_threads(), 'thread')}"
+    device = f"{ranks.device} with {torch.get_num_threads()} thread(s)"
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
     yield "ranks", f"{ranks.world_size} on {device}, {str(run.dtype).removeprefix('torch.')}"
     micro_batch = train.batch_size // ranks.world_size // train.accumulation_steps
     shares = f"{ranks.world_size} rank(s) x {micro_batch} x {train.accumulation_steps}"
     yield "step", f"{shares} (accumulation) = batch {train.batch_size}"
-    length = f"{counted(train.epochs, 'epoch')} of {counted(run.length, 'step')}"
+    length = f"{train.epochs:,} epochs of {run.length:,} steps"
     left = max(0, (train.epochs - run.epoch) * run.length - run.position)
     done = f", {run.step:,} of them done" if run.step else ""
     refs = len(run.train_loader.dataset)
     rest = refs - run.length * train.batch_size
-    idle = f"; {rest:,} of {counted(refs, 'ref')}, others each time, fill no batch" if rest else ""
+    idle = f"; {rest:,} of {refs:,} refs, others each time, fill no batch" if rest else ""
     yield "length", f"{length}: {run.step + left:,} in all{done}{idle}"
     yield "output", str(run.folder)
     options = ", ".join(options_on(run.cfg)) or "as published"
@@ -83,8 +83,8 @@ def origin(run: Run, source: str | None) -> str:
     """Tell where the weights come from that the run starts with."""
     train = run.cfg.TRAIN
     if source is not None:
-        within = f" and {counted(run.position, 'step')}" if run.position else ""
-        return f"resumed from {source}, after {counted(run.epoch, 'epoch')}{within}"
+        within = f" and {run.position:,} step(s)" if run.position else ""
+        return f"resumed from {source}, after {run.epoch:,} epoch(s){within}"
     if train.weight is not None:
         return f"{train.weight} (TRAIN.weight), new optimiser"
     return "random" if train.clip_pretrain is None else f"{train.clip_pretrain}, head random"
@@ -94,22 +94,16 @@ def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
     """Tell the path, data set and split of a file, and how much of it is used."""
     sentences = np.array(reader.index.num_sentences)[kept]
     images = np.unique(np.array(reader.index.image_keys)[kept])
-    numbers = {"ref": len(sentences), "sentence": sentences.sum(), "image": len(images)}
-    counts = ", ".join(counted(number, noun) for noun, number in numbers.items())
+    counts = f"{len(sentences):,} refs, {sentences.sum():,} sentences, {len(images):,} images"
     return f"{reader.meta['dataset']} {reader.meta['split']}: {counts} in {reader.path}"
 
 
 def options_on(cfg: Config) -> list[str]:
     """Return `KEY value` of all settings but the published ones and those of other lines."""
-    own, published = to_dict(cfg), to_dict(Config())
+    own, published = cfg.model_dump(), Config().model_dump()
     return [
         f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
         for section in ("DATA", "TRAIN")
         for name, value in own[section].items()
         if f"{section}.{name}" not in SAID and value != published[section][name]
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    """Return such as `1 epoch`, `2 epochs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

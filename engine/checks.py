@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from loguru import logger
 
-from utils.config import Config, to_dict
+from utils.config import Config
 from utils.errors import UserError
 from utils.records import RecordReader
 
@@ -42,7 +42,7 @@ def check_checkpoint(cfg: Config, state: Mapping, path: str, is_training: bool) 
     Raises:
         UserError: they differ.
     """
-    trained, wanted = state.get("config"), to_dict(cfg)
+    trained, wanted = state.get("config"), cfg.model_dump()
     if not isinstance(trained, Mapping):
         return
     is_of_several = len(trained.get("DATA", {}).get("train_lmdb") or ()) > 1

@@ -21,12 +21,18 @@ def without_writing(cfg: Config) -> Config:
 
 def dry_run(run: Run) -> None:
     """Take the next step of `run`, score one batch, and log both; all ranks call it."""
-    score, seconds = _one_step(run)
-    trained = _memory(run)
+    start = time.monotonic()
+    if run.position >= run.length:  # it was stopped in the validation
+        run.epoch, run.position = run.epoch + 1, 0
+    run.model.train()
+    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
+    sums = torch.zeros_like(run.sums[0])
+    take_step(run, list(islice(run.train_loader, run.cfg.TRAIN.accumulation_steps)), sums)
+    loss, seconds = means(sums)["loss"], time.monotonic() - start
     skipped = "; the step was left out: its gradients are not finite" if run.faults[0] else ""
     logger.info(
         f"one step of {run.cfg.TRAIN.batch_size} refs in {seconds:.1f} s: "
-        f"loss {score['loss']:.4f}{skipped}; {trained}"
+        f"loss {loss:.4f}{skipped}; {_memory(run)}"
     )
     start, scores = time.monotonic(), validate(run, batches=1)
     seconds, name = time.monotonic() - start, main_metric(scores)
@@ -35,18 +41,6 @@ def dry_run(run: Run) -> None:
         f"{name} {percent(scores[name])}; {_memory(run)}"
     )
     logger.info(f"dry run: nothing was written to {run.folder}")
-
-
-def _one_step(run: Run) -> tuple[dict[str, float], float]:
-    """Return means over the step by name, and the seconds it took, loading included."""
-    start = time.monotonic()
-    if run.position >= run.length:  # it was stopped in the validation
-        run.epoch, run.position = run.epoch + 1, 0
-    run.model.train()
-    run.train_loader.batch_sampler.set_epoch(run.epoch, run.position)
-    total = torch.zeros_like(run.sums[0])
-    take_step(run, list(islice(run.train_loader, run.cfg.TRAIN.accumulation_steps)), total)
-    return means(total), time.monotonic() - start
 
 
 def _memory(run: Run) -> str:

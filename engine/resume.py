@@ -21,7 +21,7 @@ from engine.checks import check_checkpoint
 from engine.run import PICTURES, Run
 from model.segmenter import Segmenter
 from utils.checkpoint import BEST, find_newest, list_checkpoints, read_checkpoint, save_checkpoint
-from utils.config import AUTO, Config, save_config, to_dict
+from utils.config import AUTO, Config, save_config
 from utils.distributed import Ranks, any_rank, gather_objects, is_restart, stop, unwrap
 from utils.errors import UserError, loader_loss
 from utils.lock import hold
@@ -31,11 +31,6 @@ from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
-# Without these a checkpoint is weights alone. The release's has epoch and optimizer too.
-NEEDED = {
-    *("epoch", "step", "position", "length", "progress", "sums", "faults", "best_iou", "best_on"),
-    *("records", "optimizer", "scaler", "rng", "config", "version", "threads"),
-}
 ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
 MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
@@ -74,7 +69,7 @@ def save(run: Run, scores: dict[str, float], is_best: bool) -> bool:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "rng": list(rngs),
-        "config": to_dict(run.cfg),
+        "config": run.cfg.model_dump(),
         "version": run.version,
         "threads": torch.get_num_threads(),
     }
@@ -238,8 +233,9 @@ def _choose(cfg: Config, is_restarted: bool, is_dry: bool) -> str | None:
     there = list_checkpoints(folder)
     if named == AUTO or (is_restarted and there):
         newest = find_newest(folder)
+        own = cfg.model_dump()
         # What was refused is restarted, too: so only what this very config has saved.
-        if named == AUTO or read_checkpoint(newest, "TRAIN.resume").get("config") == to_dict(cfg):
+        if named == AUTO or read_checkpoint(newest, "TRAIN.resume").get("config") == own:
             return None if newest is None else str(newest)
     if there and not (is_own_checkpoint(cfg, named) or cfg.TRAIN.force or is_dry):
         kind = f"training from {named}" if named else "new training"
@@ -288,16 +284,10 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    missing = sorted(NEEDED - state.keys())
-    if any(sums.shape != (2, 4) for sums in state.get("sums", [])):  # as in `Run`
-        missing.append("counts in sums")
-    if missing:
-        kind = f"is of an older version, without {', '.join(missing)}"
-        if not {"epoch", "step", "optimizer"} <= state.keys():
-            kind = "holds weights, not a run to continue"
+    if not {"epoch", "step", "optimizer", "rng"} <= state.keys():  # the release's has no step
         raise UserError(
-            f"TRAIN.resume: {source} {kind}; to start a new training from its weights give it as "
-            "TRAIN.weight"
+            f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
+            "from its weights give it as TRAIN.weight"
         )
     check_checkpoint(cfg, state, source, is_training=True)
     return model, state
@@ -392,7 +382,7 @@ def resume(run: Run, state: dict, source: str) -> None:
             logger.warning(f"{path} holds other records now than when {source} was saved")
     was = {"ranks": len(rngs), "threads": state["threads"], "code": state["version"]}
     now = {"ranks": run.ranks.world_size, "threads": torch.get_num_threads(), "code": run.version}
-    for section, values in to_dict(run.cfg).items():
+    for section, values in run.cfg.model_dump().items():
         for key, value in values.items():
             was[f"{section}.{key}"] = state["config"][section].get(key)
             now[f"{section}.{key}"] = value

@@ -93,7 +93,7 @@ def fork(config: Path, diary: Diary) -> int:
 
 def kill_one(config: Path, metrics: Path, target: str, rng: random.Random) -> str | None:
     """Start a life and kill it in `target`: what it was at, or None if it came to its end."""
-    diary, nth = Diary(target), rng.randint(1, 4 if target == "step" else 2)
+    diary, nth = Diary(target), rng.randint(1, {"step": 3, "validation": 1}.get(target, 2))
     child = fork(config, diary)
     while diary.memory[1] < nth or not (metrics.exists() and metrics.stat().st_size):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):

@@ -24,7 +24,7 @@ from model.segmenter import Segmenter
 from tools.refshapes import draw_example
 from utils.arguments import model_parser, parse_with_opts
 from utils.checkpoint import save_weights
-from utils.config import Config, load_config, save_config, to_dict
+from utils.config import Config, load_config, save_config
 from utils.errors import UserError, run_entry_point
 from utils.files import atomic_path
 from utils.logger import setup_logging
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format == "onnx":
         write_graphs(model, cfg, folder, args.tolerance)
     else:
-        state["config"] = to_dict(cfg)
+        state["config"] = cfg.model_dump()
         save_weights(model.state_dict(), state, folder / "model.safetensors")
     save_config(cfg, folder / "config.yaml")
     print(f"{weights} is in {folder}, with its config")

@@ -25,7 +25,7 @@ from engine.tester import REPORT, print_table, result_stem
 from tools.refshapes import DEFAULT_IMAGES, is_complete
 from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
-from utils.config import Config, load_config, to_dict
+from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
 from utils.logger import METRICS, duration
 from utils.records import RecordReader
@@ -87,7 +87,7 @@ def training_command(config: str, cfg: Config) -> str | None:
     last, data = folder / LAST, [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]
     if is_fresh([last, folder / BEST], data):
         state = read_checkpoint(last, "quickstart")
-        if "config" in state and recipe(state["config"]) == recipe(to_dict(cfg)):
+        if "config" in state and recipe(state["config"]) == recipe(cfg.model_dump()):
             is_done = state["epoch"] == cfg.TRAIN.epochs
             return None if is_done else f"{command} --opts TRAIN.resume {last}"
     for path in (*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")):

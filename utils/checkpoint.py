@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import textwrap
 import warnings
 import zipfile
 import zlib
@@ -199,22 +200,16 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     """Copy a checkpoint's weights into the unwrapped model; every name and shape must fit.
 
     Raises:
-        UserError: keys are missing, unknown or of another shape; lists them.
+        UserError: keys are missing, unknown or of another shape; names the first ones.
     """
-    own = model.state_dict()
-    faults = [f"missing {key}" for key in own if key not in weights]
-    faults += [f"unknown {key}" for key in weights if key not in own]
-    for key, wanted in own.items():
-        if key in weights and weights[key].shape != wanted.shape:
-            shape = tuple(weights[key].shape)
-            faults.append(f"{key} is {shape}, the model has {tuple(wanted.shape)}")
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        faults = textwrap.shorten(str(error).partition("\n")[2], 600, placeholder=" …")
         raise UserError(
-            f"{source} does not fit the config's model: {'; '.join(faults[:8])}{more}; "
-            "use the config and the code that it was trained with"
-        )
-    model.load_state_dict(weights)
+            f"{source} does not fit the config's model: {faults} Use the config and the code that "
+            "it was trained with"
+        ) from None
 
 
 def _fault(error: Exception, path: Path) -> str:

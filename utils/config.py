@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -48,9 +47,7 @@ BASE_HEAD = """\
 GUESSES = {
     "lr": "TRAIN.base_lr",
     "learning_rate": "TRAIN.base_lr",
-    "scheduler": "TRAIN.schedule",
     "seed": "TRAIN.manual_seed",
-    "num_workers": "TRAIN.workers",
     "image_size": "TRAIN.input_size",
     "max_length": "TRAIN.word_len",
     "checkpoint": "TEST.weights",
@@ -58,7 +55,7 @@ GUESSES = {
     "backbone": "TRAIN.clip_pretrain, the CLIP archive, decides it",
     "optimizer": "it is Adam, built by build_optimizer in engine/optim.py",
     **dict.fromkeys(
-        ("gpus", "gpu", "num_gpus", "device"),
+        ("gpus", "device"),
         "training takes all GPUs that CUDA_VISIBLE_DEVICES lets it see, or else the CPU",
     ),
     **dict.fromkeys(
@@ -79,12 +76,6 @@ NO_EFFECT = {
 }
 
 
-def _as_text(value: Any) -> Any:
-    """Turn a number or a date, as YAML reads some names, back into text."""
-    is_name = isinstance(value, int | float | date) and not isinstance(value, bool)
-    return str(value) if is_name else value
-
-
 def _as_number(value: Any) -> Any:
     with suppress(ValueError):  # YAML 1.1 takes 1e-4 for text
         return float(value) if type(value) in (int, str) else value
@@ -101,16 +92,9 @@ def _distinct(files: tuple[str, ...]) -> tuple[str, ...]:
     return files
 
 
-def _interval(text: str) -> str:
-    if not re.fullmatch(r"[1-9][0-9]*( steps| minutes)?", text):
-        raise ValueError("must be a number of steps, or of minutes such as '10 minutes'")
-    return text
-
-
-Text = Annotated[str, BeforeValidator(_as_text)]
 # The release's test configs call val so.
-Split = Annotated[Text, AfterValidator(lambda name: "val" if name == "val-test" else name)]
-FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # "~" is the person's folder
+Split = Annotated[str, AfterValidator(lambda name: "val" if name == "val-test" else name)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the person's folder
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_as_list), AfterValidator(_distinct)]
 Integer = Annotated[int, Field(strict=True)]
 Size = Annotated[Integer, Field(ge=1)]
@@ -119,13 +103,13 @@ Pixels = Annotated[Size, Field(multiple_of=32)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_as_number)]
 Rate = Annotated[Number, Field(gt=0)]
 Amount = Annotated[Number, Field(ge=0)]
-Interval = Annotated[Text, AfterValidator(_interval)]
+Interval = Annotated[str, Field(pattern="^[1-9][0-9]*( steps| minutes)?$")]
 
 
 class _Group(BaseModel):
-    """Keys that stand together."""
+    """Keys that stand together; YAML reads some names, such as 5, as numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
 
 class ClipArch(_Group):
@@ -145,15 +129,15 @@ class ClipArch(_Group):
 class DataConfig(_Group):
     """Where the records for training and validation lie."""
 
-    dataset: Text = "refcoco"  # name of the data set, for file names and tables
+    dataset: str = "refcoco"  # name of the data set, for file names and tables
     # Records to train on (made by tools/folder2lmdb.py), or a list of several data sets' records.
     train_lmdb: FilePaths = ("datasets/lmdb/refcoco/train.lmdb",)
-    train_split: Text = "train"  # name of their split
+    train_split: str = "train"  # name of their split
     # With several train_lmdb: leave out the refs on images (by id, or else by name) of these, so
     # that no val or test image is trained on. A single train_lmdb is read whole, as published.
     exclude_lmdb: tuple[FilePath, ...] = ()
     val_lmdb: FilePath = "datasets/lmdb/refcoco/val.lmdb"  # records to validate on
-    val_split: Text = "val"  # name of their split
+    val_split: str = "val"  # name of their split
     # Folder for the training photos and masks at input_size, made once and read from then on:
     # 0.69 MB a photo and its mask at 416. null: decode JPEGs each time.
     cache: FilePath | None = None
@@ -237,7 +221,7 @@ class TrainConfig(_Group):
 
     # --- run ---
     print_freq: Size = 100  # steps between two lines in the log
-    exp_name: Text = "CRIS_R50"  # the run is written to <output_folder>/<exp_name>
+    exp_name: str = "CRIS_R50"  # the run is written to <output_folder>/<exp_name>
     output_folder: FilePath = "exp/refcoco"  # folder of runs
     weight: FilePath | None = None  # checkpoint whose weights to start a new training from
     # Checkpoint (last_model.pth of a run) to continue exactly where it stopped; auto: the newest
@@ -375,15 +359,10 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Return plain dicts, tuples, strings and numbers by section, as checkpoints carry them."""
-    return config.model_dump()
-
-
 def save_config(config: Config, path: str | Path) -> None:
     """Write every key as YAML, whole or not at all; `load_config(path)` gives an equal config."""
     with atomic_path(path) as partial:
-        text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
         partial.write_text(text, encoding="utf-8")
 
 
@@ -465,19 +444,14 @@ def _keys(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 KEYS = _keys(Config)
 
 
-def _read_files(path: Path) -> dict[str, dict]:
+def _read_files(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
     """Return, by name, the content of the files below `path` and of `path`, lowest first."""
-    files, seen = {}, []
-    while True:
-        tree = _read_yaml(path)
-        if path.resolve() in seen:
-            raise UserError(f"{path}: its {BASE_KEY} leads back to it")
-        seen.append(path.resolve())
-        base = tree.pop(BASE_KEY, None)
-        files = {str(path): tree} | files
-        if not base:
-            return files
-        path = path.parent / os.path.expanduser(str(base))
+    tree, own = _read_yaml(path), path.resolve()
+    if own in above:
+        raise UserError(f"{path}: its {BASE_KEY} leads back to it")
+    base = tree.pop(BASE_KEY, None)
+    below = path.parent / os.path.expanduser(str(base))
+    return (_read_files(below, (*above, own)) if base else {}) | {str(path): tree}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -521,13 +495,12 @@ def _full_key(key: str) -> str:
 
 def _parse_opt(text: str, hint: Any) -> Any:
     """Return what `text` spells for a key of type `hint`: text, Python literal, or YAML."""
-    if hint in (str, Text | None, FilePath | None) or get_origin(hint) is Literal:
+    if hint in (str, FilePath | None) or get_origin(hint) is Literal:
         # What Python or YAML makes of 007, off or 2024-01-01 is no help for a name.
         return None if text in ("None", "null", "~", "") else re.sub(QUOTED, r"\2", text)
-    with suppress(ValueError, SyntaxError, TypeError):
-        return ast.literal_eval(text)
-    with suppress(yaml.YAMLError, ValueError):
-        return yaml.safe_load(text)
+    for read in (ast.literal_eval, yaml.safe_load):
+        with suppress(ValueError, SyntaxError, TypeError, yaml.YAMLError):
+            return read(text)
     return text
 
 

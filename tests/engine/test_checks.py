@@ -25,18 +25,16 @@ from utils.errors import UserError
 from utils.records import RecordReader
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data) -> Path:
-    """The last checkpoint of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("checked")
-    run_program("train.py", write_config(folder, data))
-    return folder / "exp/tiny/last_model.pth"
+@pytest.fixture
+def weights(trained) -> Path:
+    """The checkpoint of that run."""
+    return trained.parent / "exp/tiny/last_model.pth"
 
 
 @pytest.fixture
-def score(trained, data, tmp_path) -> tuple:
+def score(weights, data, tmp_path) -> tuple:
     """How that checkpoint is scored: program, config, and options that write to `tmp_path`/tiny."""
-    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", trained)
+    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", weights)
     return ("test.py", write_config(tmp_path, data), *out)
 
 
@@ -114,21 +112,21 @@ def test_the_flag_lets_another_data_set_pass(data, tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_inputs_is_scored_and_told_but_not_resumed(
-    trained, score, capsys, opts, fault
+    weights, score, capsys, opts, fault
 ):
-    told = f"{trained} was trained with {fault}"
-    assert told in error_of("train.py", score[1], *opts, "TRAIN.resume", trained)
+    told = f"{weights} was trained with {fault}"
+    assert told in error_of("train.py", score[1], *opts, "TRAIN.resume", weights)
     run_program(*score, *opts)
     assert capsys.readouterr().err.count(told) == 1
 
 
-def test_the_evaluation_example_of_the_release_runs(trained, data, tmp_path):
+def test_the_evaluation_example_of_the_release_runs(weights, data, tmp_path):
     """Its model is refcoco's, its records are refcocog's; here the model is a small one."""
     pack(data, tmp_path / "datasets", "refshapes", "unc", "refcocog_g")
     config, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
     for folder in (config.parent, run):
         folder.mkdir(parents=True)
-    shutil.copy(trained, run / "best_model.pth")
+    shutil.copy(weights, run / "best_model.pth")
     names = {"DATA": {"dataset": "refcoco"}}
     names["TRAIN"] = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
     base = str(write_config(tmp_path, data))
@@ -160,14 +158,14 @@ def test_scores_are_printed_though_they_cannot_be_written(score, tmp_path, capsy
     assert not list((tmp_path / "tiny").iterdir())
 
 
-def test_a_training_may_start_from_the_weights_of_another_data_set(trained, data, tmp_path):
-    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", trained)
+def test_a_training_may_start_from_the_weights_of_another_data_set(weights, data, tmp_path):
+    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", weights)
     assert load(tmp_path / "exp/tiny/last_model.pth")["config"]["TRAIN"]["word_len"] == 12
 
 
-def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(trained, data, tmp_path):
-    before = load(trained)["state_dict"]
-    opts = ("TRAIN.weight", trained, "TRAIN.freeze_token_embedding", True)
+def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(weights, data, tmp_path):
+    before = load(weights)["state_dict"]
+    opts = ("TRAIN.weight", weights, "TRAIN.freeze_token_embedding", True)
     run_program("train.py", write_config(tmp_path, data), *opts)
     after = load(tmp_path / "exp/tiny/last_model.pth")["state_dict"]
     name = "backbone.token_embedding.weight"

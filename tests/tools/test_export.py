@@ -19,7 +19,7 @@ from tools import export
 from tools.export import IMAGE_ENCODER, NAMES, TEXT_HEAD, compare, make_cases
 from tools.refshapes import draw_example
 from utils.checkpoint import BEST, read_checkpoint
-from utils.config import Config, load_config, to_dict
+from utils.config import Config, load_config
 from utils.errors import UserError
 
 
@@ -45,7 +45,7 @@ def test_safetensors_hold_the_weights_to_the_bit_and_the_config(saved, cfg):
     assert {path.name for path in saved.parent.iterdir()} == {"model.safetensors", "config.yaml"}
     state = read_checkpoint(saved, "TEST.weights")
     assert_same(state.pop("state_dict"), dict(load(cfg.run_folder / BEST)["state_dict"]))
-    assert state.pop("config")["TRAIN"]["word_len"] == to_dict(cfg)["TRAIN"]["word_len"]
+    assert state.pop("config")["TRAIN"]["word_len"] == cfg.model_dump()["TRAIN"]["word_len"]
     assert state == {"no_target": False}
     assert load_config(saved.with_name("config.yaml")) == cfg
 

@@ -11,7 +11,7 @@ from helpers import ROOT, write_result
 
 from tools import data_process, folder2lmdb, quickstart, refshapes
 from utils.checkpoint import save_checkpoint
-from utils.config import load_config, to_dict
+from utils.config import load_config
 from utils.errors import UserError
 
 CONFIG = ROOT / "config/refshapes/cris_tiny.yaml"
@@ -76,7 +76,7 @@ class Runner:
             case "folder2lmdb":
                 folder2lmdb.main(arguments)
             case "train":
-                state = {"state_dict": {}, "epoch": self.epochs, "config": to_dict(self.cfg)}
+                state = {"state_dict": {}, "epoch": self.epochs, "config": self.cfg.model_dump()}
                 folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(state, folder, is_best=True)
             case "test":

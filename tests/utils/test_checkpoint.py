@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, read without running anything, ours and official ones."""
 
-import errno
 import io
 import os
 import pickle
@@ -9,15 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    assert_same,
-    build_run,
-    error_of,
-    load,
-    read_jsonl,
-    run_program,
-    write_config,
-)
+from helpers import assert_same, build_run, error_of, load, read_jsonl, run_program
 from torch import nn
 
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -80,23 +71,6 @@ def test_the_best_one_stays_when_later_ones_are_written(tmp_path, monkeypatch, h
         save_checkpoint(state(epoch, float(epoch)), tmp_path, is_best)
     assert_same(load(tmp_path / "best_model.pth"), state(2, 2.0))
     assert_same(load(tmp_path / "last_model.pth"), state(4, 4.0))
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_failure_in_the_middle_of_writing_leaves_the_old_files(tmp_path, monkeypatch):
-    save_checkpoint(state(1), tmp_path, is_best=True)
-
-    half = saved(state(2))[:1000]
-
-    def write_half(_, file):
-        file.write(half)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(state(2), tmp_path, is_best=True)
-    for name in ("last_model.pth", "best_model.pth"):
-        assert_same(read_checkpoint(tmp_path / name, "TRAIN.resume"), state(1))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -200,38 +174,34 @@ def test_weights_are_loaded_from_where_other_projects_keep_them(prefix, place, t
     assert_same(dict(target.state_dict()), dict(source.state_dict()))
 
 
-def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded():
-    target = small_model()
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    weights = {key: value + 1 for key, value in small_model().state_dict().items()}
+def test_weights_that_do_not_fit_are_named_in_one_line():
+    weights = small_model().state_dict()
     weights["0.weight"] = torch.ones(4, 3)
     weights["head.bias"] = weights.pop("1.bias")
-    with pytest.raises(UserError) as error:
-        load_weights(target, weights, "x.pth")
-    line = str(error.value)
-    shapes = "0.weight is (4, 3), the model has (2, 3)"
-    for part in ("x.pth", "missing 1.bias", "unknown head.bias", shapes):
-        assert part in line
-    assert_same(dict(target.state_dict()), before)
-    with pytest.raises(UserError, match="and 29 more"):
-        load_weights(target, {f"k{i}": torch.ones(1) for i in range(30)}, "x.pth")
+    with pytest.raises(UserError, match=r"^x\.pth does not fit") as error:
+        load_weights(small_model(), weights, "x.pth")
+    for part in (
+        'Missing key(s) in state_dict: "1.bias"',
+        'Unexpected key(s) in state_dict: "he',
+        "size mismatch for 0.weight: copying a param with shape torch.Size([4, 3])",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match=r"… Use the config and the code") as error:
+        load_weights(small_model(), {f"k{i}": torch.ones(1) for i in range(99)}, "x.pth")
+    assert len(str(error.value)) < 800
 
 
 # ------------------------------------------------------------------------ through the programs
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data) -> Path:
-    """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("trained")
-    run_program("train.py", write_config(folder, data, threshold=0.15))
-    return folder
+def last_of(config: Path) -> Path:
+    return config.parent / "exp/tiny/last_model.pth"
 
 
 @pytest.fixture(scope="module")
-def official(trained) -> Path:
-    """The same weights as the official release would have saved them."""
-    ours = load(trained / "exp/tiny/last_model.pth")
+def official(trained, tmp_path_factory) -> Path:
+    """The weights of `trained` as the official release would have saved them."""
+    ours = load(last_of(trained))
     module = nn.Linear(2, 2)
     optimizer = torch.optim.Adam([{"params": module.parameters(), "initial_lr": 1e-5}], lr=1e-4)
     module(torch.ones(1, 2)).sum().backward()
@@ -246,13 +216,13 @@ def official(trained) -> Path:
         "optimizer": optimizer.state_dict(),
         "scheduler": schedule.state_dict(),
     }
-    path = trained / "official.pth"
+    path = tmp_path_factory.mktemp("official") / "official.pth"
     torch.save(content, path)
     return path
 
 
 def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
-    content = load(trained / "exp/tiny/last_model.pth")
+    content = load(last_of(trained))
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
         *("config", "position", "sums", "faults", "version", "threads"),
@@ -262,21 +232,22 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     assert content["config"]["TRAIN"]["vis_dim"] == 64
 
 
-def test_an_official_checkpoint_is_scored_like_ours(trained, official):
-    config, folder = trained / "tiny.yaml", trained / "exp/tiny"
-    run_program("test.py", config, "TEST.weights", folder / "last_model.pth")
-    expected = read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl")
+def test_an_official_checkpoint_is_scored_like_ours(trained, official, tmp_path):
+    results = []
     # The release's configs have no clip_arch: sizes come from the weights.
-    opts = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "pretrain/none.pt")
-    run_program("test.py", config, "TEST.weights", official, *opts)
-    assert read_jsonl(folder / "test_shapes_val.threshold0.15.jsonl") == expected
-    assert any(line["union"] > line["target_area"] for line in expected)
+    no_arch = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "pretrain/none.pt")
+    for weights, *opts in ((last_of(trained),), (official, *no_arch)):
+        out = ("TRAIN.output_folder", tmp_path / weights.stem, "TEST.weights", weights)
+        run_program("test.py", trained, *out, *opts)
+        results.append(read_jsonl(out[1] / "tiny/test_shapes_val.threshold0.15.jsonl"))
+    assert results[0] == results[1]
+    assert any(line["union"] > line["target_area"] for line in results[0])
 
 
-def test_training_starts_from_an_official_checkpoint(trained, official):
-    opts = ("TRAIN.weight", official, "TRAIN.exp_name", "from_official")
-    run = build_run(trained / "tiny.yaml", *opts)
-    weights = load(trained / "exp/tiny/last_model.pth")["state_dict"]
+def test_training_starts_from_an_official_checkpoint(trained, official, tmp_path):
+    opts = ("TRAIN.weight", official, "TRAIN.output_folder", tmp_path)
+    run = build_run(trained, *opts)
+    weights = load(last_of(trained))["state_dict"]
     assert_same(dict(run.model.state_dict()), dict(weights))
     assert (run.epoch, run.step, run.best) == (0, 0, -1.0)
     assert not run.optimizer.state
@@ -284,25 +255,24 @@ def test_training_starts_from_an_official_checkpoint(trained, official):
 
 def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained, official):
     opts = ("TRAIN.exp_name", "from_official", "TRAIN.resume", official)
-    line = error_of("train.py", trained / "tiny.yaml", *opts)
+    line = error_of("train.py", trained, *opts)
     assert line.startswith(f"TRAIN.resume: {official} holds weights, not a run to continue; ")
     assert "give it as TRAIN.weight" in line
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, tmp_path):
     opts = ("TRAIN.fpn_out", "[16, 64, 64]", "TRAIN.output_folder", tmp_path / "out")
-    weights = trained / "exp/tiny/best_model.pth"
     for program, key in (("test.py", "TEST.weights"), ("train.py", "TRAIN.resume")):
-        line = error_of(program, trained / "tiny.yaml", *opts, key, weights)
-        assert "neck.f3_v_proj.0.weight is (32, 64, 3, 3), the model has (16, 64, 3, 3)" in line
+        line = error_of(program, trained, *opts, key, last_of(trained))
+        assert "size mismatch for neck.f3_v_proj.0.weight: copying a param with shape" in line
+        assert "([32, 64, 3, 3]) from checkpoint, the shape in current model is" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained):
-    folder = trained / "exp/tiny"
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    opts = ("TRAIN.freeze_token_embedding", True, "TRAIN.resume", folder / "last_model.pth")
-    line = error_of("train.py", trained / "tiny.yaml", *opts)
+    last = last_of(trained)
+    before = {path: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
+    line = error_of("train.py", trained, "TRAIN.freeze_token_embedding", True, "TRAIN.resume", last)
     assert "does not fit" in line
     assert "TRAIN.weight" in line
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    assert {p: p.read_bytes() for p in last.parent.iterdir() if p.is_file()} == before
