@@ -1,10 +1,10 @@
-"""A training that is killed again and again, and one that is not: the program of a test.
+"""A training that is killed again and again and then comes to its end: the program of a test.
 
-    python tests/kill_runs.py CONFIG [NAME=COUNT ...]
+    python tests/kill_runs.py CONFIG [PHASE=COUNT ...]
 
-Each life of the run is a fork, so that only the first one imports torch. A life only tells, in
-shared memory, what it is at; SIGKILL comes from outside, at a drawn moment. Counted is what the
-life was at when it was dead. Prints the counts as JSON.
+Each life of the run is a fork, so that only the first one imports torch. It tells in shared memory
+what it is at, and sets an alarm, at which the system ends it as by SIGKILL: at any instruction,
+and no Python runs. Prints as JSON how often it was killed in each phase.
 """
 
 import json
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from unittest import mock
 
 from helpers import run_program
@@ -27,101 +27,80 @@ DELAY = {"step": 0.05, "save": 0.08, "validation": 0.08, "boundary": 0.004}  # s
 LINGER = 0.004  # seconds at each boundary, which would last microseconds otherwise
 
 
-class Diary:
-    """What a life is at, and how often it has come to the phase in which it is to be killed."""
+def live(config: str, phase: mmap.mmap, target: str, nth: int, delay: float) -> None:
+    """Train to the end, or for so many seconds after the phase `target` has begun so often."""
+    begun = Counter()
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.memory = mmap.mmap(-1, 2)  # shared with forks
-
-    @property
-    def phase(self) -> str:
-        return PHASES[self.memory[0]]
-
-    def enter(self, phase: str) -> None:
-        self.memory[0] = PHASES.index(phase)
-        self.memory[1] = min(255, self.memory[1] + (phase == self.target))
-        if phase == "boundary":
+    def enter(name: str) -> None:
+        phase[0] = PHASES.index(name)
+        begun[name] += 1
+        if name == target and begun[name] == nth:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        if name == "boundary":
             time.sleep(LINGER)
 
-    def during(self, phase: str, function, after: str | None = None):
-        """`function`, told in the diary, and then what was before it or `after`."""
+    def during(name: str, function: Callable, after: str | None = None) -> Callable:
+        """Enter a phase for each call, and then `after` or what was before it."""
 
-        def wrapper(*args, **kwargs):
-            before = self.phase
-            self.enter(phase)
+        def wrapper(*args: object, **kwargs: object) -> object:
+            before = PHASES[phase[0]]
+            enter(name)
             result = function(*args, **kwargs)
-            self.enter(after or before)
+            enter(after or before)
             return result
 
         return wrapper
 
-
-def live(config: Path, diary: Diary) -> None:
-    """One life, to its end."""
     train_one_epoch = trainer.train_one_epoch
 
-    def epoch(run):
+    def epoch(run: trainer.Run) -> dict[str, float]:
         if run.position == 0 and run.step > 0:
-            diary.enter("boundary")
+            enter("boundary")
         losses = train_one_epoch(run)
-        diary.enter("boundary")
+        enter("boundary")
         return losses
 
     patches = {
         (trainer, "train_one_epoch"): epoch,
-        (trainer, "forward_backward"): diary.during("step", trainer.forward_backward, "step"),
-        (trainer, "validate"): diary.during("validation", trainer.validate, "boundary"),
-        (resume, "save_checkpoint"): diary.during("save", resume.save_checkpoint),
+        (trainer, "forward_backward"): during("step", trainer.forward_backward, "step"),
+        (trainer, "validate"): during("validation", trainer.validate, "boundary"),
+        (resume, "save_checkpoint"): during("save", resume.save_checkpoint),
     }
     for (module, name), replacement in patches.items():
         mock.patch.object(module, name, replacement).start()
     run_program("train.py", config, "TRAIN.resume", "auto")
 
 
-def fork(config: Path, diary: Diary) -> int:
+def take_life(config: str, target: str = "none", nth: int = 0, delay: float = 0.0) -> str | None:
+    """Let the run live once: the phase in which it was killed, or None if it came to its end."""
+    phase = mmap.mmap(-1, 1)  # shared with the fork
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            live(config, diary)
+            live(config, phase, target, nth, delay)
             code = 0
         finally:
             os._exit(code)
-    return child
-
-
-def kill_one(config: Path, metrics: Path, target: str, rng: random.Random) -> str | None:
-    """Start a life and kill it in `target`: what it was at, or None if it came to its end."""
-    diary, nth = Diary(target), rng.randint(1, {"step": 3, "validation": 1}.get(target, 2))
-    child = fork(config, diary)
-    while diary.memory[1] < nth or not (metrics.exists() and metrics.stat().st_size):
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.0002)
-    time.sleep(rng.uniform(0, DELAY[target]))
-    os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status):  # it was quicker
-        assert status == 0, f"a life ended with {status}"
-        return None
-    return diary.phase
+    assert status in (0, signal.SIGALRM), f"a life ended with {status}"
+    return PHASES[phase[0]] if status else None
 
 
 def main() -> None:
     """Kill until each phase has had its share, then let the run come to its end."""
     config, *words = sys.argv[1:]
     wanted = {name: int(count) for name, count in (word.split("=") for word in words)}
-    metrics = Path(config).parent / "exp/tiny/metrics.jsonl"
     rng, killed = random.Random(0), Counter()
     while open_phases := [name for name, count in wanted.items() if killed[name] < count]:
-        phase = kill_one(Path(config), metrics, rng.choice(open_phases), rng)
+        target = rng.choice(open_phases)
+        nth = rng.randint(1, {"step": 3, "validation": 1}.get(target, 2))
+        phase = take_life(config, target, nth, rng.uniform(1e-6, DELAY[target]))
         if phase is None:
             break
         killed[phase] += 1
-    _, status = os.waitpid(fork(Path(config), Diary("start")), 0)
+    take_life(config)
     print(json.dumps(killed))
-    sys.exit(0 if status == 0 else 1)
 
 
 if __name__ == "__main__":

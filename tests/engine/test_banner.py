@@ -46,9 +46,11 @@ def test_everything_that_decides_a_run_is_named(config, data, tmp_path):
     steps = len(run.train_loader) // 2
     assert said["length"] == [f"3 epochs of {steps} steps: {3 * steps} in all"]
     refs = len(RecordReader(data / "lmdb/shapes/train.lmdb"))
-    (line,) = lines_of(build_run(config, "TRAIN.batch_size", refs - 2))["length"]
+    opts = ("TRAIN.batch_size", refs - 2, "TRAIN.val_sentences", "first", "TEST.threshold", 0.2)
+    other = lines_of(build_run(config, *opts))
     idle = f"2 of {refs} refs, others each time, fill no batch"
-    assert line == f"3 epochs of 1 steps: 3 in all; {idle}"
+    assert other["length"] == [f"3 epochs of 1 steps: 3 in all; {idle}"]
+    assert other["validation"][0].endswith("; published protocol, threshold 0.2, first sentences")
     assert said["output"] == [str(tmp_path / "exp/tiny")]
     assert "TRAIN.freeze_token_embedding true" in ", ".join(said["options"])
 
@@ -65,12 +67,6 @@ def test_every_file_of_a_joined_training_is_counted_without_what_is_left_out(dat
         sentences = np.array(reader.index.num_sentences)[kept].sum()
         assert f": {len(kept)} refs, {sentences} sentences, " in line
         assert line.endswith(str(reader.path))
-
-
-def test_first_sentences_and_other_thresholds_are_said(config):
-    run = build_run(config, "TRAIN.val_sentences", "first", "TEST.threshold", 0.2)
-    (line,) = lines_of(run)["validation"]
-    assert line.endswith("; published protocol, threshold 0.2, first sentences")
 
 
 def test_the_banner_is_in_the_log_and_a_resumed_run_says_from_where_it_goes_on(config, tmp_path):
