@@ -139,14 +139,15 @@ def save_if_due(run: Run, has_stepped: bool = True, asks: bool = True) -> None:
     Args:
         asks: whether ranks tell each other now of signals and of the clock.
     """
-    (interval, unit), is_late = run.cfg.TRAIN.save_interval, False
+    number, _, unit = (run.cfg.TRAIN.save_every or "0 never").partition(" ")
+    interval, is_late = int(number), False
     if asks:
         by_clock = run.ranks.is_main and unit == "minutes"
         is_late = by_clock and time.monotonic() - run.saved_at >= 60 * interval
         is_asked, is_late = any_rank(bool(run.stop.name or run.stop.loss), is_late)
         if is_asked:
             save_and_stop(run)
-    if has_stepped and (is_late or (unit == "steps" and run.step % interval == 0)):
+    if has_stepped and (is_late or (unit in ("", "steps") and run.step % interval == 0)):
         save(run, {}, is_best=False)
 
 

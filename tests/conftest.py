@@ -90,6 +90,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return config
 
 
+@pytest.fixture(scope="session")
+def checkpoint(trained: Path) -> Path:
+    """The last checkpoint of that run."""
+    return trained.parent / "exp/tiny/last_model.pth"
+
+
 @pytest.fixture(autouse=True)
 def end_of_logs() -> Iterator[None]:
     """Close the logs that a test has opened: they would take the lines of those after it."""

@@ -233,12 +233,6 @@ class TrainConfig(_Group):
     force: StrictBool = False
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # or offline, online: W&B
 
-    @property
-    def save_interval(self) -> tuple[int, str]:
-        """Return `save_every` as a number and its unit: "steps", "minutes" or "never"."""
-        number, _, unit = (self.save_every or "0 never").partition(" ")
-        return int(number), unit or "steps"
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weight is not None and self.resume not in (None, AUTO):
@@ -252,9 +246,6 @@ class TrainConfig(_Group):
             raise UserError("TRAIN.compile and TRAIN.recompute_* are both true: choose one")
         if self.compile and self.batch_by == "images":
             raise UserError("TRAIN.compile needs batches of one shape: set TRAIN.batch_by to refs")
-        width = self.vis_dim or (self.clip_arch and self.clip_arch.transformer_width)
-        if width and width % self.num_head:
-            raise UserError(f"TRAIN.num_head {self.num_head} does not divide the width {width}")
         if self.clip_arch is not None:
             if self.clip_pretrain is not None:
                 raise UserError(

@@ -26,15 +26,9 @@ from utils.records import RecordReader
 
 
 @pytest.fixture
-def weights(trained) -> Path:
-    """The checkpoint of that run."""
-    return trained.parent / "exp/tiny/last_model.pth"
-
-
-@pytest.fixture
-def score(weights, data, tmp_path) -> tuple:
+def score(checkpoint, data, tmp_path) -> tuple:
     """How that checkpoint is scored: program, config, and options that write to `tmp_path`/tiny."""
-    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", weights)
+    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", checkpoint)
     return ("test.py", write_config(tmp_path, data), *out)
 
 
@@ -112,21 +106,21 @@ def test_the_flag_lets_another_data_set_pass(data, tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_inputs_is_scored_and_told_but_not_resumed(
-    weights, score, capsys, opts, fault
+    checkpoint, score, capsys, opts, fault
 ):
-    told = f"{weights} was trained with {fault}"
-    assert told in error_of("train.py", score[1], *opts, "TRAIN.resume", weights)
+    told = f"{checkpoint} was trained with {fault}"
+    assert told in error_of("train.py", score[1], *opts, "TRAIN.resume", checkpoint)
     run_program(*score, *opts)
     assert capsys.readouterr().err.count(told) == 1
 
 
-def test_the_evaluation_example_of_the_release_runs(weights, data, tmp_path):
+def test_the_evaluation_example_of_the_release_runs(checkpoint, data, tmp_path):
     """Its model is refcoco's, its records are refcocog's; here the model is a small one."""
     pack(data, tmp_path / "datasets", "refshapes", "unc", "refcocog_g")
     config, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
     for folder in (config.parent, run):
         folder.mkdir(parents=True)
-    shutil.copy(weights, run / "best_model.pth")
+    shutil.copy(checkpoint, run / "best_model.pth")
     names = {"DATA": {"dataset": "refcoco"}}
     names["TRAIN"] = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
     base = str(write_config(tmp_path, data))
@@ -158,14 +152,14 @@ def test_scores_are_printed_though_they_cannot_be_written(score, tmp_path, capsy
     assert not list((tmp_path / "tiny").iterdir())
 
 
-def test_a_training_may_start_from_the_weights_of_another_data_set(weights, data, tmp_path):
-    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", weights)
+def test_a_training_may_start_from_the_weights_of_another_data_set(checkpoint, data, tmp_path):
+    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", checkpoint)
     assert load(tmp_path / "exp/tiny/last_model.pth")["config"]["TRAIN"]["word_len"] == 12
 
 
-def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(weights, data, tmp_path):
-    before = load(weights)["state_dict"]
-    opts = ("TRAIN.weight", weights, "TRAIN.freeze_token_embedding", True)
+def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(checkpoint, data, tmp_path):
+    before = load(checkpoint)["state_dict"]
+    opts = ("TRAIN.weight", checkpoint, "TRAIN.freeze_token_embedding", True)
     run_program("train.py", write_config(tmp_path, data), *opts)
     after = load(tmp_path / "exp/tiny/last_model.pth")["state_dict"]
     name = "backbone.token_embedding.weight"

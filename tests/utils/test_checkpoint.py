@@ -194,14 +194,10 @@ def test_weights_that_do_not_fit_are_named_in_one_line():
 # ------------------------------------------------------------------------ through the programs
 
 
-def last_of(config: Path) -> Path:
-    return config.parent / "exp/tiny/last_model.pth"
-
-
 @pytest.fixture(scope="module")
-def official(trained, tmp_path_factory) -> Path:
-    """The weights of `trained` as the official release would have saved them."""
-    ours = load(last_of(trained))
+def official(checkpoint, tmp_path_factory) -> Path:
+    """Its weights as the official release would have saved them."""
+    ours = load(checkpoint)
     module = nn.Linear(2, 2)
     optimizer = torch.optim.Adam([{"params": module.parameters(), "initial_lr": 1e-5}], lr=1e-4)
     module(torch.ones(1, 2)).sum().backward()
@@ -221,8 +217,8 @@ def official(trained, tmp_path_factory) -> Path:
     return path
 
 
-def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
-    content = load(last_of(trained))
+def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(checkpoint):
+    content = load(checkpoint)
     assert set(content) == {
         *("epoch", "step", "best_iou", "scores", "state_dict", "optimizer", "scaler", "rng"),
         *("config", "position", "sums", "faults", "version", "threads"),
@@ -232,11 +228,11 @@ def test_our_checkpoint_holds_what_resuming_needs_in_plain_containers(trained):
     assert content["config"]["TRAIN"]["vis_dim"] == 64
 
 
-def test_an_official_checkpoint_is_scored_like_ours(trained, official, tmp_path):
+def test_an_official_checkpoint_is_scored_like_ours(trained, checkpoint, official, tmp_path):
     results = []
     # The release's configs have no clip_arch: sizes come from the weights.
     no_arch = ("TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "pretrain/none.pt")
-    for weights, *opts in ((last_of(trained),), (official, *no_arch)):
+    for weights, *opts in ((checkpoint,), (official, *no_arch)):
         out = ("TRAIN.output_folder", tmp_path / weights.stem, "TEST.weights", weights)
         run_program("test.py", trained, *out, *opts)
         results.append(read_jsonl(out[1] / "tiny/test_shapes_val.threshold0.15.jsonl"))
@@ -244,10 +240,10 @@ def test_an_official_checkpoint_is_scored_like_ours(trained, official, tmp_path)
     assert any(line["union"] > line["target_area"] for line in results[0])
 
 
-def test_training_starts_from_an_official_checkpoint(trained, official, tmp_path):
+def test_training_starts_from_an_official_checkpoint(trained, checkpoint, official, tmp_path):
     opts = ("TRAIN.weight", official, "TRAIN.output_folder", tmp_path)
     run = build_run(trained, *opts)
-    weights = load(last_of(trained))["state_dict"]
+    weights = load(checkpoint)["state_dict"]
     assert_same(dict(run.model.state_dict()), dict(weights))
     assert (run.epoch, run.step, run.best) == (0, 0, -1.0)
     assert not run.optimizer.state
@@ -260,19 +256,20 @@ def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained
     assert "give it as TRAIN.weight" in line
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, checkpoint, tmp_path):
     opts = ("TRAIN.fpn_out", "[16, 64, 64]", "TRAIN.output_folder", tmp_path / "out")
     for program, key in (("test.py", "TEST.weights"), ("train.py", "TRAIN.resume")):
-        line = error_of(program, trained, *opts, key, last_of(trained))
+        line = error_of(program, trained, *opts, key, checkpoint)
         assert "size mismatch for neck.f3_v_proj.0.weight: copying a param with shape" in line
         assert "([32, 64, 3, 3]) from checkpoint, the shape in current model is" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained):
-    last = last_of(trained)
-    before = {path: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
-    line = error_of("train.py", trained, "TRAIN.freeze_token_embedding", True, "TRAIN.resume", last)
+def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained, checkpoint):
+    folder = checkpoint.parent
+    opts = ("TRAIN.freeze_token_embedding", True, "TRAIN.resume", checkpoint)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    line = error_of("train.py", trained, *opts)
     assert "does not fit" in line
     assert "TRAIN.weight" in line
-    assert {p: p.read_bytes() for p in last.parent.iterdir() if p.is_file()} == before
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

@@ -326,7 +326,6 @@ class TestErrors:
             ("TRAIN: {fpn_in: [1, 2, x]}", "TRAIN.fpn_in[2] must be a valid integer, not 'x'"),
             ("TRAIN: {milestones: 35}", "TRAIN.milestones must be a list, not 35"),
             ("TRAIN: {start_epoch: 50}", "TRAIN.start_epoch must be below TRAIN.epochs, 50"),
-            ("TRAIN: {num_head: 7, vis_dim: 512}", "num_head 7 does not divide the width 512"),
             ("TRAIN: {vis_dim: 510}", "TRAIN.vis_dim must be a multiple of 4, not 510"),
             ("TRAIN: {weight: a, resume: b}", "to continue) are both set: make one of them null"),
             ("TRAIN: {compile: true, recompute_backbone: true}", "choose one"),
@@ -393,7 +392,6 @@ class TestErrors:
             ([*FROM_SCRATCH, "transformer_heads", "4"], "512 must be 64 times transformer_heads 4"),
             ([*FROM_SCRATCH, "vision_width", "63"], "vision_width must be a multiple of 2"),
             ([*FROM_SCRATCH, "vis_dim", "256"], "vis_dim 256 does not fit the CLIP: use 512"),
-            ([*FROM_SCRATCH, "num_head", "7"], "num_head 7 does not divide the width 512"),
         ],
     )
     def test_bad_opts_are_one_line(self, opts, message):
