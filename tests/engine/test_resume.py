@@ -300,11 +300,12 @@ def test_a_run_begun_from_anothers_checkpoint_writes_its_own_best_model(straight
     assert load(folder / "best_model.pth")["epoch"] == EPOCHS + 1
 
 
-@pytest.mark.parametrize("key", ["epoch", "step", "optimizer", "rng"])
+@pytest.mark.parametrize("key", ["epoch", "step", "optimizer", "rng"])  # no step: the release's
 def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path, key):
     source = changed(straight, tmp_path / "x.pth", 1, **{key: None})
-    fault = f"TRAIN.resume: {source} holds weights, not a run to continue; "
-    assert refusal(config, resume=source).startswith(fault)
+    line = refusal(config, resume=source)
+    assert line.startswith(f"TRAIN.resume: {source} holds weights, not a run to continue; ")
+    assert line.endswith("give it as TRAIN.weight")
 
 
 # -------------------------------------------------------------------- which checkpoints there are

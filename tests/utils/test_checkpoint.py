@@ -249,13 +249,6 @@ def test_training_starts_from_an_official_checkpoint(trained, checkpoint, offici
     assert not run.optimizer.state
 
 
-def test_an_official_checkpoint_cannot_be_resumed_and_the_remedy_is_told(trained, official):
-    opts = ("TRAIN.exp_name", "from_official", "TRAIN.resume", official)
-    line = error_of("train.py", trained, *opts)
-    assert line.startswith(f"TRAIN.resume: {official} holds weights, not a run to continue; ")
-    assert "give it as TRAIN.weight" in line
-
-
 def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, checkpoint, tmp_path):
     opts = ("TRAIN.fpn_out", "[16, 64, 64]", "TRAIN.output_folder", tmp_path / "out")
     for program, key in (("test.py", "TEST.weights"), ("train.py", "TRAIN.resume")):
