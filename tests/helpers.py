@@ -455,6 +455,12 @@ def read_metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
 
 
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Every file and folder below, with its size and the time of its last change."""
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
 def assert_equal_runs(got: Path, expected: Path) -> None:
     """Compare last and best checkpoint and the records of two run folders to the bit."""
     for name in ("last_model.pth", "best_model.pth"):

@@ -10,6 +10,7 @@ import torch
 from helpers import (
     build_run,
     error_of,
+    files,
     on_cpu,
     read_jsonl,
     run_command,
@@ -21,12 +22,6 @@ from helpers import (
 from engine.dry_run import dry_run
 from utils import distributed
 from utils.machine import peak_memory
-
-
-def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Every file and folder below, with its size and the time of its last change."""
-    stats = {path: path.stat() for path in folder.rglob("*")}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])

@@ -24,6 +24,7 @@ from helpers import (
     assert_same,
     build_run,
     error_of,
+    files,
     largest_file,
     load,
     on_cpu,
@@ -89,7 +90,7 @@ def folder(config) -> Path:
 @pytest.fixture
 def ended(straight, folder) -> Path:
     """The run folder of `config`, in which the uninterrupted run has trained."""
-    return shutil.copytree(straight, folder)
+    return clone(straight, folder)
 
 
 @pytest.fixture
@@ -103,8 +104,13 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.pth"))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def clone(run: Path, folder: Path) -> Path:
+    """Copy a run's folder; its checkpoints, which nobody writes to, become links."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if source.endswith(".pth") else shutil.copy)(source, target)
+
+    return shutil.copytree(run, folder, copy_function=copy, dirs_exist_ok=True)
 
 
 # ------------------------------------------------------------------------------ exact resuming
@@ -286,12 +292,12 @@ def test_records_that_are_left_out_and_packed_anew_are_told(straight, config, da
 def test_a_best_score_counts_for_what_it_was_measured_on(
     config, ended, data, key, value, why, told
 ):
-    last = ended / "last_model.pth"
-    torch.save(load(last) | {"best_iou": 0.99}, last)
+    source = ended / "of_a_good_model.pth"
+    torch.save(load(ended / "last_model.pth") | {"best_iou": 0.99}, source)
     split = value if key == "DATA.val_split" else "val"
     opts = ("DATA.val_lmdb", data / f"lmdb/shapes/{split}.lmdb", "DATA.allow_mismatch", True)
-    assert built(config, *opts, key, value, resume=last).best == (-1.0 if why else 0.99)
-    line = f"best score 99.00 of {last} does not count, a new best begins: {why}"
+    assert built(config, *opts, key, value, resume=source).best == (-1.0 if why else 0.99)
+    line = f"best score 99.00 of {source} does not count, a new best begins: {why}"
     assert (line in told()) is bool(why)
 
 
@@ -352,7 +358,7 @@ def test_auto_does_not_start_anew_over_damaged_checkpoints(config, folder):
     (folder / "last_model.pth").write_bytes(b"PK half")
     line = refusal(config, resume="auto")
     assert line.startswith(f"every checkpoint in {folder} is cut off or damaged; ")
-    assert contents(folder) == {"last_model.pth": b"PK half"}
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"PK half"]
 
 
 # ------------------------------------------------------------------------------------- signals
@@ -579,7 +585,7 @@ def test_a_second_run_in_one_folder_is_refused_unless_forced(config, folder, mon
     with resume.hold_run_folder(load_config(config), ALONE) as source:
         assert source is None
         assert refusal(config).startswith(f"another process is training in {folder}; wait for it")
-        assert contents(folder) == {"train.log": b""}
+        assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("train.log", b"")]
         train(config, force=True)
     assert (folder / "last_model.pth").is_file()
 
@@ -611,7 +617,7 @@ def test_what_a_run_saves_while_it_ends_is_waited_for(straight, config, folder, 
         with lock.hold(folder / "train.log", pytest.fail):
             held.set()
             time.sleep(1.0)
-            shutil.copytree(straight, folder, dirs_exist_ok=True)
+            clone(straight, folder)
 
     other = threading.Thread(target=save_and_leave)
     other.start()
@@ -637,12 +643,12 @@ def test_a_training_does_not_write_over_another(straight, config, ended, left, s
     for path in ended.glob("*.pth") if left != "last_model.pth" else ():
         if path.name != left:
             path.unlink()
-    before, source = contents(ended), source and straight / source
+    before, source = files(ended), source and straight / source
     kind = f"training from {source}" if source else "new training"
     line = refusal(config, resume=source)
     assert line.startswith(f"{ended / left} is there, and a {kind} would write over it: ")
     assert all(remedy in line for remedy in REMEDIES)
-    assert contents(ended) == before
+    assert files(ended) == before
 
 
 def test_the_remedies_of_an_earlier_training_work(straight, config, ended, told):

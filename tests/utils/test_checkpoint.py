@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, build_run, error_of, load, read_jsonl, run_program
+from helpers import assert_same, build_run, error_of, files, load, read_jsonl, run_program
 from torch import nn
 
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -259,10 +259,9 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, checkpo
 
 
 def test_a_run_with_other_parameters_is_refused_and_leaves_the_first_as_it_was(trained, checkpoint):
-    folder = checkpoint.parent
     opts = ("TRAIN.freeze_token_embedding", True, "TRAIN.resume", checkpoint)
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    before = files(checkpoint.parent)
     line = error_of("train.py", trained, *opts)
     assert "does not fit" in line
     assert "TRAIN.weight" in line
-    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    assert files(checkpoint.parent) == before
