@@ -30,7 +30,6 @@ from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader
 
 
-@pytest.fixture
 def left_behind(folder: Path) -> set[str]:
     """What a run wrote below its output folder."""
     return {path.name for path in (folder / "exp").rglob("*") if path.is_file()}
@@ -66,7 +65,7 @@ def errors_of(config: Path, lmdb: Path, checkpoint: Path) -> tuple[str, str, str
         (["TRAIN.batch_size", 9000], ["training split has", "one batch of 9000", "batch_size"]),
         (["TRAIN.batch_size", 1], ["TRAIN.batch_size 1 must be", "for batch norm, at least 2"]),
         (["TRAIN.clip_arch", None, "TRAIN.clip_pretrain", "no.pt"],
-            ["TRAIN.clip_pretrain: no.pt: there is no such CLIP archive", "tools/prepare_datasets.md"]),
+            ["TRAIN.clip_pretrain: no.pt: there is no such CLIP", "tools/prepare_datasets.md"]),
         (["TRAIN.num_head", 7], ["TRAIN.num_head 7 does not divide the width 64"]),
         (["TRAIN.clip_arch", None], ["TRAIN.clip_pretrain and TRAIN.clip_arch are both null"]),
         (["TRAIN.clip_arch.vocab_size", 512], ["has 512 tokens", "TRAIN.clip_arch.vocab_size"]),
