@@ -20,7 +20,6 @@ from helpers import (
     build_run,
     error_of,
     load,
-    on_cpu,
     spawn,
     torchrun,
     write_config,
@@ -135,7 +134,7 @@ def descend(
     normalized = mock.patch(
         "engine.trainer.normalize_images", lambda images: normalize_images(images).to(kind)
     )
-    with on_cpu(), normalized, mock.patch("engine.trainer.set_rates"):
+    with normalized, mock.patch("engine.trainer.set_rates"):
         train_one_epoch(run)
     return list(run.tracker), dict(unwrap(run.model).state_dict())
 
@@ -161,12 +160,11 @@ def statistics_after_bad_images(ranks: Ranks, config: Path) -> tuple[dict, dict]
     run = build_run(config, ranks=ranks)
     batch = next(iter(run.train_loader))
     states = []
-    with on_cpu():
-        for normalize in (normalize_images, spoil):
-            with mock.patch("engine.trainer.normalize_images", normalize):
-                forward_backward(run, batch, True)
-            state = unwrap(run.model).state_dict()
-            states.append({k: v.clone() for k, v in state.items() if ".running_" in k})
+    for normalize in (normalize_images, spoil):
+        with mock.patch("engine.trainer.normalize_images", normalize):
+            forward_backward(run, batch, True)
+        state = unwrap(run.model).state_dict()
+        states.append({k: v.clone() for k, v in state.items() if ".running_" in k})
     return tuple(states)
 
 
@@ -280,8 +278,7 @@ def test_ranks_with_batch_norms_of_their_own_validate_one_model(two_ranks):
 def test_every_trained_parameter_is_used_and_its_gradient_lies_as_it_does(config):
     # The one is what DistributedDataParallel insists on; without the other it warns.
     run = build_run(config)
-    with on_cpu():
-        forward_backward(run, next(iter(run.train_loader)), True)
+    forward_backward(run, next(iter(run.train_loader)), True)
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None] == []
     assert [n for n, p in trained.items() if p.grad.stride() != p.stride()] == []
@@ -289,10 +286,9 @@ def test_every_trained_parameter_is_used_and_its_gradient_lies_as_it_does(config
 
 def test_alone_everything_works_without_a_process_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with on_cpu():
-        ranks = distributed.start()
-        assert ranks == ALONE
-        assert not distributed.wants_launch()
+    ranks = distributed.start()
+    assert ranks == ALONE
+    assert not distributed.wants_launch()
     assert ranks.is_main
     assert not ranks._replace(rank=1).is_main
     model = nn.Linear(2, 2)
@@ -340,9 +336,8 @@ def test_apples_gpu_scores_and_predicts_and_does_not_train(monkeypatch):
     for name in NOT_SET:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with on_cpu():
-        assert distributed.start(alone=True).device.type == "mps"
-        assert distributed.start().device.type == "cpu"
+    assert distributed.start(alone=True).device.type == "mps"
+    assert distributed.start().device.type == "cpu"
 
 
 def test_a_plain_start_takes_all_visible_gpus(monkeypatch):

@@ -16,7 +16,6 @@ from helpers import (
     build_run,
     load,
     load_state,
-    on_cpu,
     read_metrics,
     repack,
     run_program,
@@ -125,10 +124,9 @@ def test_a_sentence_about_nothing_has_a_target_of_zeros(config, tmp_path):
     run = build_run(config)
     batch = next(iter(run.train_loader))
     batch["masks"][:] = 0
-    with on_cpu():
-        images = normalize_images(batch["images"])
-        logits = run.model(images, batch["tokens"], batch["image_index"])
-        loss = text_to_pixel_loss(logits, normalize_masks(batch["masks"]))
+    images = normalize_images(batch["images"])
+    logits = run.model(images, batch["tokens"], batch["image_index"])
+    loss = text_to_pixel_loss(logits, normalize_masks(batch["masks"]))
     expected = -torch.nn.functional.logsigmoid(-logits.double()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -250,8 +248,7 @@ def batch_of(run: Run) -> dict:
 def accumulate(run: Run, *batches: dict) -> float:
     """Add up gradients in evaluation mode, since batch norm sees a pass alone: the mean loss."""
     run.model.eval()
-    with on_cpu():
-        return mean(forward_backward(run, batch, True)[0].item() for batch in batches)
+    return mean(forward_backward(run, batch, True)[0].item() for batch in batches)
 
 
 def assert_same_gradients(got: Run, expected: Run) -> None:
@@ -266,11 +263,10 @@ def assert_same_gradients(got: Run, expected: Run) -> None:
 def test_one_batch_is_learnt(config):
     run = build_run(config, "TRAIN.target", "area", "TRAIN.print_freq", 60)
     run.train_loader = Batches([batch_of(run)] * 60)
-    with on_cpu():
-        before = forward_backward(run, run.train_loader[0], True)[0].item()
-        run.optimizer.zero_grad()
-        train_one_epoch(run)
-        loss, iou, *_ = forward_backward(run, run.train_loader[0], True).tolist()
+    before = forward_backward(run, run.train_loader[0], True)[0].item()
+    run.optimizer.zero_grad()
+    train_one_epoch(run)
+    loss, iou, *_ = forward_backward(run, run.train_loader[0], True).tolist()
     assert loss < 0.2 * before  # of any loss that falls to 0
     assert before > 0.5
     assert iou > 0.3
@@ -300,11 +296,10 @@ def test_clipping_acts_on_gradients_whose_scaling_is_undone(config, max_norm):
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in run.model.parameters()]
-    with on_cpu():
-        forward_backward(run, batch_of(run), True)
-        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-        norm = torch.cat([g.flatten() for g in grads]).norm().item() / 4096
-        optimizer_step(run)
+    forward_backward(run, batch_of(run), True)
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.cat([g.flatten() for g in grads]).norm().item() / 4096
+    optimizer_step(run)
     moves = [(a - b).flatten() for a, b in zip(before, run.model.parameters(), strict=True)]
     assert torch.cat(moves).norm().item() == pytest.approx(min(norm, max_norm), rel=1e-3)
 

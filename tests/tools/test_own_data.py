@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import ROOT, all_refs, encoded, on_cpu, read_jsonl, smooth_photo
+from helpers import ROOT, all_refs, encoded, read_jsonl, smooth_photo
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -371,8 +371,7 @@ def test_the_worked_example_runs_from_pictures_to_scores(tmp_path, monkeypatch):
             exec(script, {})
         else:
             monkeypatch.setattr(sys, "argv", words.split())
-            with on_cpu():
-                runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_path(sys.argv[0], run_name="__main__")
     run = tmp_path / "exp/example/cris_tiny"
     scores = json.loads((run / "test_example_val.aligned.json").read_text())
     val = RecordReader(tmp_path / "datasets/lmdb/example/val.lmdb").meta
