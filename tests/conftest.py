@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from helpers import ALONE, ROOT, build_run, on_cpu, pack, write_config, write_records
+from helpers import ALONE, ROOT, build_run, pack, write_config, write_records
 from loguru import logger
 from odd_server import OddServer, serve
 
@@ -73,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     run = build_run(config)
     model, text = run.model, run.model.proj.txt
     loader = build_evaluation_loader(run.cfg, run.cfg.DATA.val_lmdb, ALONE)
-    with on_cpu(), torch.no_grad():
+    with torch.no_grad():
         model.eval()
         text.weight[-1] = 0  # no offset by the sentence
         for parameter in text.parameters():

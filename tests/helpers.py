@@ -14,7 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -318,15 +318,10 @@ def training_dataset(path: Path, seed: int = 0, cache: SquareCache | None = None
     return TrainingDataset(records, side, 9, seed, {path: cache} if cache else {})
 
 
-def on_cpu() -> AbstractContextManager:
-    """No GPU."""
-    return mock.patch.multiple("torch.cuda", is_available=lambda: False, device_count=lambda: 0)
-
-
 def run_program(name: str, config: Path, *opts: object, switches: Sequence[str] = ()) -> None:
     """`python <name> <switches> --config <config> --opts <opts>` in this process."""
     argv = [name, *switches, "--config", str(config), "--opts", *map(str, opts)]
-    with on_cpu(), mock.patch.object(sys, "argv", argv):
+    with mock.patch.object(sys, "argv", argv):
         runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
@@ -405,7 +400,7 @@ def build_run(config: Path | Config, *opts: object, ranks: Ranks = ALONE) -> Run
     if not isinstance(config, Config):
         config = load_config(config, [str(opt) for opt in opts])
     runs: list[Run] = []
-    with on_cpu(), mock.patch("train.fit", runs.append):
+    with mock.patch("train.fit", runs.append):
         train.train(config, ranks)
     (run,) = runs
     run.tracker = Tracker(None)

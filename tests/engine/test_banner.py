@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, build_run, on_cpu, run_program, write_config
+from helpers import ROOT, build_run, run_program, write_config
 
 from engine.banner import banner, options_on
 from utils.config import Config, load_config
@@ -19,9 +19,8 @@ def config(tmp_path, data) -> Path:
 def lines_of(run, source: str | None = None) -> dict[str, list[str]]:
     """What is said, by subject."""
     found: dict[str, list[str]] = {}
-    with on_cpu():
-        for label, text in banner(run, source):
-            found.setdefault(label, []).append(text)
+    for label, text in banner(run, source):
+        found.setdefault(label, []).append(text)
     return found
 
 

@@ -10,7 +10,6 @@ from helpers import (
     build_run,
     error_of,
     files,
-    on_cpu,
     read_jsonl,
     run_command,
     run_program,
@@ -78,8 +77,7 @@ def test_a_run_that_was_stopped_in_its_validation_takes_a_step_of_the_next_epoch
 ):
     run = build_run(config, "TRAIN.precision", precision)
     run.position = run.step = len(run.train_loader)
-    with on_cpu():
-        dry_run(run)
+    dry_run(run)
     loss = re.search(r"loss ([\d.]+)", capfd.readouterr().err)
     assert float(loss[1]) > 0
 
@@ -104,8 +102,7 @@ def test_a_step_that_is_left_out_is_told(config, capfd):
     run = build_run(config)
     with torch.no_grad():
         run.model.proj.txt.weight[0, 0] = torch.nan
-    with on_cpu():
-        dry_run(run)
+    dry_run(run)
     assert "the step was left out: its gradients are not finite" in capfd.readouterr().err
 
 

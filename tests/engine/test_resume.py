@@ -27,7 +27,6 @@ from helpers import (
     files,
     largest_file,
     load,
-    on_cpu,
     read_metrics,
     run_command,
     run_program,
@@ -560,15 +559,14 @@ def test_ranks_ask_each_other_some_times_a_second(monkeypatch, seconds, apart):
 def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(config):
     run = built(config)
     last, best = (run.folder / f"{name}_model.pth" for name in ("last", "best"))
-    with on_cpu():
-        assert resume.save(run, {}, is_best=True)
-        before = last.read_bytes()
-        run.step = 1
-        with largest_file(1_000_000):
-            assert not resume.save(run, {}, is_best=True)
-        assert before == last.read_bytes() == best.read_bytes()
-        assert not list(run.folder.glob(".*.partial"))
-        assert resume.save(run, {}, is_best=False)
+    assert resume.save(run, {}, is_best=True)
+    before = last.read_bytes()
+    run.step = 1
+    with largest_file(1_000_000):
+        assert not resume.save(run, {}, is_best=True)
+    assert before == last.read_bytes() == best.read_bytes()
+    assert not list(run.folder.glob(".*.partial"))
+    assert resume.save(run, {}, is_best=False)
     assert [load(path)["step"] for path in (last, best)] == [1, 0]
 
 
