@@ -1,12 +1,11 @@
 """From a config to a model on its device, fresh or from a checkpoint."""
 
-import warnings
 from pathlib import Path
 
 import torch
-from loguru import logger
 
 from engine.checks import check_checkpoint
+from model.clip_archive import ArchiveError
 from model.segmenter import Segmenter, build_segmenter
 from utils.checkpoint import BEST, load_weights, read_checkpoint
 from utils.config import Config, check_clip_dims
@@ -23,14 +22,12 @@ def build_model(cfg: Config, device: torch.device) -> Segmenter:
         UserError: no CLIP is named, its archive cannot be used, or the config's widths do not fit
             it.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = build_segmenter(cfg)
-        except ValueError as error:  # the model layer knows no UserError, and no log
-            raise UserError(f"TRAIN.clip_pretrain: {error}") from error
-    for warning in caught:
-        logger.warning(f"TRAIN.clip_pretrain: {warning.message}")
+    try:
+        model = build_segmenter(cfg)
+    except ArchiveError as error:
+        raise UserError(f"TRAIN.clip_pretrain: {error}") from error
+    except ValueError as error:  # the model layer knows no UserError
+        raise UserError(str(error)) from error
     return _place(model, cfg, device)
 
 

@@ -31,6 +31,11 @@ from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
+# Without these a checkpoint is weights alone. The release's has epoch and optimizer too.
+NEEDED = {
+    *("epoch", "step", "position", "length", "progress", "sums", "faults", "best_iou", "best_on"),
+    *("records", "optimizer", "scaler", "rng", "config", "version", "threads"),
+}
 ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
 MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
@@ -285,10 +290,10 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if not {"epoch", "step", "optimizer", "rng"} <= state.keys():  # the release's has no step
+    if missing := sorted(NEEDED - state.keys()):
         raise UserError(
-            f"TRAIN.resume: {source} holds weights, not a run to continue; to start a new training "
-            "from its weights give it as TRAIN.weight"
+            f"TRAIN.resume: {source} holds weights, not a run to continue (no {missing[0]}); to "
+            "start a new training from its weights give it as TRAIN.weight"
         )
     check_checkpoint(cfg, state, source, is_training=True)
     return model, state

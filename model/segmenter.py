@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from model.clip import ClipSizes, DenseCLIP
-from model.clip_archive import derive_sizes, read_clip
+from model.clip_archive import ArchiveError, derive_sizes, read_clip
 from model.decoder import Decoder
 from model.neck import ImageFeatures, Neck
 from model.projector import Projector
@@ -143,11 +143,11 @@ def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:
     own = backbone.state_dict()
     wrong = [key for key, v in weights.items() if key in own and own[key].shape != v.shape]
     if wrong:
-        raise ValueError(f"CLIP weights contradict each other in the shapes of {wrong}")
+        raise ArchiveError(f"CLIP weights contradict each other in the shapes of {wrong}")
     missing, unexpected = backbone.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not key.startswith("visual.attnpool.connect.")]
     if missing or unexpected:
-        raise ValueError(f"CLIP weights do not fit: missing {missing}, unexpected {unexpected}")
+        raise ArchiveError(f"CLIP weights do not fit: missing {missing}, unexpected {unexpected}")
     backbone.text_projection.data = backbone.text_projection.half().float()
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):

@@ -92,6 +92,12 @@ def _distinct(files: tuple[str, ...]) -> tuple[str, ...]:
     return files
 
 
+def _interval(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*( steps| minutes)?", text):
+        raise ValueError("must be a number of steps, or of minutes such as '10 minutes'")
+    return text
+
+
 # The release's test configs call val so.
 Split = Annotated[str, AfterValidator(lambda name: "val" if name == "val-test" else name)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the person's folder
@@ -103,7 +109,7 @@ Pixels = Annotated[Size, Field(multiple_of=32)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_as_number)]
 Rate = Annotated[Number, Field(gt=0)]
 Amount = Annotated[Number, Field(ge=0)]
-Interval = Annotated[str, Field(pattern="^[1-9][0-9]*( steps| minutes)?$")]
+Interval = Annotated[str, AfterValidator(_interval)]
 
 
 class _Group(BaseModel):

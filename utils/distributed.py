@@ -187,6 +187,7 @@ def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> n
         model = synchronize_batchnorm(model)
     return DistributedDataParallel(
         model,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         forward_sync_buffers=not sync_bn,
         static_graph=static_graph,
