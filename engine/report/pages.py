@@ -2,7 +2,7 @@
 
     <report>/index.html, results.js    all results of a run, linked
     <report>/photos/*.jpg              each photo once, whichever results show it
-    <report>/<result>/index.html       one result: page.css and page.js as they lie here,
+    <report>/<result>/index.html       one result: page.css and scripts as they lie here,
         data.js                        numbers and a row a sentence,
         masks.js                       run lengths of every mask, read after the page is drawn
 
@@ -183,8 +183,9 @@ def write_results(folder: Path) -> None:
 
 
 def _write_templates(folder: Path, title: str, body: str, script: str) -> None:
-    """Write style and script as they lie here, and last the index, of a body below the head."""
-    texts = {name: (TEMPLATES / name).read_text("utf-8") for name in ("page.css", script)}
+    """Write style and scripts as they lie here, and last the index, of a body below the head."""
+    names = "page.css", "elements.js", script
+    texts = {name: (TEMPLATES / name).read_text("utf-8") for name in names}
     head, rest = ((TEMPLATES / name).read_text("utf-8") for name in ("head.html", body))
     for name, text in (texts | {INDEX: head.replace("TITLE", title) + rest}).items():
         _write(folder / name, text)

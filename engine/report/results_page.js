@@ -8,28 +8,18 @@
     return;
   }
   const metrics = [...new Set(results.flatMap((result) => Object.keys(result.ceiling)))];
-  const percent = (value) => value === undefined ? "" : value === null ? "–" : (100 * value).toFixed(2);
-  const make = (tag, ...children) => {
-    const node = document.createElement(tag);
-    node.append(...children);
-    return node;
-  };
-  const row = (tag, cells) => {
-    const line = make("tr", ...cells.map((cell) => make(tag, cell)));
-    line.cells[1].className = "words";
-    return line;
-  };
+  const row = (tag, kind, data, how, ...numbers) => el("tr", { class: kind }, el(tag, {}, data),
+    el(tag, { class: "words" }, how), numbers.map((value, i) =>
+      el(tag, { class: i === 1 ? "main" : "" }, value)));
+  const percents = (scores) =>
+    metrics.map((name) => name in scores ? percent(scores[name]) : "");
   const body = results.flatMap((result) => {
-    const link = make("a", `${result.dataset} ${result.split}`);
-    link.href = address(result);
-    const how = `${result.protocol}, threshold ${result.threshold}${result.swapped_sentences ? ", sentences swapped" : ""}`;
-    const count = result.sentences.toLocaleString("en-GB");
-    const scores = row("td", [link, how, count, ...metrics.map((name) => percent(result[name]))]);
-    scores.cells[3].className = "main";
-    const ceiling = row("td", ["", "a perfect model", "", ...metrics.map((name) => percent(result.ceiling[name]))]);
-    ceiling.className = "quiet";
-    return [scores, ceiling];
+    const link = el("a", { href: address(result) }, `${result.dataset} ${result.split}`);
+    const swapped = result.swapped_sentences ? ", sentences swapped" : "";
+    const how = `${result.protocol}, threshold ${result.threshold}${swapped}`;
+    return [row("td", "", link, how, number(result.sentences), ...percents(result)),
+      row("td", "quiet", "", "a perfect model", "", ...percents(result.ceiling))];
   });
-  const head = make("thead", row("th", ["data", "protocol", "sentences", ...metrics]));
-  document.getElementById("scores").append(make("table", head, make("tbody", ...body)));
+  const head = row("th", "", "data", "protocol", "sentences", ...metrics);
+  $("scores").append(table({}, head, body));
 })();
