@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -30,9 +30,20 @@ PAGE = 24  # cards
 
 
 @pytest.fixture(scope="module")
-def visit():
+def browser() -> Iterator[Visit]:
     with open_browser() as visit:
         yield visit
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Visit]:
+    """A page; in no test it may ask a network for something, or something go wrong."""
+    browser.requests.clear()
+    browser.complaints.clear()
+    yield browser
+    assert browser.requests
+    assert [url for url in browser.requests if not url.startswith(("file://", "data:"))] == []
+    assert browser.complaints == []
 
 
 @pytest.fixture
@@ -47,8 +58,6 @@ def lines(result) -> list[dict]:
 
 def go(visit: Visit, path: Path, choices: str = "") -> None:
     """Open a page from the disk and wait until its masks are drawn."""
-    visit.requests.clear()
-    visit.complaints.clear()
     visit.page.goto("about:blank")  # else another fragment of the same page would not load it
     visit.page.goto(path.as_uri() + choices)
     visit.page.wait_for_selector("canvas[data-drawn]")
@@ -76,13 +85,6 @@ def count(visit: Visit) -> int:
     return int(visit.page.inner_text("#count").split()[0].replace(",", ""))
 
 
-def assert_quiet(visit: Visit) -> None:
-    """Nothing was asked of a network, and nothing went wrong."""
-    assert visit.requests
-    assert [url for url in visit.requests if not url.startswith(("file://", "data:"))] == []
-    assert visit.complaints == []
-
-
 def test_the_worst_come_first_and_pages_turn(visit, result, lines):
     go(visit, page_of(result))
     assert len(lines) > 2 * PAGE
@@ -96,7 +98,6 @@ def test_the_worst_come_first_and_pages_turn(visit, result, lines):
     assert visit.page.is_disabled("#next")
     visit.page.click("#first")
     assert shown(visit) == expected(lines)
-    assert_quiet(visit)
 
 
 def test_filters_leave_what_fits_all_of_them(visit, result, lines):
@@ -121,7 +122,6 @@ def test_filters_leave_what_fits_all_of_them(visit, result, lines):
     assert "no sentence fits" in visit.page.inner_text("#cards")
     visit.page.click("#clear")
     assert shown(visit) == expected(lines)
-    assert_quiet(visit)
 
 
 def test_sorting(visit, result, lines):
@@ -157,7 +157,6 @@ def test_an_address_keeps_the_choices(visit, result, lines):
     assert shown(visit) == expected(red, key=lambda line: -line["iou"])
     assert visit.page.input_value("[name=text]") == "red"
     go(visit, page_of(result), "#nonsense=1&sort=nonsense&page=99&low=abc")
-    assert visit.complaints == []
 
 
 def _alpha(visit: Visit, card: int, panel: int) -> np.ndarray:
@@ -199,7 +198,6 @@ def test_a_sentence_can_be_enlarged_and_walked_on_from(visit, result, lines):
     visit.page.wait_for_selector("#enlarged canvas[data-drawn]")
     visit.page.keyboard.press("Escape")
     assert not visit.page.is_visible("#large")
-    assert_quiet(visit)
 
 
 def test_what_a_data_set_says_is_text(visit, tmp_path):
@@ -212,7 +210,6 @@ def test_what_a_data_set_says_is_text(visit, tmp_path):
     assert visit.page.locator("[name=category]").count() == 0
     loaded = "() => [...document.images].every((i) => i.complete && i.naturalWidth > 0)"
     visit.page.wait_for_function(loaded)
-    assert_quiet(visit)
 
 
 def test_results_of_a_run_are_linked(visit, tmp_path, shapes_lmdb):
@@ -225,7 +222,6 @@ def test_results_of_a_run_are_linked(visit, tmp_path, shapes_lmdb):
     visit.page.click("#results a:not([aria-current]):has-text('published')")
     visit.page.wait_for_url(re.compile("/test_shapes_train/index.html$"))
     visit.page.wait_for_selector("canvas[data-drawn]")
-    assert_quiet(visit)
 
 
 def test_a_single_result_opens_at_once(visit, result):
@@ -252,7 +248,6 @@ def test_a_comparison_shows_both_and_who_won(visit, tmp_path, shapes_lmdb):
         visit.page.select_option("[name=outcome]", outcome)
         assert 0 < count(visit) == sum(sign * d > 0.1 for d in difference)
     assert visit.page.locator(".card").first.locator(".picture").count() == 4
-    assert_quiet(visit)
 
 
 def test_sentences_about_nothing_are_told_with_their_rule(visit, tmp_path, shapes_lmdb):
@@ -266,11 +261,9 @@ def test_sentences_about_nothing_are_told_with_their_rule(visit, tmp_path, shape
     row.locator("button").click()
     lines = [line for line in read_jsonl(result) if line.get("num_targets") == 0]
     assert count(visit) == len(lines)
-    assert_quiet(visit)
     compare_runs.main([str(tmp_path / n / result.name) for n in "ab"] + ["-o", str(tmp_path / "p")])
     go(visit, tmp_path / "p/index.html")
     assert "gIoU" in visit.page.inner_text("#scores")
-    assert_quiet(visit)
 
 
 def test_thousands_of_sentences_stay_usable(visit, tmp_path):
@@ -295,3 +288,4 @@ def test_it_says_so_where_files_are_missing(visit, result):
     visit.page.goto(page_of(result).as_uri())
     visit.page.wait_for_selector(".picture.lost")
     visit.page.wait_for_selector("#legend:has-text('masks.js is not there')")
+    visit.complaints.clear()  # of the files

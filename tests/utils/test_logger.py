@@ -20,12 +20,6 @@ from utils.errors import UserError
 from utils.logger import Tracker, duration, progress, setup_logging
 
 
-@pytest.fixture(autouse=True)
-def no_handlers_left() -> Iterator[None]:
-    yield
-    logger.remove()
-
-
 def test_lines_go_to_the_terminal_and_without_colours_to_the_end_of_the_file(tmp_path, capsys):
     for word in ("first", "näher ✓"):
         setup_logging(tmp_path / "run", is_main=True)
