@@ -292,8 +292,8 @@ def load_start(
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
     if missing := sorted(NEEDED - state.keys()):
         raise UserError(
-            f"TRAIN.resume: {source} holds weights, not a run to continue (no {missing[0]}); to "
-            "start a new training from its weights give it as TRAIN.weight"
+            f"TRAIN.resume: {source} holds weights alone, or is of an older version (it has no "
+            f"{missing[0]}); to start a new training from its weights give it as TRAIN.weight"
         )
     check_checkpoint(cfg, state, source, is_training=True)
     return model, state

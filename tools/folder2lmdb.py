@@ -1,6 +1,7 @@
 """Pack a split's JSON, images and masks into one LMDB file, which train.py and test.py read."""
 
 import argparse
+import hashlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -251,6 +252,7 @@ def convert(args: argparse.Namespace) -> Path:
     if path.resolve() == source.resolve():
         raise UserError(f"{path} is the file to convert: give another folder as -o")
     sizes: dict[str, tuple[int, int]] = {}
+    digests: dict[str, bytes] = {}  # of images
     seen: set[str] = set()
     count = whitened = 0  # sentences, masks
     odd = OddRecords(args.skip_odd)
@@ -262,6 +264,9 @@ def convert(args: argparse.Namespace) -> Path:
                 item = read_as(_RELEASE_ITEM, _unpickle(data, where), where, REPACK)
                 key, number, texts = item["img_name"], item["seg_id"], tuple(item["sents"])
                 size = sizes.get(key) or image_size(item["img"], f"{where}, image {key}", REPACK)
+                digest = hashlib.sha256(item["img"]).digest()
+                if digests.setdefault(key, digest) != digest:
+                    raise UserError(f"{where} has another image {key} than an earlier: {REPACK}")
                 mask = whiten_mask(item["mask"], size, f"{where}, mask", REPACK)
                 refuse_seen(seen, [f"seg_id {number}"], where, REPACK)
                 whitened += mask != item["mask"]

@@ -86,7 +86,8 @@ def run_part(measure: Callable[..., dict], *given: object) -> dict:
 def run_tests() -> dict[str, str]:
     """Run the tests marked `gpu`, and return pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    ending = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    root = Path(__file__).resolve().parents[1]
+    ending = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if ending.returncode:
         raise RuntimeError(ending.stdout)
     return {"pytest": ending.stdout.splitlines()[-1]}

@@ -39,8 +39,8 @@ class OddRecords:
         except UserError as error:
             self._found.setdefault((split, record), (getattr(error, "kind", kind), str(error)))
 
-    def of_split(self, split: str) -> list[str]:
-        """Return a line for each odd record of a split."""
+    def of_split(self, split: str | None) -> list[str]:
+        """Return a line for each odd record of a split; None: of no split that can be read."""
         return [text for (place, _), (_, text) in self._found.items() if place == split]
 
     def settle(self) -> None:

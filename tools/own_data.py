@@ -109,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             writers[split].add_ref(ref, token_lengths(ref.sentences))
         odd.settle()
         for split, writer in writers.items():
-            writer.left_out = len(odd.of_split(split))
+            writer.left_out = len(odd.of_split(split)) + len(odd.of_split(None))
     if not count:
         raise UserError(f"{args.jsonl} has no line to pack: {_REMEDY}")
     reader.print_notes()
     if args.check:
-        print(f"{args.jsonl}: {count} refs, no problem; nothing written")
+        print(f"{args.jsonl}: {count} refs can be packed; nothing written")
     for split in writers:
         print(packed_summary(args.output / f"{split}.lmdb"))
 
@@ -127,7 +127,9 @@ class LineReader:
         self._images = args.images or args.jsonl.parent
         self._odd = odd
         self._ref_ids: set[str] = set()
+        self._missing: dict[str, str] = {}  # what is told of each missing photo
         self._image_ids: dict[str, int | None] = {}
+        self._splits: defaultdict[str, set[str]] = defaultdict(set)  # of images
         self._sizes: dict[str, tuple[int, int]] = {}  # of images
         self._odd_masks: defaultdict[str, list[int]] = defaultdict(list)  # their lines
         self._sentences = 0
@@ -141,9 +143,12 @@ class LineReader:
                 entry = read_as(_LINE, item, where, _REMEDY)
                 try:
                     found = self._record(entry, number)
-                except UserError as error:
+                except (UserError, OSError) as error:
                     kind = getattr(error, "kind", "unusable line")
-                    raise OddError(kind, f"{where}: {error}") from None
+                    text = f"{where}: {error}"
+                    if kind == MISSING_PHOTO:  # told with the first of its lines
+                        text = self._missing.setdefault(str(error), text)
+                    raise OddError(kind, text) from None
                 numbers = [f"ref_id {found[-1].ref_id}"]
                 refuse_seen(self._ref_ids, numbers, where, "give each line another, or none")
                 return found
@@ -156,6 +161,7 @@ class LineReader:
         photo = read_file(path, remedy, MISSING_PHOTO)
         size = self._sizes.get(key) or image_size(photo, str(path), remedy)
         self._sizes[key] = size
+        self._splits[key].add(entry["split"])
         parts = [self._load_mask(mask, size) for mask in entry["mask"]]
         mask = join_masks(parts, size)
         if np.mean(mask > 0) >= 0.99:
@@ -190,10 +196,12 @@ class LineReader:
         return drawn
 
     def print_notes(self) -> None:
-        """Tell of masks that are perhaps not what was meant."""
+        """Tell of masks that are perhaps not what was meant, and of images in several splits."""
         for what, numbers in self._odd_masks.items():
             lines = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
             print(f"note: {len(numbers)} masks {what}: is that meant? Lines {lines}")
+        if shared := [key for key, splits in self._splits.items() if len(splits) > 1]:
+            print(f"note: {len(shared)} images are in more than one split, such as {shared[0]}")
 
 
 def _has_several_values(codes: np.ndarray) -> bool:

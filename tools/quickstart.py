@@ -58,15 +58,16 @@ def steps(config: str, cfg: Config) -> Iterator[tuple[str, str | None]]:
     is_drawn = is_complete(REFER, DEFAULT_IMAGES, seed=0)
     yield "draw the images", None if is_drawn else f"tools/refshapes.py -o {REFER}"
 
-    lmdbs = [LMDB / f"{split}.lmdb" for split in DEFAULT_IMAGES]
-    is_packed = is_fresh(lmdbs, [REFER / "refshapes" / "generator.json"])
+    lmdbs = {split: LMDB / f"{split}.lmdb" for split in DEFAULT_IMAGES}
+    refs = REFER / "refshapes" / "generator.json"
+    stale = [split for split, lmdb in lmdbs.items() if not is_fresh([lmdb], [refs])]
     command = f"tools/data_process.py --data_root {REFER} --output_dir datasets"
     command += " --dataset refshapes --split unc --generate_mask"
-    yield "annotations and masks", None if is_packed else command
+    yield "annotations and masks", command if stale else None
     for split in DEFAULT_IMAGES:
         command = f"tools/folder2lmdb.py -j datasets/anns/refshapes/{split}.json -o {LMDB}"
         command += f" -i {REFER}/images/train2014 -m datasets/masks/refshapes"
-        yield f"pack {split}", None if is_packed else command
+        yield f"pack {split}", command if split in stale else None
 
     yield "train", training_command(config, cfg)
 

@@ -222,9 +222,12 @@ def no_sync(model: nn.Module) -> AbstractContextManager:
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """Turn every BatchNorm into one over all ranks, in place; names and values stay."""
+    """Turn every BatchNorm into one over all ranks, in place; names and values stay.
+
+    One without parameters or statistics of its own stays as it is.
+    """
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
             module.__class__ = SyncBatchNorm  # which keeps no state of its own
     return model
 

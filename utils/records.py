@@ -257,8 +257,11 @@ class RecordReader:
         return index
 
     def digest(self) -> str:
-        """Return what tells these records from others; "" for a file that an older tool packed."""
-        return self.meta.get("digest", "")
+        """Return what tells these records from others, such as the same refs packed anew."""
+        if "digest" in self.meta:
+            return self.meta["digest"]
+        entries = [self._read(key, bytes) for key in (META_KEY, _INDEX_KEY)]  # of an older file
+        return hashlib.sha256(b"".join(entries)).hexdigest()
 
     def ref(self, i: int) -> RefRecord:
         """Read the ref at position `i`, 0 <= i < len."""

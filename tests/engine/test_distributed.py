@@ -182,14 +182,13 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     assert distributed.gather_objects(ranks.rank) == [0, 1]
     assert distributed.any_rank(ranks.rank == 1, False) == (True, False)
     assert not distributed.wants_launch()
-    small = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    small = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
     plain = wrap(small, ranks, sync_bn=False, static_graph=True)
     assert type(unwrap(plain)[1]) is nn.BatchNorm1d
     results = {"norms": normalise(ranks)}
     for name, changes in RECIPES.items():
-        action = (
-            "default" if name.startswith("float32") else "error"
-        )  # of its layout: `build_single`
+        # It may warn of the layout of gradients: `build_single`.
+        action = "default" if name.startswith("float32") else "error"
         with warnings.catch_warnings(action=action, category=UserWarning):
             results[name] = descend(ranks, config, **changes)
     results["spoilt"] = statistics_after_bad_images(ranks, config)

@@ -310,7 +310,7 @@ def test_a_run_begun_from_anothers_checkpoint_writes_its_own_best_model(straight
 def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path, key):
     source = changed(straight, tmp_path / "x.pth", 1, **{key: None})
     line = refusal(config, resume=source)
-    assert line.startswith(f"TRAIN.resume: {source} holds weights, not a run to continue (")
+    assert line.startswith(f"TRAIN.resume: {source} holds weights alone, or is of an older ")
     assert line.endswith("give it as TRAIN.weight")
 
 

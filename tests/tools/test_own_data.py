@@ -179,10 +179,16 @@ def test_a_file_from_a_windows_editor_is_read(data):
     assert len(RecordReader(data / "lmdb/train.lmdb")) == 1
 
 
+def test_photos_in_two_splits_are_counted(data, capsys):
+    pack(data, line(), line(split="val"), line(image="photos/2.jpg"))
+    said = capsys.readouterr().out
+    assert "note: 1 images are in more than one split, such as photos/1.jpg" in said
+
+
 def test_a_check_needs_no_folder_and_writes_nothing(data, capsys):
     path = write(data, line())
     own_data.main([str(path), "--check"])
-    assert "1 refs, no problem; nothing written" in capsys.readouterr().out
+    assert "1 refs can be packed; nothing written" in capsys.readouterr().out
     own_data.main([str(path), "--check", "-o", str(data / "lmdb")])
     assert not (data / "lmdb").exists()
     with pytest.raises(SystemExit, match="2"):
@@ -213,7 +219,7 @@ def test_all_problems_of_all_lines_are_listed_at_once(data, capfd):
 
 
 def test_missing_images_share_a_line_that_asks_for_their_folder(data, capsys):
-    images = ["photos/1.jpg", "a.jpg", "b.jpg", "c.jpg"]
+    images = ["photos/1.jpg", "a.jpg", "b.jpg", "a.jpg", "c.jpg"]
     assert problems(data, capsys, *(line(image=image) for image in images)) == [
         f"2: {data}/a.jpg and 2 more do not exist: check image, or name its folder with --images"
     ]
@@ -224,8 +230,8 @@ def test_lines_that_cannot_be_used_are_left_out_and_counted_when_that_is_meant(d
     out = pack(data, *lines, "{", options=("--skip-odd",))
     assert "note: left out 3 odd records" in capsys.readouterr().out
     (train, val) = (RecordReader(out / f"{split}.lmdb") for split in ("train", "val"))
-    assert (train.index.ref_ids, train.meta["left_out"]) == ([4], 2)
-    assert "left_out" not in val.meta
+    assert (train.index.ref_ids, train.meta["left_out"]) == ([4], 3)
+    assert val.meta["left_out"] == 1  # the line of no split
     with pytest.raises(UserError, match="has no line to pack"):
         pack(data, line(image="none.jpg"), options=("--skip-odd", "--force"))
     assert train.index.ref_ids == RecordReader(train.path).index.ref_ids
@@ -235,6 +241,7 @@ def test_lines_that_cannot_be_used_are_left_out_and_counted_when_that_is_meant(d
     ("changes", "message"),
     [
         ({"image": "a" * 600}, ".image: must be a path of at most 500 bytes"),
+        ({"image": "a" * 400}, ": .*File name too long"),
         ({"image": "photos"}, ": .*photos does not exist: check image, or .* --images"),
         ({"mask": 3}, r".mask: must be a path, \{size: \[height, .*, null, .* of polygons in"),
         ({"mask": [None]}, r".mask: must be a path, "),

@@ -109,6 +109,7 @@ def with_entry(key: bytes, value: bytes | None) -> Callable[[Path], object]:
         (changed(img=PHOTOS[1][:300]), r"entry 1, image b\.jpg cannot be decoded \(300 bytes"),
         (changed(mask=encoded(np.zeros((HEIGHT, WIDTH), np.uint8))), "entry 1, mask is an empty m"),
         (changed(mask=encoded(blob(WIDTH, HEIGHT))), "entry 1, mask is 60 x 40 pixels"),
+        (changed(img_name=ITEMS[0]["img_name"]), "entry 1 has another image COCO_.* than an"),
         (changed(seg_id=7), "seg_id 7 is there twice"),
         (changed(seg_id="7"), "entry 1.seg_id: must be a valid integer, not '7'"),
         (changed(img="text"), "entry 1.img: must be a valid bytes, not 'text'"),

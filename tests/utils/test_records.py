@@ -114,11 +114,14 @@ def test_records_packed_anew_have_another_digest_only_if_they_differ(path, tmp_p
     assert RecordReader(other_photo).digest() != digest
 
 
-def test_records_of_an_older_tool_which_gave_no_digest_read_on(path) -> None:
+def test_records_of_an_older_tool_read_on_and_have_a_digest_too(path) -> None:
     meta = {k: v for k, v in RecordReader(path).meta.items() if k != "digest"}
     put(path, {b"__meta__": json.dumps(meta).encode()})
     assert all_refs(path) == REFS
-    assert RecordReader(path).digest() == ""
+    digest = RecordReader(path).digest()
+    assert digest == RecordReader(path).digest() != ""
+    put(path, {b"__meta__": json.dumps(meta | {"sentences": 7}).encode()})
+    assert RecordReader(path).digest() != digest
 
 
 def test_an_image_is_stored_once_and_a_second_one_of_its_name_is_ignored(tmp_path: Path) -> None:
