@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, all_refs, load, pack, read_jsonl, run_command, run_program, write_config
+from helpers import (
+    ROOT,
+    all_refs,
+    load,
+    pack,
+    read_jsonl,
+    run_command,
+    run_program,
+    tracked,
+    write_config,
+)
 from PIL import Image
 
 from tools import inspect_lmdb
@@ -20,6 +30,7 @@ from utils.records import RecordReader
 from utils.transforms import load_mask
 
 PICTURES = 2
+PROGRAMS = [path for path in tracked("tools/*.py") if "(main)" in path.read_text()]
 
 
 def score(config: Path, lmdb: Path, *opts: object, convention: Convention = CRIS) -> None:
@@ -151,3 +162,11 @@ def test_the_training_command_of_the_release_runs_with_keys_that_do_nothing_here
     assert ending.stderr.count("no effect here: ") == 5
     assert "Warning" not in ending.stderr
     assert ending.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_a_tool_runs_from_any_folder(tmp_path, path):
+    ending = run_command("env", "-C", tmp_path, sys.executable, path, "--help")
+    assert ending.returncode == 0, ending.stderr
+    assert ending.stdout.startswith("usage: ")

@@ -289,7 +289,7 @@ def release_items(path: Path) -> Iterator[bytes | None]:
     Raises:
         UserError: it is no LMDB of the release.
     """
-    with open_lmdb(path).begin() as txn:
+    with open_lmdb(path / "data.mdb" if path.is_dir() else path).begin() as txn:
         if txn.get(META_KEY) is not None:
             raise UserError(f"{path} is in this repository's format already: use it as it is")
         if txn.get(RELEASE_KEY) is None:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     writers: dict[str, RecordWriter] = {}
     count = 0  # of refs
     lines = read_file(args.jsonl, "a line of it is one object (--help shows one)").split(b"\n")
-    with ExitStack() as stack:  # all splits appear at its end, or none
+    with ExitStack() as stack:  # no split appears before all lines are read
         for number, line in enumerate(tqdm(lines, desc="pack", unit="line", disable=None), 1):
             found = reader.read(number, line) if line.strip() else None
             count += found is not None

@@ -25,10 +25,10 @@ def device(request) -> str:
 
 
 def run(device: str, program: str, config: Path, *opts: object, switches: tuple = ()) -> None:
-    if device == "cpu":
+    if device == "cpu" and not torch.cuda.is_available():
         return run_program(program, config, *opts, switches=[str(word) for word in switches])
     command = (sys.executable, program, "--config", config, *switches, "--opts", *opts)
-    ending = run_command(*command, CUDA_VISIBLE_DEVICES="0")
+    ending = run_command(*command, CUDA_VISIBLE_DEVICES="" if device == "cpu" else "0")
     assert ending.returncode == 0, ending.stderr
 
 

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from tools import data_process, own_data
 from utils.errors import UserError
-from utils.records import RecordReader, RefRecord
+from utils.records import RecordReader, RecordWriter, RefRecord
 from utils.transforms import decode_mask
 
 DOC = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
@@ -337,6 +337,24 @@ def test_a_bad_line_leaves_all_splits_as_they_were(data):
     lines = [line(sentences=["new"], split=split) for split in ("train", "val", "testA")]
     with pytest.raises(UserError, match=":4 is not readable JSON"):
         pack(data, *lines, "{", options=("--force",))
+    assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
+    assert [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")] == before
+
+
+def test_a_failure_while_packing_leaves_all_splits_as_they_were(data, monkeypatch):
+    out = pack(data, line(), line(split="val"))
+    before = [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")]
+    add_ref, calls = RecordWriter.add_ref, []
+
+    def fails(self, record, lengths):
+        calls.append(record)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device", "disk")
+        add_ref(self, record, lengths)
+
+    monkeypatch.setattr(RecordWriter, "add_ref", fails)
+    with pytest.raises(OSError, match="No space"):
+        pack(data, line(), line(split="val"), line(split="testA"), options=("--force",))
     assert sorted(os.listdir(out)) == ["train.lmdb", "val.lmdb"]
     assert [(out / f"{split}.lmdb").read_bytes() for split in ("train", "val")] == before
 

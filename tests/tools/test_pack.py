@@ -94,6 +94,13 @@ def test_a_file_of_the_release_is_converted_with_each_image_once(tmp_path, proto
     assert sorted(os.listdir(source.parent)) == ["val.lmdb", "val.lmdb-lock"]
 
 
+def test_a_file_of_the_release_in_a_folder_is_converted_too(tmp_path, source):
+    folder = tmp_path / "folder/val.lmdb"
+    folder.mkdir(parents=True)
+    source.rename(folder / "data.mdb")
+    assert len(convert(folder, tmp_path / "new")) == 3
+
+
 def changed(**fields: object) -> Callable[[Path], object]:
     """What changes the second item of a file."""
     return with_entry(b"1", pickle.dumps(ITEMS[1] | fields))

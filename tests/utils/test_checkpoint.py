@@ -186,6 +186,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line():
         "size mismatch for 0.weight: copying a param with shape torch.Size([4, 3])",
     ):
         assert part in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"… Use the config and the code") as error:
         load_weights(small_model(), {f"k{i}": torch.ones(1) for i in range(99)}, "x.pth")
     assert len(str(error.value)) < 800

@@ -332,6 +332,8 @@ class TestErrors:
             ("TRAIN: {compile: true, recompute_decoder: true}", "choose one"),
             ("TRAIN: {compile: true, batch_by: images}", "set TRAIN.batch_by to refs"),
             ("TRAIN: {save_every: 5 hours}", "save_every must be a number of steps, or of minutes"),
+            ("TRAIN: {save_every: 1.5}", "save_every must be a number of steps"),
+            ("TRAIN: {save_every: -3}", "save_every must be a number of steps"),
             ("TRAIN: {save_every: 0}", "TRAIN.save_every must be a number of steps, or of"),
             ("TRAIN:\n  epochs: 5\nTRAIN:\n", ":3: not valid YAML: TRAIN is there twice"),
             ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),
