@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -34,6 +33,7 @@ from utils.errors import run_entry_point
 from utils.files import atomic_path
 
 NO_GPU = "not run: no CUDA device"
+SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 TOP = 10  # kernels of the profile
 LEARNING = "config/refshapes/cris_r50.yaml"
 LOADER = "loader, one core"
@@ -75,12 +75,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_part(measure: Callable[..., dict], *given: object) -> dict:
     """Call a function in a new process; return its outcome, seconds, and figures or error."""
     start = time.monotonic()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            part = {"outcome": "ok", "figures": pool.submit(measure, *given).result()}
-        except (Exception, SystemExit):
-            part = {"outcome": "failed", "error": traceback.format_exc().strip()}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        process = SPAWN.Process(target=write_part, args=(path, measure, *given))
+        process.start()
+        process.join()
+        ended = {"outcome": "failed", "error": f"its process ended with code {process.exitcode}"}
+        part = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ended
     return part | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def write_part(path: Path, measure: Callable[..., dict], *given: object) -> None:
+    """Call a function, and write its outcome, and figures or error, as JSON."""
+    try:
+        part = {"outcome": "ok", "figures": measure(*given)}
+    except (Exception, SystemExit):
+        part = {"outcome": "failed", "error": traceback.format_exc().strip()}
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(part), encoding="utf-8")
 
 
 def run_tests() -> dict[str, str]:
