@@ -10,7 +10,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
-from utils.logger import METRICS, duration
+from utils.logger import METRICS
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
 from utils.visualize import comparison, grid, save_picture
@@ -47,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_suitable = cfg.DATA.dataset == "refshapes" and cfg.TEST.protocol == "both"
     if not is_suitable or "val" not in cfg.TEST.splits:
         raise UserError(f"{config} is none of the quickstart: take {default}")
-    report(cfg, {name: take(name, command) for name, command in steps(config, cfg)})
+    for name, command in steps(config, cfg):
+        take(name, command)
+    report(cfg)
 
 
 def steps(config: str, cfg: Config) -> Iterator[tuple[str, str | None]]:
@@ -96,25 +97,18 @@ def training_command(config: str, cfg: Config) -> str | None:
     return command
 
 
-def take(name: str, command: str | None) -> float | None:
-    """Run a step's command, if it has one, and return its seconds; a failure ends the program."""
+def take(name: str, command: str | None) -> None:
+    """Run a step's command, if it has one, on one GPU at most; a failure ends the program."""
     if command is None:
-        print(f"● {name}: complete, reused", flush=True)
-        return None
+        return print(f"● {name}: complete, reused", flush=True)
     print(f"● {name}\n  $ {os.path.relpath(sys.executable)} {command}", flush=True)
-    start = time.monotonic()
-    if code := execute([sys.executable, *shlex.split(command)]):
-        sys.exit(code if code > 0 else 128 - code)
-    return time.monotonic() - start
-
-
-def execute(command: Sequence[str]) -> int:
-    """Run a command on this terminal, on one GPU at most, and return its exit code."""
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # On a CPU, a thread that waits for another soon gives up its core: where anything else runs
     # beside, the default (30 times that long) makes a step take seconds.
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
-    return subprocess.run(command, env=environment).returncode
+    words = [sys.executable, *shlex.split(command)]
+    if code := subprocess.run(words, env=environment).returncode:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def is_fresh(outputs: Sequence[Path], inputs: Sequence[Path]) -> bool:
@@ -132,8 +126,8 @@ def result(cfg: Config, split: str, protocol: str = "aligned", swapped: bool = F
     return cfg.run_folder / f"{result_stem(names)}.json"
 
 
-def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
-    """Print the scores, the time and where everything lies; write the picture of examples."""
+def report(cfg: Config) -> None:
+    """Print the scores and where everything lies; write the picture of examples."""
     text = result(cfg, "val").with_suffix(".jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     swapped = json.loads(result(cfg, "val", swapped=True).read_text())
@@ -147,9 +141,6 @@ def report(cfg: Config, seconds: Mapping[str, float | None]) -> None:
     rows = scores_by_kind(lines) | {"another object's sentences, swapped": swapped["mIoU"]}
     for name, score in rows.items():
         print(f"  {name:<64}{100 * score:>6.2f}")
-    print("\ntime")
-    for name, value in seconds.items():
-        print(f"  {name:<62}{'reused' if value is None else duration(value):>8}")
     print(f"""
 where to look
   report        {cfg.run_folder / REPORT / INDEX}, to open in a browser

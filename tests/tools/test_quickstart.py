@@ -1,6 +1,7 @@
 """tools/quickstart.py: its tables, and that nothing is done twice. Nothing is trained here."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -65,7 +66,7 @@ class Runner:
         self.epochs = self.cfg.TRAIN.epochs if epochs is None else epochs
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: list[str]) -> int:
+    def __call__(self, command: list[str], env: dict[str, str]) -> mock.Mock:
         self.commands.append(command[1:])
         arguments, folder = command[2:], self.cfg.run_folder
         match self.programs[-1]:
@@ -84,7 +85,7 @@ class Runner:
                 for split in ("val",) if swapped else self.cfg.TEST.splits:
                     lmdb = quickstart.LMDB / f"{split}.lmdb"
                     write_result(folder, lmdb, "both", is_swapped=swapped)
-        return 0
+        return mock.Mock(returncode=0)
 
     @property
     def programs(self) -> list[str]:
@@ -98,7 +99,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "DEFAULT_IMAGES", COUNTS)
 
     def run(runner: Callable) -> Callable:
-        monkeypatch.setattr(quickstart, "execute", runner)
+        monkeypatch.setattr(subprocess, "run", runner)
         quickstart.main(["--config", str(CONFIG)])
         return runner
 
@@ -116,7 +117,7 @@ def test_a_second_run_only_evaluates_and_other_data_are_made_again_with_all_that
         monkeypatch.setattr(refshapes, "VERSION", drawn_by)
         runs.append(quick(Runner()).programs)
         outputs.append(capsys.readouterr().out)
-        tables.append(outputs[-1].partition("in per cent")[2].partition("time")[0])
+        tables.append(outputs[-1].partition("in per cent")[2].partition("where to look")[0])
     assert runs == [EVERYTHING, ["test", "test"], EVERYTHING]
     assert [output.count("complete, reused") for output in outputs] == [0, len(EVERYTHING) - 2, 0]
     assert "does it read?" in tables[0] == tables[1]
@@ -147,7 +148,7 @@ def test_training_goes_on_from_its_checkpoint_or_anew_if_the_recipe_or_the_data_
 
 
 def test_a_step_that_fails_stops_with_its_exit_code(quick):
-    failing = mock.Mock(return_value=3)
+    failing = mock.Mock(**{"return_value.returncode": 3})
     with pytest.raises(SystemExit) as stop:
         quick(failing)
     assert stop.value.code == 3
