@@ -14,7 +14,7 @@ import sys
 from engine import resume
 from engine.banner import announce
 from engine.build import compile_model, settle_memory
-from engine.dry_run import dry_run, without_writing
+from engine.dry_run import dry_run
 from engine.evaluator import validation_protocol
 from engine.loaders import build_loaders
 from engine.optim import build_optimizer, parameter_groups
@@ -60,7 +60,7 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
         is_dry: take one step and score one batch instead, and write nothing.
     """
     if is_dry:
-        cfg = without_writing(cfg)
+        cfg = cfg.model_copy(update={"DATA": cfg.DATA.model_copy(update={"cache": None})})
     writes = ranks.is_main and not is_dry
     options, device = cfg.TRAIN, ranks.device
     micro_batch, folder = check_batch(options, ranks.world_size), cfg.run_folder
@@ -83,10 +83,10 @@ def train(cfg: Config, ranks: distributed.Ranks, is_dry: bool = False) -> None:
         # A checkpoint that was moved away takes up the records and pictures of its run again.
         is_own = resume.is_own_checkpoint(cfg, source)
         keeps = is_own or (source is not None and not options.force)
-        kept = resume.records_until(state) if keeps else None
+        last = state if keeps else None
         tracked = (folder if writes else None, options.wandb, options.exp_name, cfg.model_dump())
         # Nothing is written before everything that can be missing has been found.
-        with Tracker(*tracked, kept) as tracker, deterministic(options.deterministic):
+        with Tracker(*tracked, last) as tracker, deterministic(options.deterministic):
             setup_logging(None if is_dry else folder, ranks.is_main)
             if writes:
                 resume.prepare_folder(cfg, keeps)

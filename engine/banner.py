@@ -100,10 +100,10 @@ def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
 
 def options_on(cfg: Config) -> list[str]:
     """Return `KEY value` of all settings but the published ones and those of other lines."""
-    own, published = cfg.model_dump(), Config().model_dump()
+    changed = cfg.model_dump(exclude_defaults=True)
     return [
         f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
         for section in ("DATA", "TRAIN")
-        for name, value in own[section].items()
-        if f"{section}.{name}" not in SAID and value != published[section][name]
+        for name, value in changed.get(section, {}).items()
+        if f"{section}.{name}" not in SAID
     ]

@@ -6,17 +6,11 @@ from itertools import islice
 import torch
 from loguru import logger
 
+from engine.pace import memory_in_use
 from engine.run import Run
 from engine.trainer import means, take_step, validate
-from utils.config import Config
 from utils.distributed import gather_objects
-from utils.machine import GIB, peak_memory
 from utils.metrics import main_metric, percent
-
-
-def without_writing(cfg: Config) -> Config:
-    """Return the config without `DATA.cache`, so that photos are decoded and none is stored."""
-    return cfg.model_copy(update={"DATA": cfg.DATA.model_copy(update={"cache": None})})
 
 
 def dry_run(run: Run) -> None:
@@ -44,10 +38,5 @@ def dry_run(run: Run) -> None:
 
 
 def _memory(run: Run) -> str:
-    """Describe the memory of the rank that took most."""
-    device = run.ranks.device
-    if device.type != "cuda":
-        return f"peak memory of the process {max(gather_objects(peak_memory())) / GIB:.2f} GiB"
-    taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    tensors, reserved = map(max, zip(*gather_objects(taken), strict=True))
-    return f"peak memory of the GPU {tensors / GIB:.2f} GiB, {reserved / GIB:.2f} GiB reserved"
+    """Describe the memory of the rank that took most: of its GPU, or of its process."""
+    return f"peak memory {max(gather_objects(memory_in_use(run.ranks.device))):.2f} GiB"

@@ -6,7 +6,7 @@ A run that was interrupted anywhere and resumed computes what it would have comp
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -31,11 +31,6 @@ from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
-# Without these a checkpoint is weights alone. The release's has epoch and optimizer too.
-NEEDED = {
-    *("epoch", "step", "position", "length", "progress", "sums", "faults", "best_iou", "best_on"),
-    *("records", "optimizer", "scaler", "rng", "config", "version", "threads"),
-}
 ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
 MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
 PATIENCE = 10.0  # seconds for what a killed run left behind to end
@@ -290,10 +285,10 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if missing := sorted(NEEDED - state.keys()):
+    if "rng" not in state:  # the release's has an epoch and an optimiser
         raise UserError(
-            f"TRAIN.resume: {source} holds weights alone, or is of an older version (it has no "
-            f"{missing[0]}); to start a new training from its weights give it as TRAIN.weight"
+            f"TRAIN.resume: {source} holds less than resuming needs; to start a new training from "
+            "its weights give it as TRAIN.weight"
         )
     check_checkpoint(cfg, state, source, is_training=True)
     return model, state
@@ -326,11 +321,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str
             f"TRAIN.resume: the optimiser in {source} does not fit ({str(error).splitlines()[0]}); "
             "resume with the config of its run, or start from its weights with TRAIN.weight"
         ) from None
-
-
-def records_until(state: dict) -> Callable[[dict], bool]:
-    """Return a function that tells which of `metrics.jsonl` were written before the checkpoint."""
-    return lambda record: record.get(record["kind"], 0) <= state[record["kind"]]
 
 
 def measured_on(run: Run) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
     python tests/kill_runs.py CONFIG [PHASE=COUNT ...]
 
-Each life of the run is a fork, so that only the first one imports torch. It tells in shared memory
+Each life of the run is a fork, so that only the parent imports torch. It tells in shared memory
 what it is at, and sets an alarm, at which the system ends it as by SIGKILL: at any instruction,
 and no Python runs. Prints as JSON how often it was killed in each phase.
 """
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from unittest import mock
 
+import torch._dynamo  # noqa: F401  # which each life would import with its optimiser
 from helpers import run_program
 
 from engine import resume, trainer

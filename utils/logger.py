@@ -6,7 +6,7 @@ This is the only file that names Weights & Biases, and it imports it only when i
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -62,12 +62,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def _keep_records(path: Path, keep: Callable[[dict], bool]) -> int:
-    """Drop all other lines, among them the one that a killed process left; count what stays."""
+def _keep_records(path: Path, last: Mapping) -> int:
+    """Drop later records, and what a killed process left of a line; count what stays."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
-            if line.endswith("\n") and keep(json.loads(line)):
+            record = json.loads(line)
+            if line.endswith("\n") and record[record["kind"]] <= last[record["kind"]]:
                 kept.append(line)
     with atomic_path(path) as partial:
         partial.write_text("".join(kept))
@@ -81,7 +82,7 @@ class Tracker:
         folder: of the run; None makes a tracker that does nothing (ranks other than 0).
         wandb_mode: "disabled", "offline" or "online".
         name, config: what Weights & Biases shows.
-        keep: says which records of a resumed run stay; None starts anew.
+        last: of a resumed run, whose later records go: its last step and epoch; None starts anew.
     """
 
     def __init__(
@@ -90,18 +91,18 @@ class Tracker:
         wandb_mode: str = "disabled",
         name: str = "",
         config: dict | None = None,
-        keep: Callable[[dict], bool] | None = None,
+        last: Mapping | None = None,
     ) -> None:
         self._file = self._wandb = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if wandb_mode != "disabled":  # first: nothing has been changed yet if it cannot start
-            self._wandb = _start_wandb(folder, wandb_mode, name, config, keep is not None)
+            self._wandb = _start_wandb(folder, wandb_mode, name, config, last is not None)
         path, self._records = folder / METRICS, 0
-        if keep is not None and path.exists():
-            self._records = _keep_records(path, keep)
-        self._file = path.open("w" if keep is None else "a", buffering=1)  # a line at once
+        if last is not None and path.exists():
+            self._records = _keep_records(path, last)
+        self._file = path.open("w" if last is None else "a", buffering=1)  # a line at once
 
     def __enter__(self) -> Self:
         return self

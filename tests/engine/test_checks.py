@@ -1,35 +1,30 @@
 """Config, records and checkpoint that do not belong together: trained no further, but scored."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import (
     ROOT,
+    build_run,
     error_of,
     largest_file,
     load,
     pack,
+    run_command,
     run_program,
-    write_config,
     write_records,
 )
 
-from engine.checks import check_records
-from utils.config import load_config
-from utils.errors import UserError
 from utils.records import RecordReader
 
 
 @pytest.fixture
-def score(checkpoint, data, tmp_path) -> tuple:
+def score(checkpoint, config, tmp_path) -> tuple:
     """How that checkpoint is scored: program, config, and options that write to `tmp_path`/tiny."""
-    out = ("TRAIN.output_folder", tmp_path, "TEST.weights", checkpoint)
-    return ("test.py", write_config(tmp_path, data), *out)
+    return ("test.py", config, "TRAIN.output_folder", tmp_path, "TEST.weights", checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +35,14 @@ def score(checkpoint, data, tmp_path) -> tuple:
         ("val_lmdb", "testB", "holds shapes testB, the config says shapes val"),
     ],
 )
-def test_other_records_are_refused_before_anything_is_written(key, held, fault, data, tmp_path):
-    value = data / f"lmdb/shapes/{held}.lmdb" if held else "refcoco"
-    line = error_of("train.py", write_config(tmp_path, data), f"DATA.{key}", value)
+def test_other_records_are_refused_before_anything_is_written_unless_they_are_meant(
+    key, held, fault, config, data, tmp_path
+):
+    opts = (f"DATA.{key}", data / f"lmdb/shapes/{held}.lmdb" if held else "refcoco")
+    line = error_of("train.py", config, *opts)
     assert line.endswith(f"{fault}; if that is meant, add DATA.allow_mismatch True")
     assert not (tmp_path / "exp").exists()
+    build_run(config, *opts, "DATA.allow_mismatch", True)
 
 
 def test_a_split_under_another_name_is_scored_as_what_it_is(score, data, tmp_path, capsys):
@@ -90,14 +88,6 @@ def test_the_next_split_is_scored_and_printed_though_pictures_cannot_be_written(
     assert (tmp_path / "tiny/test_shapes_testA.json").is_file()
 
 
-def test_the_flag_lets_another_data_set_pass(data, tmp_path):
-    cfg = load_config(write_config(tmp_path, data), ["DATA.dataset", "other"])
-    with pytest.raises(UserError):
-        check_records(cfg, cfg.DATA.val_lmdb, "val")
-    cfg = load_config(tmp_path / "tiny.yaml", ["dataset", "other", "allow_mismatch", "True"])
-    check_records(cfg, cfg.DATA.val_lmdb, "val")
-
-
 @pytest.mark.parametrize(
     ("opts", "fault"),
     [
@@ -114,23 +104,21 @@ def test_a_checkpoint_of_other_inputs_is_scored_and_told_but_not_resumed(
     assert capsys.readouterr().err.count(told) == 1
 
 
-def test_the_evaluation_example_of_the_release_runs(checkpoint, data, tmp_path):
+def test_the_evaluation_example_of_the_release_runs(checkpoint, config, data, tmp_path):
     """Its model is refcoco's, its records are refcocog's; here the model is a small one."""
     pack(data, tmp_path / "datasets", "refshapes", "unc", "refcocog_g")
-    config, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
-    for folder in (config.parent, run):
+    path, run = tmp_path / "config/refcoco/cris_r50.yaml", tmp_path / "exp/refcoco/CRIS_R50"
+    for folder in (path.parent, run):
         folder.mkdir(parents=True)
     shutil.copy(checkpoint, run / "best_model.pth")
-    names = {"DATA": {"dataset": "refcoco"}}
-    names["TRAIN"] = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
-    base = str(write_config(tmp_path, data))
-    config.write_text(json.dumps({"_base_": base, **names}))
+    names = {"output_folder": "exp/refcoco", "exp_name": "CRIS_R50"}
+    tree = {"_base_": str(config), "DATA": {"dataset": "refcoco"}, "TRAIN": names}
+    path.write_text(json.dumps(tree))
     line = (
         f"{sys.executable} -u {ROOT}/test.py --config config/refcoco/cris_r50.yaml --opts "
         "TEST.test_split val-test TEST.test_lmdb datasets/lmdb/refcocog_g/val.lmdb"
     )
-    how = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
-    ending = subprocess.run(line.split(), env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"}, **how)
+    ending = run_command("env", "-C", tmp_path, *line.split(), CUDA_VISIBLE_DEVICES="0")
     assert ending.returncode == 0, ending.stderr
     assert "holds refcocog_g val, the config says refcoco val" in ending.stderr
     assert "Warning" not in ending.stderr
@@ -152,16 +140,15 @@ def test_scores_are_printed_though_they_cannot_be_written(score, tmp_path, capsy
     assert not list((tmp_path / "tiny").iterdir())
 
 
-def test_a_training_may_start_from_the_weights_of_another_data_set(checkpoint, data, tmp_path):
-    run_program("train.py", write_config(tmp_path, data, word_len=12), "TRAIN.weight", checkpoint)
-    assert load(tmp_path / "exp/tiny/last_model.pth")["config"]["TRAIN"]["word_len"] == 12
-
-
-def test_a_frozen_token_embedding_keeps_its_values_and_the_rest_trains(checkpoint, data, tmp_path):
+def test_a_training_may_start_from_weights_of_other_inputs_and_keep_the_embedding_frozen(
+    checkpoint, config, tmp_path
+):
     before = load(checkpoint)["state_dict"]
     opts = ("TRAIN.weight", checkpoint, "TRAIN.freeze_token_embedding", True)
-    run_program("train.py", write_config(tmp_path, data), *opts)
-    after = load(tmp_path / "exp/tiny/last_model.pth")["state_dict"]
+    run_program("train.py", config, *opts, "TRAIN.word_len", 12)
+    state = load(tmp_path / "exp/tiny/last_model.pth")
+    assert state["config"]["TRAIN"]["word_len"] == 12
+    after = state["state_dict"]
     name = "backbone.token_embedding.weight"
     assert (after[name] == before[name]).all()
     for other in ("backbone.positional_embedding", "proj.txt.weight"):

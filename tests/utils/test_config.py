@@ -31,11 +31,7 @@ TINY = CONFIG_DIR / "refshapes" / "cris_tiny.yaml"
 LEAK = "datasets/lmdb/refcoco+/testB.lmdb"
 SHIPPED = tracked("config/*/*.yaml")
 
-RN50_ARCH = (
-    "{embed_dim: 1024, image_resolution: 224, vision_layers: [3, 4, 6, 3], vision_width: 64, "
-    "context_length: 77, vocab_size: 49408, transformer_width: 512, transformer_heads: 8, "
-    "transformer_layers: 12}"
-)
+RN50_ARCH = str(load_config(CONFIG_DIR / "refshapes/cris_r50.yaml").TRAIN.clip_arch.model_dump())
 FROM_SCRATCH = ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", RN50_ARCH]
 
 # An official file, every published key included, in fewer lines.
@@ -203,10 +199,7 @@ class TestValuesThatMayBeMistakes:
     @pytest.mark.parametrize(
         ("opts", "line"),
         [
-            (
-                "epochs 20 milestones [10,20,35]",
-                "milestones [20, 35] are never reached in 20 epochs",
-            ),
+            ("epochs 20 milestones [9,20]", "milestones [20] are never reached in 20 epochs"),
             ("target area", "target area goes with TEST.protocol aligned, not published"),
             ("protocol aligned", "target nearest goes with TEST.protocol published, not aligned"),
             ("target area protocol both", None),
@@ -216,10 +209,8 @@ class TestValuesThatMayBeMistakes:
         assert load_config(R50, opts.split()).notices == ((f"TRAIN.{line}",) if line else ())
 
     def test_widths_follow_any_clip_when_they_are_left_out(self):
-        x4 = RN50_ARCH.replace("transformer_width: 512", "transformer_width: 640")
-        x4 = x4.replace("transformer_heads: 8", "transformer_heads: 10")
-        names = ["TRAIN.clip_pretrain", "null", "TRAIN.clip_arch", x4]
-        config = load_config(CONFIG_DIR / "base.yaml", names)
+        names = [*FROM_SCRATCH, "transformer_width", "640", "transformer_heads", "10"]
+        config = load_config(BASE, names)
         assert (config.TRAIN.vis_dim, config.TRAIN.fpn_out) == (None, None)
         with torch.device("meta"):
             model = build_segmenter(config)
@@ -227,7 +218,7 @@ class TestValuesThatMayBeMistakes:
         assert neck.aggr[0].out_channels == 640
         assert (neck.f3_v_proj[0].out_channels, neck.f1_v_proj[0].out_channels) == (320, 1280)
         with pytest.raises(UserError, match=r"fpn_out\[1\] 512 does not fit the CLIP: use 640"):
-            load_config(CONFIG_DIR / "base.yaml", [*names, "fpn_out", "[256, 512, 1024]"])
+            load_config(BASE, [*names, "fpn_out", "[256, 512, 1024]"])
 
 
 class TestOpts:
@@ -292,17 +283,12 @@ class TestErrors:
             ("TRIAN: {batch_size: 4}", "unknown key TRIAN; did you mean TRAIN?"),
             ("TEST: {batch_size: 4}", "key TEST.batch_size; did you mean TRAIN.batch_size?"),
             ("TRAIN: {lr: 0.1}", "unknown key TRAIN.lr; did you mean TRAIN.base_lr?"),
-            ("TRAIN: {optimizer: SGD}", "TRAIN.optimizer; it is Adam, built by build_optimizer in"),
             ("TRAIN: {optimiser: SGD}", "TRAIN.optimiser; it is Adam, built by build_optimizer in"),
             ("TRAIN: {gpus: 2}", "key TRAIN.gpus; training takes all GPUs that CUDA_VISIBLE_DEV"),
             ("DATA: {root: a}", "DATA.root; DATA.train_lmdb, DATA.val_lmdb and TEST.test_lmdb"),
-            ("device: cuda", "unknown key device; training takes all GPUs"),
             ("TRAIN: {zzz: 4}", "unknown key TRAIN.zzz; config/base.yaml lists the valid ones"),
             ("TRAIN: {clip_arch: {depth: 4}}", "unknown key TRAIN.clip_arch.depth"),
-            (
-                "TRAIN: {clip_arch: RN50}",
-                "TRAIN.clip_arch must be a mapping of its keys",
-            ),
+            ("TRAIN: {clip_arch: RN50}", "TRAIN.clip_arch must be a mapping of its keys, not"),
             ("TRAIN: 4", "TRAIN must be a mapping of its keys, not 4"),
             ("TRAIN: {on: 1}", "unknown key TRAIN.True; config/base.yaml lists the valid ones"),
             ("1: 2", "unknown key 1; config/base.yaml lists the valid ones"),
@@ -317,7 +303,6 @@ class TestErrors:
             ("TRAIN: {dropout: 1}", "TRAIN.dropout must be less than 1, not 1"),
             ("TRAIN: {sync_bn: 1}", "TRAIN.sync_bn must be a valid boolean, not 1"),
             ("TRAIN: {exp_name: no}", "TRAIN.exp_name must be a valid string, not False"),
-            ("TRAIN: {exp_name: [a]}", "TRAIN.exp_name must be a valid string, not ['a']"),
             ("TRAIN: {precision: fp8}", "must be 'auto', 'fp16', 'bf16' or 'fp32', not 'fp8'"),
             ("TRAIN: {wandb: off}", "must be 'disabled', 'offline' or 'online', not False"),
             ("TRAIN: {input_size: 400}", "input_size must be a multiple of 32, not 40"),
@@ -332,8 +317,6 @@ class TestErrors:
             ("TRAIN: {compile: true, recompute_decoder: true}", "choose one"),
             ("TRAIN: {compile: true, batch_by: images}", "set TRAIN.batch_by to refs"),
             ("TRAIN: {save_every: 5 hours}", "save_every must be a number of steps, or of minutes"),
-            ("TRAIN: {save_every: 1.5}", "save_every must be a number of steps"),
-            ("TRAIN: {save_every: -3}", "save_every must be a number of steps"),
             ("TRAIN: {save_every: 0}", "TRAIN.save_every must be a number of steps, or of"),
             ("TRAIN:\n  epochs: 5\nTRAIN:\n", ":3: not valid YAML: TRAIN is there twice"),
             ("TRAIN:\n  epochs: 5\n  epochs: 6\n", ":3: not valid YAML: epochs is there twice"),

@@ -15,7 +15,6 @@ from helpers import largest_file, read_jsonl
 from loguru import logger
 from PIL import Image
 
-from engine.resume import records_until
 from utils.errors import UserError
 from utils.logger import Tracker, duration, progress, setup_logging
 
@@ -86,7 +85,7 @@ def test_records_are_appended_one_json_object_a_line_at_once(tmp_path):
         tracker.log("step", {"step": 1, "loss": 0.5})
         path = tmp_path / "run/metrics.jsonl"
         assert read_jsonl(path) == [{"kind": "step", "step": 1, "loss": 0.5}]  # not when closed
-    with Tracker(tmp_path / "run", keep=lambda record: True) as tracker:
+    with Tracker(tmp_path / "run", last={"step": 99, "epoch": 99}) as tracker:
         tracker.log("epoch", {"epoch": 2})
     assert [record["kind"] for record in read_jsonl(path)] == ["step", "epoch"]
 
@@ -188,8 +187,8 @@ def test_weights_and_biases_gets_config_records_and_pictures(tmp_path, quiet_wan
 def test_a_resumed_run_is_the_same_run_at_weights_and_biases_and_a_new_one_is_not(
     tmp_path, quiet_wandb
 ):
-    for keep in (None, lambda record: record["step"] < 3, None):
-        with Tracker(tmp_path, "offline", "x", {"a": 1}, keep) as tracker:
+    for last in (None, {"step": 2}, None):
+        with Tracker(tmp_path, "offline", "x", {"a": 1}, last) as tracker:
             for step in (1, 2, 3):
                 tracker.log("step", {"step": step})
     starts = offline_runs(tmp_path, starts=3)
@@ -225,7 +224,7 @@ def test_lines_that_are_no_records_do_not_stop_a_resumed_run(tmp_path):
     kept = '{"kind": "step", "step": 1}\n'
     strange = '0.5\n[1]\n{"step": 1}\n{"kind": "other"}\n{"kind": "step", "step": "x"}\n{"kind'
     (tmp_path / "metrics.jsonl").write_text(kept + strange)
-    Tracker(tmp_path, keep=records_until({"step": 5, "epoch": 0})).__exit__(None)
+    Tracker(tmp_path, last={"step": 5, "epoch": 0}).__exit__(None)
     assert (tmp_path / "metrics.jsonl").read_text() == kept
 
 
