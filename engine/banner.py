@@ -15,16 +15,6 @@ from utils.config import Config
 from utils.distributed import unwrap
 from utils.records import RecordReader
 
-# What the other lines say, or the data and the model make necessary; all else is an option.
-SAID = {
-    *("DATA.dataset", "DATA.train_lmdb", "DATA.train_split", "DATA.val_lmdb", "DATA.val_split"),
-    *("TRAIN.clip_pretrain", "TRAIN.clip_arch", "TRAIN.input_size", "TRAIN.word_len"),
-    *("TRAIN.word_dim", "TRAIN.vis_dim", "TRAIN.fpn_in", "TRAIN.fpn_out"),
-    *("TRAIN.batch_size", "TRAIN.accumulation_steps", "TRAIN.epochs", "TRAIN.precision"),
-    *("TRAIN.exp_name", "TRAIN.output_folder", "TRAIN.weight", "TRAIN.resume"),
-    "TRAIN.force",  # no setting of the training; a warning says what it removes
-}
-
 
 def announce(run: Run, source: str | None) -> None:
     """Log what stands out, then what `fit` is about to do, a line a subject; rank 0 only.
@@ -99,11 +89,11 @@ def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
 
 
 def options_on(cfg: Config) -> list[str]:
-    """Return `KEY value` of all settings but the published ones and those of other lines."""
-    changed = cfg.model_dump(exclude_defaults=True)
+    """Return `KEY value` of all settings but the published ones, and widths that fit the CLIP."""
+    widths = {"word_dim", "vis_dim", "fpn_in", "fpn_out"}
+    changed = cfg.model_dump(exclude_defaults=True, exclude={"TRAIN": widths, "TEST": True})
     return [
         f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
-        for section in ("DATA", "TRAIN")
-        for name, value in changed.get(section, {}).items()
-        if f"{section}.{name}" not in SAID
+        for section, values in changed.items()
+        for name, value in values.items()
     ]

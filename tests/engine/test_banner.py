@@ -88,7 +88,6 @@ def test_options_are_what_differs_from_the_published_recipe():
     assert options_on(Config()) == []
     assert options_on(load_config(ROOT / "config/refcoco/cris_r50.yaml")) == []
     opts = ["save_every", "10 minutes", "batch_by", "images", "max_norm", "1.0", "DATA.cache", "/c"]
-    opts += ["force", "True"]  # about the folder, not the training
     changed = load_config(ROOT / "config/refcoco/cris_r50.yaml", opts)
     assert options_on(changed) == [
         "DATA.cache /c",
