@@ -76,7 +76,7 @@ def step(run: Run, *batches: dict, fault: float | None = None) -> None:
 
 def small_run(config: Path, precision: str, *opts: object) -> tuple[Run, dict]:
     """A run whose loss is scaled by 64 if at all, and its first batch."""
-    run = build_run(config, "TRAIN.precision", precision, *opts)
+    run = build_run(config, "TRAIN.precision", precision, "TRAIN.batch_size", 2, *opts)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
     return run, next(iter(run.train_loader))
 
@@ -159,7 +159,7 @@ def test_a_fault_that_stays_ends_the_run_with_its_refs(config, monkeypatch, star
 
 
 def test_overflows_of_fp16_are_counted(config, tmp_path, capfd):
-    run = build_run(config, "TRAIN.precision", "fp16")
+    run = build_run(config, "TRAIN.precision", "fp16", "TRAIN.batch_size", 2)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     for batch in list(run.train_loader)[:2]:
         before = statistics(run)
