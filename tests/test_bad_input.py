@@ -21,7 +21,6 @@ from helpers import (
     put,
     repack,
     run_command,
-    run_program,
     with_bad_image,
     write_config,
 )
@@ -79,15 +78,6 @@ def test_values_that_cannot_be(config, opts, messages):
     line = train_error(config, *opts)
     for message in messages:
         assert message in line
-
-
-def test_an_unknown_option_of_the_command_line_is_told_with_the_usage(config, capsys):
-    with pytest.raises(SystemExit) as ending:
-        run_program("train.py", config, switches=("--epochs", "3"))
-    assert ending.value.code == 2  # argparse's own
-    told = capsys.readouterr().err
-    assert "unrecognized arguments: --epochs 3" in told
-    assert "usage:" in told
 
 
 # ------------------------------------------------------------------------------------- archives

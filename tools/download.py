@@ -171,7 +171,7 @@ def _get(source: str, part: Path) -> Path:
 @retry(
     retry=retry_if_exception_type(_PassingError),
     stop=stop_after_attempt(5),
-    wait=wait_exponential(max=60),
+    wait=wait_exponential(),
     reraise=True,
 )
 def _go_on(url: str, part: Path) -> Path:

@@ -10,7 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -81,15 +81,13 @@ def steps(config: str, cfg: Config) -> Iterator[tuple[str, str | None]]:
 
 def training_command(config: str, cfg: Config) -> str | None:
     """Go on from the last checkpoint if it is of this config and data, else clear the folder."""
-
-    def recipe(values: Mapping[str, Mapping]) -> list[Mapping]:
-        return [values["DATA"], {**values["TRAIN"], "resume": None}]
-
     command, folder = f"train.py --config {shlex.quote(config)}", cfg.run_folder
     last, data = folder / LAST, [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]
     if is_fresh([last, folder / BEST], data):
         state = read_checkpoint(last, "quickstart")
-        if "config" in state and recipe(state["config"]) == recipe(cfg.model_dump()):
+        configs = state["config"], cfg.model_dump()
+        was, now = ((values["DATA"], values["TRAIN"] | {"resume": None}) for values in configs)
+        if was == now:
             is_done = state["epoch"] == cfg.TRAIN.epochs
             return None if is_done else f"{command} --opts TRAIN.resume {last}"
     for path in (*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")):

@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tenacity
 from helpers import largest_file
 from odd_server import Answer
 
-from tools import download
 from tools.download import UnfitError, check_file, fetch, names_in, unpack
 from utils.errors import UserError
 
@@ -83,10 +81,13 @@ def test_a_failure_that_may_pass_is_tried_again_from_where_it_broke(server, get,
     assert server.requests[-1] == ("a", f"bytes={answer.cut}-" if answer.cut else None)
 
 
-def test_a_host_that_fails_for_ever_is_given_up_and_another_one_continues(server, get):
+def test_a_host_that_fails_for_ever_is_given_up_and_another_one_continues(server, get, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
     bad = server.put("bad", CONTENT, Answer(cut=327_680), *[Answer(503)] * 9)
     assert get(bad, server.put("good", CONTENT)) == CONTENT
     assert server.requests[-1] == ("good", "bytes=327680-")
+    assert pauses == [1, 2, 4, 8]
 
 
 def test_the_next_run_goes_on_at_the_byte_where_the_last_one_was_killed(server, get, tmp_path):
@@ -107,13 +108,6 @@ def test_the_next_run_goes_on_at_the_byte_where_the_last_one_was_killed(server, 
 def test_what_cannot_be_continued_is_downloaded_anew(server, get, tmp_path, begun, answers):
     (tmp_path / "x.part.zip").write_bytes(begun)
     assert get(server.put("a", CONTENT, *answers)) == CONTENT
-
-
-def test_pauses_grow_and_end():
-    state, waits = tenacity.RetryCallState(download._go_on.retry, None, (), {}), []
-    for state.attempt_number in (1, 2, 3, 9):
-        waits.append(state.retry_object.wait(state))
-    assert waits == [1, 2, 4, 60]
 
 
 def test_a_digest_with_one_witness_warns_and_one_with_several_refuses(tmp_path, capsys):

@@ -310,18 +310,12 @@ def tar_files(path: Path, *files: Path) -> None:
             archive.add(file, f"data/odd name/{file.name}")
 
 
-@pytest.mark.parametrize("source", ["folder", "hub"])
-def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path, source):
-    words, given = ["--from", tmp_path / "data/downloads"], tmp_path / "data/downloads"
-    given.mkdir(parents=True)
-    shutil.copy(grefcoco / "train2014.zip", given)
-    tar_files(given / "grefs.tar.gz", *(grefcoco / "grefcoco").iterdir())
-    if source == "hub":
-        content = {"grefs.tar.gz": (given / "grefs.tar.gz").read_bytes()}
-        server.put_hub("datasets/KeepParallel/gRefCOCO", content)
-        (given / "grefs.tar.gz").unlink()
-        words = []
-    found = records(run("grefcoco", *words), "grefcoco")
+def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path):
+    (downloads := tmp_path / "data/downloads").mkdir(parents=True)
+    shutil.copy(grefcoco / "train2014.zip", downloads)
+    tar_files(archive := tmp_path / "grefs.tar.gz", *(grefcoco / "grefcoco").iterdir())
+    server.put_hub("datasets/KeepParallel/gRefCOCO", {archive.name: archive.read_bytes()})
+    found = records(run("grefcoco"), "grefcoco")
     assert set(found) == set(COUNTS)
     for refs in found.values():
         assert {min(ref.num_targets, 2) for ref in refs} == {0, 1, 2}
