@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers import ALONE, ROOT, build_run, pack, write_config, write_records
 from loguru import logger
-from odd_server import OddServer, serve
+from odd_server import OddServer
 
 from engine.loaders import build_evaluation_loader
 from engine.trainer import save
@@ -116,9 +117,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddServer]:
     """A web server that is the Hugging Face Hub too; nobody waits between two tries."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with serve() as odd:
+    with OddServer() as odd:
         monkeypatch.setenv("HF_ENDPOINT", odd.url)
+        threading.Thread(target=odd.serve_forever, kwargs={"poll_interval": 0.02}).start()
         yield odd
+        odd.shutdown()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

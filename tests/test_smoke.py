@@ -1,7 +1,6 @@
 """The whole chain by its real programs: REFER files → JSON and masks → LMDB → training → scores."""
 
 import json
-import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 import yaml
 from helpers import (
-    ROOT,
     all_refs,
     load,
     pack,
@@ -23,7 +21,7 @@ from helpers import (
 )
 from PIL import Image
 
-from tools import inspect_lmdb
+from tools import inspect_lmdb, refshapes
 from tools.refer import Refer
 from utils.metrics import CRIS, GRES, Convention
 from utils.records import RecordReader
@@ -69,19 +67,10 @@ def test_shapes_from_nothing_to_scores(data, tmp_path):
     score(config, data / "lmdb/shapes/val.lmdb")
 
 
-def test_shapes_of_any_number_from_nothing_to_scores(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for command in (
-        "refshapes.py -o . --train 8 --val 4 --testA 0 --testB 0 --any-number",
-        "data_process.py --data_root . --output_dir . --dataset refshapes --split unc --name any"
-        " --generate_mask",
-        *(
-            f"folder2lmdb.py -j anns/any/{split}.json -i images/train2014 -m masks/any -o lmdb/any"
-            for split in ("train", "val")
-        ),
-    ):
-        monkeypatch.setattr(sys, "argv", command.split())
-        runpy.run_path(f"{ROOT}/tools/{sys.argv[0]}", run_name="__main__")
+def test_shapes_of_any_number_from_nothing_to_scores(tmp_path):
+    counts = "--train 8 --val 4 --testA 0 --testB 0"
+    refshapes.main(["-o", str(tmp_path), *counts.split(), "--any-number"])
+    pack(tmp_path, tmp_path, "refshapes", "unc", "any")
     lmdb = tmp_path / "lmdb/any/val.lmdb"
     drawn = Refer(tmp_path, "refshapes", "unc").split_refs("val")
     numbers = [len(ref["ann_id"]) if ref["ann_id"] != [-1] else 0 for ref in drawn]

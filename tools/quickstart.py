@@ -26,7 +26,6 @@ from utils.arguments import text_parser
 from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
-from utils.logger import METRICS
 from utils.records import RecordReader
 from utils.transforms import PROTOCOLS, decode_image, decode_mask
 from utils.visualize import comparison, grid, save_picture
@@ -90,8 +89,8 @@ def training_command(config: str, cfg: Config) -> str | None:
         if was == now:
             is_done = state["epoch"] == cfg.TRAIN.epochs
             return None if is_done else f"{command} --opts TRAIN.resume {last}"
-    for path in (*list_checkpoints(folder), folder / METRICS, *folder.glob("test_*.json*")):
-        path.unlink(missing_ok=True)
+    for path in (*list_checkpoints(folder), *folder.glob("test_*.json*")):
+        path.unlink()
     return command
 
 
