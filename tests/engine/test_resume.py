@@ -148,7 +148,7 @@ def test_a_run_resumed_at_any_step_equals_one_that_was_never_stopped(straight, c
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_path, data):
-    keys = {"epochs": 7, "save_every": "2", "accumulation_steps": 1}
+    keys = {"epochs": 12, "save_every": "2", "accumulation_steps": 1}
     whole, killed = (recipe(tmp_path / name, data, **keys) for name in ("whole", "killed"))
     train(whole, resume="auto")
     words = ("step=9", "save=5", "validation=2", "epoch=2", "record=2")
