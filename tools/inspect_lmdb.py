@@ -228,7 +228,7 @@ def save_sheet(
     if len(kinds) > 1:
         chosen = list(dict.fromkeys([*kinds.values(), *chosen]))[:count]
     cells = [draw_cell(reader, sound[position]) for position in sorted(chosen)]
-    save_picture(grid(cells, CELL, min(COLUMNS, max(count, 1)), GAP), path)
+    save_picture(grid(cells, min(COLUMNS, max(count, 1)), GAP), path)
 
 
 def draw_cell(reader: RecordReader, ref: RefRecord) -> Image.Image:

@@ -183,8 +183,7 @@ def contact_sheet(records: Sequence[dict]) -> Image.Image:
         photo = decode_image(reader.image(ref.image_key), ref.image_key)
         masks = decode_mask(ref.mask, "mask") > 0, coco_mask.decode(record["pred_rle"]) > 0
         cells.append(comparison(photo, *masks, record["sentence"], record["iou"]))
-    size = [max((cell.size[side] for cell in cells), default=0) for side in (0, 1)]
-    return grid(cells, (size[0], size[1]), columns=2, gap=20)
+    return grid(cells, columns=2, gap=20)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,9 @@ def comparison(
     return canvas
 
 
-def grid(
-    cells: Sequence[Image.Image], size: tuple[int, int], columns: int, gap: int
-) -> Image.Image:
-    """Set pictures of a (width, height) in rows on white, `gap` pixels between and around them."""
-    width, height = size[0] + gap, size[1] + gap
+def grid(cells: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
+    """Set pictures in rows on white, `gap` pixels between and around fields of the largest."""
+    width, height = (max((c.size[side] for c in cells), default=0) + gap for side in (0, 1))
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     for i, cell in enumerate(cells):

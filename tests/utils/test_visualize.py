@@ -86,7 +86,7 @@ def test_photo_truth_and_prediction_stand_side_by_side():
 
 def test_pictures_are_set_in_rows():
     cells = [Image.new("RGB", (20, 10), (0, 0, 50 * i)) for i in range(1, 4)]
-    sheet = np.asarray(grid(cells, (20, 10), columns=2, gap=3))
+    sheet = np.asarray(grid(cells, columns=2, gap=3))
     assert sheet.shape == (3 + 2 * (10 + 3), 3 + 2 * (20 + 3), 3)
     for i, (x, y) in enumerate([(3, 3), (26, 3), (3, 16)], 1):
         assert (sheet[y : y + 10, x : x + 20] == (0, 0, 50 * i)).all()
