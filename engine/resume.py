@@ -159,7 +159,9 @@ def save_and_stop(run: Run) -> NoReturn:
         UserError: a loader process was lost, or the checkpoint could not be written.
     """
     is_saved = save(run, {}, is_best=False)
-    loss = next(filter(None, gather_objects(run.stop.loss)), None)
+    names, losses = zip(*gather_objects((run.stop.name, run.stop.loss)), strict=True)
+    # A signal to the whole group ends the loaders' processes as well.
+    loss = None if any(names) else next(filter(None, losses), None)
     if is_saved and not loss and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
         (run.folder / PREEMPTED).write_text(f"{told}\n")

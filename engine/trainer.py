@@ -8,7 +8,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from engine.evaluator import describe_scores, evaluate, summarize_scores
+from engine.evaluator import HALF, describe_scores, evaluate, summarize_scores
 from engine.guard import finite_statistics, log_skipped_steps, optimizer_step
 from engine.loaders import to_device
 from engine.optim import set_rates
@@ -27,14 +27,13 @@ from utils.transforms import normalize_images, normalize_masks
 
 # As `training_scores` measures them, on the small map; validation has the plain names.
 TRAINING_METRICS = ("loss", "train_mIoU", "train_Pr@0.5")
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The type that the forward pass computes in; "auto" is fp16 on CUDA, fp32 on the CPU."""
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
-    return PRECISIONS[name]
+    return HALF.get(name, torch.float32)
 
 
 def build_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

@@ -7,6 +7,7 @@ ranks gloo, and what lies on the CPU always goes by gloo, so that no device wait
 import os
 import socket
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -98,28 +99,21 @@ def _announced() -> tuple[int, int, int, int] | None:
 def name_start(store: dist.Store, rank: int, world_size: int) -> str:
     """Return a name of this start of the ranks: the same on all of them, and new.
 
-    What dead ranks wrote is still in the store, so rank 0's name is believed only by who got it in
-    answer to a word of its own. Rank 0 writes its name before it looks who called, the others call
-    before they look for the name: so one of each two finds the other's word.
-
-    Args:
-        store: that all ranks share. Its timeout limits the wait for ranks that do not come.
+    What dead ranks wrote is still in the store. So each other rank calls with a word of its own and
+    believes only what answers that; rank 0 answers with the name until it is called by it.
     """
     word = uuid4().hex
-    if rank == 0:
-        store.set("start/name", word)
-        for other in range(1, world_size):
-            if store.check([f"start/call/{other}"]):  # perhaps a dead rank's
-                store.set(f"start/answer/{store.get(f'start/call/{other}').decode()}", word)
-        for other in range(1, world_size):
-            store.set(f"start/answer/{store.get(f'start/{word}/{other}').decode()}", word)
-        return word
-    store.set(f"start/call/{rank}", word)
-    if store.check(["start/name"]):  # perhaps a dead rank's
-        store.set(f"start/{store.get('start/name').decode()}/{rank}", word)
-    name = store.get(f"start/answer/{word}").decode()
-    store.set(f"start/{name}/{rank}", word)
-    return name
+    if rank > 0:
+        store.set(f"start/call/{rank}", word)
+        name = store.get(f"start/answer/{word}").decode()
+        store.set(f"start/{name}/{rank}", "")
+        return name
+    for other in range(1, world_size):
+        while not store.check([f"start/{word}/{other}"]):
+            call = store.get(f"start/call/{other}").decode()  # perhaps a dead rank's
+            store.set(f"start/answer/{call}", word)
+            time.sleep(0.01)
+    return word
 
 
 def stop() -> None:

@@ -1,11 +1,9 @@
 """Being asked to stop: by Ctrl-C, by the system, or by SLURM before it takes a node away.
 
-What a system lacks is left out: Windows has no SIGHUP and no SIGUSR1, macOS no sigwaitinfo.
+What a system lacks is left out: Windows has no SIGHUP and no SIGUSR1.
 """
 
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,18 +63,7 @@ def raise_losses_when_fetching() -> None:
 
 
 def leave_stopping_to_the_parent() -> None:
-    """Let a helper process outlive a signal to the whole group; only the parent's ends it."""
+    """Let a loader's process outlive signals to the whole group, but for SIGTERM, which ends it."""
     for number in SIGNALS:
-        if number != signal.SIGTERM:
+        if number != signal.SIGTERM:  # by which its parent ends it, too
             signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # who sent a signal cannot be told
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey, daemon=True).start()

@@ -332,8 +332,7 @@ def test_training_where_the_environment_names_half_a_rank(data, tmp_path, monkey
 
 
 def test_apples_gpu_scores_and_predicts_and_does_not_train(monkeypatch):
-    for name in NOT_SET:
-        monkeypatch.delenv(name, raising=False)
+    announce(monkeypatch, **NOT_SET)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert distributed.start(alone=True).device.type == "mps"
     assert distributed.start().device.type == "cpu"

@@ -9,15 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    assert_same,
-    build_run,
-    error_of,
-    load,
-    read_jsonl,
-    run_program,
-    write_config,
-)
+from helpers import assert_same, build_run, error_of, load, read_jsonl, run_program, write_config
 
 from engine import guard, trainer
 from engine.run import Run

@@ -8,12 +8,7 @@ import torch
 from helpers import ALONE, CPU, assert_same, loader_config
 from torch.utils.data import DataLoader
 
-from engine.loaders import (
-    VisitSampler,
-    build_evaluation_loader,
-    build_train_loader,
-    usable_workers,
-)
+from engine.loaders import VisitSampler, build_evaluation_loader, build_train_loader, usable_workers
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -125,16 +120,6 @@ def test_both_ways_of_batching_visit_the_same_number_of_refs(shapes_lmdb, batch_
         assert num_images == 28
     else:  # of 12 images, one here and there is cut in two by the end of a batch
         assert num_images <= 12 + 6
-
-
-@by_refs_or_images
-def test_two_ranks_together_see_the_batch_of_one(shapes_lmdb, batch_by):
-    cfg = loader_config(shapes_lmdb, batch_by=batch_by)
-    whole = build_train_loader(cfg, 4, ALONE)
-    halves = [build_train_loader(cfg, 2, Ranks(rank, 2, rank, 2, CPU)) for rank in range(2)]
-    for batches in zip(whole, *halves, strict=True):
-        expected, first, second = (batch["positions"].tolist() for batch in batches)
-        assert sorted(expected) == sorted(first + second)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 13])  # of 12 images

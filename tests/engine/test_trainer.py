@@ -24,14 +24,7 @@ from helpers import (
 )
 
 from engine import trainer
-from engine.trainer import (
-    Run,
-    build_scaler,
-    forward_backward,
-    optimizer_step,
-    resolve_precision,
-    train_one_epoch,
-)
+from engine.trainer import Run, forward_backward, optimizer_step, train_one_epoch
 from model.loss import text_to_pixel_loss
 from utils.config import load_config
 from utils.metrics import METRIC_NAMES
@@ -318,8 +311,8 @@ def test_clipping_acts_on_gradients_whose_scaling_is_undone(config, max_norm):
     ],
 )
 def test_automatic_precision_is_fp16_on_cuda_and_only_that_scales_the_loss(name, device, expected):
-    assert resolve_precision(name, device) is expected
-    assert build_scaler(expected, CPU).is_enabled() is (expected is torch.float16)
+    assert trainer.resolve_precision(name, device) is expected
+    assert trainer.build_scaler(expected, CPU).is_enabled() is (expected is torch.float16)
 
 
 def test_lower_precision_runs_on_the_cpu_keeps_float32_weights_and_may_change(config, tmp_path):
