@@ -162,8 +162,7 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 
 def is_restart() -> bool:
     """Tell whether torchrun has started this process in place of one that failed."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return count.isdecimal() and int(count) > 0
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def wrap(model: nn.Module, ranks: Ranks, sync_bn: bool, static_graph: bool) -> nn.Module:

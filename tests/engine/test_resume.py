@@ -635,11 +635,15 @@ def test_the_remedies_of_an_earlier_training_work(straight, config, ended, told)
     assert [p.name for p in (ended / "pictures").iterdir()] == ["epoch_0001.jpg"]
 
 
-def test_restarted_ranks_go_on_only_from_what_this_config_saved(config, monkeypatch):
-    train(config)
+@pytest.mark.parametrize("begun_from", [None, "step_00000001.pth"])
+def test_restarted_ranks_go_on_only_from_what_this_config_saved(
+    straight, config, monkeypatch, begun_from
+):
+    source = begun_from and straight / begun_from
+    train(config, resume=source)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert built(config).epoch == EPOCHS
-    assert "would write over it" in refusal(config, base_lr=0.5)
+    assert built(config, resume=source).epoch == EPOCHS
+    assert "would write over it" in refusal(config, resume=source, base_lr=0.5)
 
 
 # ------------------------------------------------------------- from a checkpoint of another run
