@@ -41,7 +41,7 @@ def tiny_clip(half: bool = False) -> Archived:
     return model
 
 
-def save_torchscript(model: nn.Module, path: Path) -> Path:
+def save_archive(model: nn.Module, path: Path) -> Path:
     torch.jit.save(torch.jit.trace(model, torch.zeros(1), check_trace=False), str(path))
     return path
 

@@ -13,17 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from golden.fill import filled
-from helpers import (
-    ALONE,
-    Batches,
-    assert_same,
-    build_run,
-    error_of,
-    load,
-    spawn,
-    torchrun,
-    write_config,
-)
+from helpers import ALONE, Batches, assert_same, build_run, error_of, spawn, torchrun, write_config
 from torch import nn
 
 from engine.build import build_model
@@ -202,7 +192,7 @@ def two_ranks(tmp_path_factory, config) -> list[dict]:
     """The results of both ranks."""
     out = tmp_path_factory.mktemp("results")
     spawn(2, on_rank, config, out)
-    return [load(out / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
 # ---------------------------------------------------------------------------------- comparisons

@@ -7,8 +7,8 @@ Kernels and the backward pass need a device, and are not run.
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -271,15 +271,9 @@ def as_zeros(value: Tensor) -> np.ndarray:
     return np.zeros(value.shape, np.float32)
 
 
-def pool_without_threads(_: int) -> SimpleNamespace:
-    """In threads such tensors would not know their device."""
-
-    def submit(function: Callable, *args: object) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-    return SimpleNamespace(submit=submit, shutdown=lambda **_: None)
+def submit(function: Callable, *args: object) -> SimpleNamespace:
+    """Call it when its result is asked for: in threads such tensors would not know their device."""
+    return SimpleNamespace(result=partial(function, *args))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -298,7 +292,7 @@ def test_evaluation_and_prediction_bring_maps_to_the_cpu_and_nothing_else(
     # It reads whether numbers differ, once an evaluation; these have none.
     monkeypatch.setattr(evaluator, "check_folding", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
-    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", pool_without_threads)
+    monkeypatch.setattr(evaluator, "ThreadPoolExecutor", lambda _: mock.Mock(submit=submit))
     monkeypatch.setattr(predictor, "find_device", lambda *_: GPU)
     monkeypatch.setattr(predictor, "restore_trained", lambda *_: (run.model, "none", {}))
     photo = np.zeros((50, 70, 3), np.uint8)

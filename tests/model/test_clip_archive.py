@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import (
-    KEPT_IN_HALF,
-    TINY,
-    assert_same_tensors,
-    save_torchscript,
-    tiny_clip,
-    without_sizes,
-)
+from clips import KEPT_IN_HALF, TINY, assert_same_tensors, save_archive, tiny_clip, without_sizes
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,7 +32,7 @@ def rewritten(source: Path, target: Path, edit: Callable[[bytes], bytes]) -> Pat
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     """A TorchScript archive as OpenAI saves them: float16 where CLIP is."""
-    return save_torchscript(tiny_clip(half=True), tmp_path_factory.mktemp("clip") / "tiny.pt")
+    return save_archive(tiny_clip(half=True), tmp_path_factory.mktemp("clip") / "tiny.pt")
 
 
 def only_line(path: Path, content: object = None) -> str:
@@ -58,7 +51,7 @@ def only_line(path: Path, content: object = None) -> str:
 
 @pytest.mark.parametrize("half", [True, False], ids=["fp16", "fp32"])
 def test_torchscript_archive_gives_what_torch_jit_load_gives(tmp_path, half):
-    path = save_torchscript(tiny_clip(half), tmp_path / "clip.pt")
+    path = save_archive(tiny_clip(half), tmp_path / "clip.pt")
     expected = without_sizes(torch.jit.load(str(path)).state_dict())
     assert expected["text_projection"].dtype == (torch.float16 if half else torch.float32)
     assert_same_tensors(read_clip(path), expected)
@@ -160,7 +153,7 @@ def test_tensor_that_lies_outside_its_storage_is_an_error(archive, tmp_path, off
     assert re.search("damaged.*([Ss]torage|offset)", line)
 
 
-@pytest.mark.parametrize("form", ["bare", "legacy", "wrapped", "module", "safetensors"])
+@pytest.mark.parametrize("form", ["bare", "legacy", "wrapped", "safetensors"])
 def test_plain_state_dict_in_any_wrapping_gives_the_same_tensors(tmp_path, form):
     state = tiny_clip().state_dict()
     path = tmp_path / f"clip.{'safetensors' if form == 'safetensors' else 'pth'}"
@@ -168,8 +161,6 @@ def test_plain_state_dict_in_any_wrapping_gives_the_same_tensors(tmp_path, form)
         save_file(state, path)
     elif form == "wrapped":
         torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    elif form == "module":
-        torch.save({f"module.{k}": v for k, v in state.items()}, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=form == "bare")
     assert_same_tensors(read_clip(path), without_sizes(state))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from clips import TINY, assert_same_tensors, save_torchscript, tiny_clip, without_sizes
+from clips import TINY, assert_same_tensors, save_archive, tiny_clip, without_sizes
 from helpers import ROOT, all_refs, largest_file, run_program
 from odd_server import Answer, OddServer
 from safetensors.torch import save_file
@@ -348,7 +348,7 @@ def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run,
 def clip(tmp_path, monkeypatch) -> dict[str, bytes]:
     """A tiny CLIP as OpenAI would publish it, and the same weights as float32 safetensors."""
     model = tiny_clip(half=True)
-    archive = save_torchscript(model, tmp_path / "archive.pt").read_bytes()
+    archive = save_archive(model, tmp_path / "archive.pt").read_bytes()
     weights = without_sizes(model.state_dict())
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     save_file(weights, tmp_path / "plain.safetensors")
