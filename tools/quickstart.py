@@ -97,7 +97,8 @@ def training_command(config: str, cfg: Config) -> str | None:
 def take(name: str, command: str | None) -> None:
     """Run a step's command, if it has one, on one GPU at most; a failure ends the program."""
     if command is None:
-        return print(f"● {name}: complete, reused", flush=True)
+        print(f"● {name}: complete, reused", flush=True)
+        return
     print(f"● {name}\n  $ {os.path.relpath(sys.executable)} {command}", flush=True)
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # On a CPU, a thread that waits for another soon gives up its core: where anything else runs
