@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Segmenter(nn.Module):
     """CRIS. `model(image, tokens)` gives logits, the same in training and evaluation mode.
 
-    Its parts have fitting widths (see `assemble`); `sizes` are those of the CLIP inside.
+    Its parts have fitting widths (see `build_segmenter`); `sizes` are those of the CLIP inside.
     """
 
     def __init__(
@@ -93,45 +93,21 @@ def build_segmenter(cfg: "Config", weights: dict[str, Tensor] | None = None) -> 
         sizes = derive_sizes(weights)
     else:
         raise ValueError("TRAIN.clip_pretrain and TRAIN.clip_arch are both null: give one of them")
-    channels = train.vis_dim or sizes.transformer_width
+    vision, channels = sizes.vision_width, train.vis_dim or sizes.transformer_width
     if channels % train.num_head:
         raise ValueError(f"TRAIN.num_head {train.num_head} does not divide the width {channels}")
-    model = assemble(
+    fpn_out = train.fpn_out or (channels // 2, channels, 2 * channels)
+    decoder_sizes = train.num_layers, channels, train.num_head, train.dim_ffn
+    model = Segmenter(
         sizes,
-        fpn_out=train.fpn_out or (channels // 2, channels, 2 * channels),
-        channels=channels,
-        num_layers=train.num_layers,
-        num_heads=train.num_head,
-        dim_ffn=train.dim_ffn,
-        dropout=train.dropout,
-        recompute_backbone=train.recompute_backbone,
-        recompute_decoder=train.recompute_decoder,
+        DenseCLIP(sizes, train.recompute_backbone),
+        Neck((8 * vision, 16 * vision, sizes.embed_dim), fpn_out, sizes.embed_dim),
+        Decoder(*decoder_sizes, train.dropout, train.recompute_decoder),
+        Projector(sizes.embed_dim, channels),
     )
     if weights is not None:
         load_backbone(model.backbone, weights)
     return model
-
-
-def assemble(
-    sizes: ClipSizes,
-    fpn_out: tuple[int, int, int],
-    channels: int,
-    num_layers: int,
-    num_heads: int,
-    dim_ffn: int,
-    dropout: float,
-    recompute_backbone: bool = False,
-    recompute_decoder: bool = False,
-) -> Segmenter:
-    """Build the four parts so that their widths fit."""
-    width = sizes.vision_width
-    return Segmenter(
-        sizes,
-        DenseCLIP(sizes, recompute_backbone),
-        Neck((8 * width, 16 * width, sizes.embed_dim), fpn_out, sizes.embed_dim),
-        Decoder(num_layers, channels, num_heads, dim_ffn, dropout, recompute_decoder),
-        Projector(sizes.embed_dim, channels),
-    )
 
 
 def load_backbone(backbone: DenseCLIP, weights: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +36,7 @@ from engine.evaluator import score_masks
 from engine.pace import MEASURED
 from engine.trainer import Run
 from model.clip import ClipSizes
-from model.segmenter import Segmenter, assemble
+from model.segmenter import Segmenter, build_segmenter
 from tools import data_process, folder2lmdb
 from utils import distributed
 from utils.cache import SquareCache
@@ -57,10 +57,16 @@ SIZES = ClipSizes(  # of the golden case "tiny"
 COLOURS = ("red", "green", "blue", "white", "yellow", "black")
 
 
-def small_segmenter(sizes: ClipSizes = SIZES, dropout: float = 0.0, **recompute: bool) -> Segmenter:
-    """The golden case "tiny", or another CLIP under the same head, with the golden weights."""
-    width = sizes.transformer_width
-    model = assemble(sizes, (32, width, 96), width, 2, 4, 128, dropout, **recompute)
+def small_config(**train: object) -> Config:
+    """The golden case "tiny" but for these keys of TRAIN."""
+    keys = {"clip_pretrain": None, "clip_arch": asdict(SIZES), "fpn_out": (32, 64, 96)}
+    keys |= {"num_layers": 2, "num_head": 4, "dim_ffn": 128, "dropout": 0.0} | train
+    return Config(TRAIN=TrainConfig(**keys))
+
+
+def small_segmenter(**train: object) -> Segmenter:
+    """The same with the golden weights."""
+    model = build_segmenter(small_config(**train))
     model.load_state_dict(filled(model.state_dict()))
     return model
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +46,7 @@ tolerance ends with an error and without a file."""
 # server encodes an image once and asks as many sentences of it as come.
 IMAGE_ENCODER, TEXT_HEAD = "image_encoder.onnx", "text_head.onnx"
 OPSET = 20
+Case = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # name, images, image_index, tokens
 Difference = tuple[str, str, float]  # case, output, how far it is from PyTorch's
 NAMES = {  # inputs, outputs
     IMAGE_ENCODER: (("images",), ("v3", "v4", "v5")),
@@ -82,15 +82,6 @@ class TextHead(nn.Module):
         features = ImageFeatures(v3, v4, v5).repeat(image_index)
         logits = self.model.segment(features, tokens)
         return logits, upsample_probability(logits.sigmoid(), self.side, self.protocol)
-
-
-class Case(NamedTuple):
-    """Hold inputs on which graphs and PyTorch are compared: N images with B sentences."""
-
-    name: str
-    images: np.ndarray  # (N, S, S, 3) uint8
-    image_index: np.ndarray  # (B,) int64
-    tokens: np.ndarray  # (B, L) int64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -192,18 +183,18 @@ def compare(
     (protocol,) = validation_protocol(cfg.TEST).values()
     encoder, head = ImageEncoder(model), TextHead(model, cfg.TRAIN.input_size, protocol)
     outputs = (*NAMES[IMAGE_ENCODER][1], *NAMES[TEXT_HEAD][1])
-    for case in cases:
-        found = encode.run(None, {"images": case.images})
-        asked = dict(zip(NAMES[TEXT_HEAD][0], (*found, case.image_index, case.tokens), strict=True))
+    for case, images, image_index, tokens in cases:
+        found = encode.run(None, {"images": images})
+        asked = dict(zip(NAMES[TEXT_HEAD][0], (*found, image_index, tokens), strict=True))
         found += segment.run(None, asked)
         with torch.inference_mode():
-            features = encoder(torch.from_numpy(case.images))
-            rest = head(*features, *map(torch.from_numpy, (case.image_index, case.tokens)))
+            features = encoder(torch.from_numpy(images))
+            rest = head(*features, *map(torch.from_numpy, (image_index, tokens)))
         for name, got, expected in zip(outputs, found, (*features, *rest), strict=True):
             assert got.shape == expected.shape, f"{name}: {got.shape}, {expected.shape}"
             # One that is small everywhere must not be more exact than its threshold needs.
             scale = 1.0 if name == "probability" else max(float(expected.abs().max()), 1e-12)
-            yield case.name, name, float(np.abs(got - expected.numpy()).max()) / scale
+            yield case, name, float(np.abs(got - expected.numpy()).max()) / scale
 
 
 def make_cases(cfg: Config, seed: int = 0) -> list[Case]:
@@ -218,11 +209,11 @@ def make_cases(cfg: Config, seed: int = 0) -> list[Case]:
             row[: len(words) + 2] = [START_ID, *words, END_ID]
         name = f"random, images {num_images}, sentences {num_sentences}"
         images = rng.integers(0, 256, (num_images, side, side, 3), np.uint8)
-        cases.append(Case(name, images, rng.integers(0, num_images, num_sentences), tokens))
+        cases.append((name, images, rng.integers(0, num_images, num_sentences), tokens))
     photo, texts = draw_example(seed)
     tokens, index = tokenize(texts, length).numpy(), np.zeros(len(texts), np.int64)
     name = f"a picture of RefShapes, sentences {len(texts)}"
-    return [*cases, Case(name, letterbox_image(photo, side)[None], index, tokens)]
+    return [*cases, (name, letterbox_image(photo, side)[None], index, tokens)]
 
 
 def check(differences: Sequence[Difference], tolerance: float) -> None:

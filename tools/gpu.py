@@ -53,8 +53,7 @@ BENCHMARKS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every part, print the table, write both files; exit with 1 if a part failed."""
     parser = text_parser(__doc__)
-    folder = {"type": Path, "default": Path("exp/gpu"), "help": "folder (%(default)s)"}
-    parser.add_argument("-o", "--output", **folder)
+    parser.add_argument("-o", "--output", type=Path, default="exp/gpu", help="folder (%(default)s)")
     output = parser.parse_args(argv).output
     found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found["driver"] = collect_env.get_nvidia_driver_version(collect_env.run) or "none"

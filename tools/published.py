@@ -21,7 +21,7 @@ from model.loss import resize_target, text_to_pixel_loss
 from model.neck import coordinates
 from model.segmenter import Segmenter
 from utils.metrics import intersection_and_union, training_scores
-from utils.records import RecordReader, RefRecord
+from utils.records import RecordReader
 from utils.tokenizer import tokenize
 from utils.transforms import (
     CLIP_MEAN,
@@ -54,7 +54,10 @@ class Published(nn.Module):
 
     def stages(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Return what the golden files describe: the maps, the text, neck, decoder, logits."""
-        c3, c4, c5 = encode_image(self.backbone.visual, image)
+        visual = self.backbone.visual
+        c3 = visual.layer2(visual.layer1(visual.stem(image)))
+        c4 = visual.layer3(c3)
+        c5 = pool_densely(visual.attnpool, visual.layer4(c4))
         words, state = self.backbone.encode_text(tokens)
         fused = fuse(self.neck, c3, c4, c5, state)
         pixels = decode(self.decoder, fused, words, tokens == 0)
@@ -64,13 +67,6 @@ class Published(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ network
-
-
-def encode_image(visual: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CLIP's ResNet: (B, 3, S, S) -> maps at stride 8, 16, 32."""
-    c3 = visual.layer2(visual.layer1(visual.stem(x)))
-    c4 = visual.layer3(c3)
-    return c3, c4, pool_densely(visual.attnpool, visual.layer4(c4))
 
 
 def pool_densely(pool: nn.Module, x: Tensor) -> Tensor:
@@ -210,19 +206,15 @@ def evaluate(
         Intersection and union in pixels by (position, sentence).
     """
     model.eval()
-    counts = {}
+    counts, protocol = {}, PROTOCOLS["published"]
     for position in positions:
         ref = reader.ref(position)
         # Stacked, as its loader makes a batch of one: decoded pixels lie with channels last.
         image = torch.stack([read_image(reader.image(ref.image_key), side)]).to(device)
         for place, sentence in enumerate(ref.sentences):
             tokens = tokenize(sentence, word_len).to(device)
-            counts[position, place] = score(model(image, tokens), ref, side)
+            mask, probability = load_mask(ref), torch.sigmoid(model(image, tokens))
+            square = upsample_probability(probability, side, protocol)[0].cpu().numpy()
+            pred_mask = restore_size(square, mask.shape) > protocol.threshold
+            counts[position, place] = intersection_and_union(pred_mask, mask > 0)
     return counts
-
-
-def score(logits: Tensor, ref: RefRecord, side: int) -> tuple[int, int]:
-    """Logits (1, 1, S/4, S/4) -> intersection and union at the photo's size."""
-    protocol, mask = PROTOCOLS["published"], load_mask(ref)
-    square = upsample_probability(torch.sigmoid(logits), side, protocol)[0].cpu().numpy()
-    return intersection_and_union(restore_size(square, mask.shape) > protocol.threshold, mask > 0)

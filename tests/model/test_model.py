@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, ROOT, SIZES, random_batch, small_segmenter
+from helpers import CPU, SIZES, random_batch, small_config, small_segmenter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,10 +14,9 @@ from model.clip import ClipSizes, resizing_matrix
 from model.clip_archive import derive_sizes
 from model.decoder import sequence_positions
 from model.projector import Projector
-from model.segmenter import Segmenter, assemble, build_segmenter
+from model.segmenter import Segmenter, build_segmenter
 from tools import published
 from tools.latency import PUBLISHED_ARCH
-from utils.config import Config, load_config
 from utils.transforms import normalize_images
 
 SIDE = 128
@@ -215,9 +214,8 @@ PUBLISHED = PUBLISHED_ARCH | {
 @pytest.mark.parametrize("sizes", PUBLISHED.values(), ids=PUBLISHED.keys())
 def test_every_clip_resnet_builds_and_its_sizes_can_be_read_off_its_weights(sizes):
     sizes = ClipSizes(*sizes)
-    width = sizes.transformer_width
     with torch.device("meta"):
-        model = assemble(sizes, (width, width, width), width, 1, 8, width, 0.1).eval()
+        model = build_segmenter(small_config(clip_arch=asdict(sizes), fpn_out=None)).eval()
         assert model(torch.empty(1, 3, 64, 64), torch.ones(1, 17).long()).shape == (1, 1, 16, 16)
     assert derive_sizes(model.backbone.state_dict()) == sizes
     assert model.backbone.visual.attnpool.num_heads == sizes.vision_width // 2
@@ -270,22 +268,12 @@ def test_sequence_positions_are_waves_from_0_with_sine_and_cosine_interleaved():
 # ----------------------------------------------------------------------------------------- building
 
 
-ARCH = asdict(SIZES) | {"vision_layers": list(SIZES.vision_layers)}
-
-
-def tiny_config(**train: object) -> Config:
-    keys = {"clip_pretrain": None, "vis_dim": 64, "fpn_out": [32, 64, 96]}
-    keys |= {"num_layers": 1, "num_head": 4, "dim_ffn": 64} | train
-    opts = [str(word) for key, value in keys.items() for word in (f"TRAIN.{key}", value)]
-    return load_config(ROOT / "config/base.yaml", opts)
-
-
 @pytest.mark.parity
 def test_clip_weights_fill_the_backbone_and_decide_its_sizes():
     given = small_segmenter().backbone.state_dict()
     connect = {k: v for k, v in given.items() if ".connect." in k}
     weights = {k: v.half().float() for k, v in given.items() if k not in connect}
-    model = build_segmenter(tiny_config(), weights)
+    model = build_segmenter(small_config(clip_arch=None), weights)
     assert model.sizes == SIZES
     built = model.backbone.state_dict()
     assert all(torch.equal(built[key], value) for key, value in weights.items())
@@ -299,23 +287,22 @@ def test_clip_weights_that_do_not_fit_are_refused_by_name():
     weights = dict(small_segmenter().backbone.state_dict())
     del weights["ln_final.bias"]
     with pytest.raises(ValueError, match=r"missing \['ln_final.bias'\]"):
-        build_segmenter(tiny_config(clip_arch=ARCH), weights)
+        build_segmenter(small_config(), weights)
 
 
 @pytest.mark.parity
 def test_heads_that_do_not_divide_the_width_of_an_archive_are_refused():
-    cfg = tiny_config(vis_dim=None, fpn_out=None, num_head=7)
+    cfg = small_config(clip_arch=None, fpn_out=None, num_head=7)
     with pytest.raises(ValueError, match=r"TRAIN\.num_head 7 does not divide the width \d+"):
         build_segmenter(cfg, small_segmenter().backbone.state_dict())
 
 
 def test_fresh_model_is_finite_and_the_same_for_the_same_seed():
-    cfg = tiny_config(clip_arch=ARCH)
     photos, tokens, _ = random_batch(2, SIDE)
     outputs = []
     for _ in range(2):
         torch.manual_seed(0)
-        outputs.append(predict(build_segmenter(cfg).eval(), photos, tokens))
+        outputs.append(predict(build_segmenter(small_config()).eval(), photos, tokens))
     assert outputs[0].isfinite().all()
     assert torch.equal(*outputs)
 

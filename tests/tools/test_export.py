@@ -191,12 +191,3 @@ def test_a_missing_package_is_named_before_anything_is_computed(trained, monkeyp
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="needs the package onnxscript: pip install -r"):
         export_as("onnx", trained, "--weights", "none.pth")
-
-
-def test_an_example_picture_is_drawn_with_what_is_true_of_it():
-    pixels, sentences = draw_example(seed=0)
-    assert pixels.dtype == np.uint8
-    assert pixels.ndim == 3
-    assert len(sentences) == len({*sentences}) > 2
-    assert np.array_equal(draw_example(seed=0)[0], pixels)
-    assert not np.array_equal(draw_example(seed=1)[0], pixels)
