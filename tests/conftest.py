@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from browser import Visit, open_browser
 from helpers import ALONE, ROOT, build_run, pack, write_config, write_records
 from loguru import logger
 from odd_server import OddServer
@@ -110,6 +111,12 @@ def log_lines() -> list[str]:
     lines: list[str] = []
     logger.add(lambda message: lines.append(message.record["message"]))
     return lines
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Visit]:
+    with open_browser() as visit:
+        yield visit
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ SAME_PROTOCOL = ("protocol", "threshold", "no_target_pixels", "swapped_sentences
 LINE = dict.fromkeys(("ref_id", "sent_id", "height", "width", "target_area"), int)
 LINE |= {"intersection": int, "union": int, "iou": int | float, "pred_rle": dict}
 LINE |= {"sentence": str, "image": str, "category": int | None}
-RESULT = dict.fromkeys(("dataset", "split", "protocol", "checkpoint"), str)
+RESULT = dict.fromkeys(("dataset", "split", "protocol", "checkpoint", "lmdb", "records"), str)
 RESULT |= {"threshold": int | float, "swapped_sentences": bool, "refs": int, "ceiling": dict}
 
 
@@ -187,16 +187,14 @@ def find_records(given: Path | None, models: Sequence[Scored]) -> RecordReader:
     Raises:
         UserError: they are not where the results say, or others are there.
     """
-    # Results of an older test.py name neither the file nor its digest.
-    paths, digests = ([model.result.get(name) for model in models] for name in ("lmdb", "records"))
-    named = [given] if given else [Path(path) for path in paths if path]
+    results = [model.result for model in models]
+    named = [given] if given else [Path(result["lmdb"]) for result in results]
     path = next(filter(Path.is_file, named), None)
     if path is None:
-        where = f"not in {named[0]}" if named else "not named in the results"
-        raise UserError(f"the photos are {where}: name the LMDB with --lmdb")
-    reader, result = RecordReader(path), models[0].result
-    is_same_split = all(reader.meta[name] == result[name] for name in SAME)
-    if not is_same_split or (any(digests) and reader.digest() not in digests):
+        raise UserError(f"the photos are not in {named[0]}: name the LMDB with --lmdb")
+    reader = RecordReader(path)
+    is_same_split = all(reader.meta[name] == results[0][name] for name in SAME)
+    if not is_same_split or reader.digest() not in [result["records"] for result in results]:
         raise UserError(f"{path} holds other records than were scored: name those with --lmdb")
     return reader
 

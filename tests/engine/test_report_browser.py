@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from browser import Visit, open_browser
+from browser import Visit
 from helpers import (
     HOSTILE,
     ODD_SENTENCES,
@@ -27,12 +27,6 @@ from utils.transforms import load_mask
 pytestmark = pytest.mark.slow
 
 PAGE = 24  # cards
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Visit]:
-    with open_browser() as visit:
-        yield visit
 
 
 @pytest.fixture

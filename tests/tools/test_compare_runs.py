@@ -162,13 +162,6 @@ def test_the_records_can_be_named_where_they_moved(runs, tmp_path, shapes_lmdb):
     assert "not in absent.lmdb" in error(*runs, "--lmdb", "absent.lmdb")
     other = write_records(tmp_path / "other.lmdb", [1])
     assert "holds other records than were scored" in error(*runs, "--lmdb", other)
-    for path in runs:  # as an older test.py wrote them
-        content = json.loads(path.with_suffix(".json").read_text())
-        del content["records"], content["lmdb"]
-        path.with_suffix(".json").write_text(json.dumps(content))
-    assert "not named in the results: name the LMDB with --lmdb" in error(*runs)
-    main(*runs, "-o", tmp_path / "page", "--lmdb", shapes_lmdb)
-    assert "holds other records than were scored" in error(*runs, "--lmdb", other)
 
 
 def test_a_file_that_is_no_result_is_refused(runs):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
-from browser import Visit, open_browser
+from browser import Visit
 from helpers import ROOT, save_photo
 from PIL import Image
 
@@ -71,12 +71,6 @@ def started(trained: Path, folder: Path, *words: str) -> Iterator[Demo]:
 def demo(trained, tmp_path_factory) -> Iterator[Demo]:
     with started(trained, tmp_path_factory.mktemp("demo") / "tmp", "--max-upload", "1") as demo:
         yield demo
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Visit]:
-    with open_browser() as visit:
-        yield visit
 
 
 @pytest.fixture
