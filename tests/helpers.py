@@ -45,7 +45,6 @@ from utils.dataset import EvaluationDataset, SentenceTask, TrainingDataset
 from utils.distributed import Ranks
 from utils.logger import Tracker
 from utils.records import JoinedReader, RecordReader, RecordWriter, RefRecord
-from utils.tokenizer import token_lengths
 from utils.transforms import load_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +97,7 @@ def repack(
         for ref in all_refs(source) if refs is None else refs:
             key = ref.image_key
             writer.add_image(key, photos[key] if key in photos else reader.image(key))
-            writer.add_ref(ref, token_lengths(ref.sentences))
+            writer.add_ref(ref)
     return target
 
 
@@ -186,7 +185,7 @@ def write_records(path: Path, refs_per_image: Sequence[int]) -> Path:
             writer.add_image(f"image_{image}.jpg", encoded(smooth_photo(rng, *size), ".jpg"))
             for _ in range(count):
                 ref = sample_ref(position, image, size, 1 + position % 4)
-                writer.add_ref(ref, token_lengths(ref.sentences))
+                writer.add_ref(ref)
                 position += 1
     return path
 
@@ -497,7 +496,7 @@ def write_odd_records(path: Path) -> Path:
             sentences = ODD_SENTENCES[2 * i : 2 * i + 2]
             mask = encoded(blob(*size, seed=i))
             ref = RefRecord(i, name, None, None, *size, mask, sentences, (2 * i, 2 * i + 1))
-            writer.add_ref(ref, token_lengths(ref.sentences))
+            writer.add_ref(ref)
     return path
 
 

@@ -40,7 +40,6 @@ from utils.records import (
     RefRecord,
     open_lmdb,
 )
-from utils.tokenizer import token_lengths
 
 EPILOG = """examples:
   python tools/folder2lmdb.py -j datasets/anns/refcoco/val.json -i datasets/images/train2014 \\
@@ -96,10 +95,10 @@ def packed_summary(path: Path) -> str:
     )
 
 
-def token_length_summary(histogram: Mapping[int, int], word_lens: Sequence[int] = (17, 22)) -> str:
-    """Return how long the sentences are, and how many each `word_len` cuts (the published ones)."""
+def token_length_summary(histogram: Mapping[int, int]) -> str:
+    """Return how long the sentences are, and how many each published `word_len` cuts."""
     counts = "  ".join(f"{length}:{histogram[length]}" for length in sorted(histogram))
-    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in word_lens}
+    cut = {k: sum(n for length, n in histogram.items() if length > k) for k in (17, 22)}
     cuts = ", at ".join(f"{word_len}: {count}" for word_len, count in cut.items())
     return (
         f"sentences by tokens, start and end included (tokens:sentences): {counts}\n"
@@ -139,7 +138,7 @@ def pack(args: argparse.Namespace) -> Path:
                 texts = tuple(sentence["sent"] for sentence in entry["sentences"])
                 sent_ids = tuple(sentence["sent_id"] for sentence in entry["sentences"])
                 fields = key, image_id_of(key), entry["cat"], *size, white, texts, sent_ids
-                writer.add_ref(RefRecord(number, *fields, num_targets), token_lengths(texts))
+                writer.add_ref(RefRecord(number, *fields, num_targets))
         odd.settle()
         lists = [p.with_suffix(".odd") for p in args.json]
         earlier = sum(len(p.read_text("utf-8").split("\n")) for p in lists if p.is_file())
@@ -274,7 +273,7 @@ def convert(args: argparse.Namespace) -> Path:
                 writer.add_image(key, item["img"])
                 sent_ids = tuple(range(count, count + len(texts)))
                 fields = key, image_id_of(key), item["cat"], *size, mask, texts, sent_ids
-                writer.add_ref(RefRecord(number, *fields), token_lengths(texts))
+                writer.add_ref(RefRecord(number, *fields))
                 count += len(texts)
         odd.settle()
         writer.left_out = len(odd.of_split(source.stem))

@@ -68,19 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print what a file holds and what is wrong with it; write the contact sheet."""
     args = _parse_args(argv)
     sheet = args.output or args.lmdb.with_suffix(".jpg")
-    choice = args.samples, args.seed, args.word_len
-    faults = inspect(args.lmdb, sheet, args.subset, *choice)
-    if faults:
+    if faults := inspect(args.lmdb, sheet, args.subset, args.samples, args.seed):
         raise UserError(f"{args.lmdb}: {len(faults)} faults, listed above")
 
 
 def inspect(
-    path: Path,
-    sheet: Path,
-    is_subset: bool,
-    samples: int = 12,
-    seed: int = 0,
-    word_len: Sequence[int] = (17, 22),
+    path: Path, sheet: Path, is_subset: bool, samples: int = 12, seed: int = 0
 ) -> list[str]:
     """Print what a file holds, check all of it, and write a picture of some of it.
 
@@ -88,7 +81,6 @@ def inspect(
         sheet: where the picture goes (PNG or JPEG); none is written for 0 samples.
         is_subset: do not compare with the published numbers.
         samples, seed: how many refs are on the sheet, and what chooses them.
-        word_len: of each it is told how many sentences it would cut.
     Returns:
         A line for each fault.
     """
@@ -102,7 +94,7 @@ def inspect(
     if "left_out" in meta:
         print(f"  left out {meta['left_out']:,} odd refs, when it was packed")
     found = check_records(reader)
-    for line in statistics(meta, found, word_len):
+    for line in statistics(meta, found):
         print(f"  {line}")
     if not is_subset and meta["dataset"] in PUBLISHED:
         differing = differences(meta)
@@ -194,7 +186,7 @@ def _problems(ref: RefRecord, image: tuple | None, ids: set[tuple[str, int]]) ->
             yield f"its sentence {sentence!r} has no words"
 
 
-def statistics(meta: Mapping, found: Inspection, word_len: Sequence[int]) -> Iterator[str]:
+def statistics(meta: Mapping, found: Inspection) -> Iterator[str]:
     """Yield the statistics of a file, a line each; of the refs, those without a fault count."""
     refs = found.sound.values()
     if refs:
@@ -210,7 +202,7 @@ def statistics(meta: Mapping, found: Inspection, word_len: Sequence[int]) -> Ite
         yield f"masks    % of the photo they cover, at quantiles {names} %: {values}"
     yield from (f"targets  {line}" for line in target_summary(ref.num_targets for ref in refs))
     yield f"classes  {len({ref.category for ref in refs} - {None}) or 'no'} categories"
-    histogram, cut = token_length_summary(meta["token_length"], word_len).splitlines()
+    histogram, cut = token_length_summary(meta["token_length"]).splitlines()
     yield textwrap.fill(f"tokens   {histogram}", 97, subsequent_indent=" " * 11)
     yield f"         {cut}"
 
@@ -256,8 +248,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=12, metavar="N", help="refs on the sheet (%(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="chooses them (%(default)s)")
     add("-o", "--output", type=Path, help="the contact sheet, PNG or JPEG (X.jpg beside X.lmdb)")
-    cuts = "TRAIN.word_len to try (17 22)"
-    add("--word-len", type=int, nargs="+", default=[17, 22], metavar="N", help=cuts)
     add("--subset", action="store_true", help="a part of a known data set: compare no counts")
     args = parser.parse_args(argv)
     check_at_least(parser, args, samples=0)

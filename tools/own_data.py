@@ -36,7 +36,6 @@ from utils.arguments import text_parser
 from utils.errors import UserError, run_entry_point
 from utils.photos import read_mask
 from utils.records import LARGEST, RecordWriter, RefRecord
-from utils.tokenizer import token_lengths
 
 EPILOG = """a line, an object of one image (spread out here):
   {"image": "photos/7.jpg",
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 writer = RecordWriter.open(path, args.output.resolve().name, split)
                 writers[split] = stack.enter_context(writer)
             writers[split].add_image(ref.image_key, photo)
-            writers[split].add_ref(ref, token_lengths(ref.sentences))
+            writers[split].add_ref(ref)
         odd.settle()
         for split, writer in writers.items():
             writer.left_out = len(odd.of_split(split)) + len(odd.of_split(None))

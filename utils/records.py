@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.tokenizer import token_lengths
 
 FORMAT_VERSION = 1
 TOOL = "cris 0.1.0"
@@ -107,7 +108,7 @@ class RecordWriter:
 
         with RecordWriter.open(path, "refcoco", "val") as writer:
             writer.add_image(record.image_key, jpeg_bytes)
-            writer.add_ref(record, token_lengths)
+            writer.add_ref(record)
 
     `left_out`, the number of refs not packed, is for the meta entry.
     """
@@ -157,29 +158,23 @@ class RecordWriter:
             self._image_keys.add(key)
             self._put(f"image:{key}".encode(), data)
 
-    def add_ref(self, record: RefRecord, token_lengths: Sequence[int]) -> None:
+    def add_ref(self, record: RefRecord) -> None:
         """Append a ref whose image has been added.
 
-        Args:
-            record: the ref.
-            token_lengths: tokens of each of its sentences, start and end token included,
-                before any cut.
-
         Raises:
-            ValueError: its image is missing, or it has no sentence, or the numbers of sentences,
-                sentence ids and token lengths differ, or `num_targets` is below 0.
+            ValueError: its image is missing, or it has no sentence, or not an id for each.
         """
         if record.image_key not in self._image_keys:
             raise ValueError(f"ref {record.ref_id}: image {record.image_key} was not added")
-        counts = len(record.sentences), len(record.sent_ids), len(token_lengths)
-        if counts[0] == 0 or len(set(counts)) > 1 or record.num_targets < 0:
-            counted = f"{counts} sentences, their ids and their lengths"
-            raise ValueError(f"ref {record.ref_id}: {counted}, {record.num_targets} targets")
+        count = len(record.sentences)
+        if count == 0 or count != len(record.sent_ids):
+            counted = f"{count} sentences with {len(record.sent_ids)} ids"
+            raise ValueError(f"ref {record.ref_id} has {counted}")
         schema = _REF_SCHEMA if record.num_targets == 1 else _ANY_NUMBER_SCHEMA
         self._put(b"ref:%09d" % len(self._index), _to_arrow([vars(record)], schema))
         row = {name: getattr(record, name) for name in ("ref_id", "image_key", "image_id")}
-        self._index.append(row | {"num_sentences": counts[0]})
-        self._token_length.update(token_lengths)
+        self._index.append(row | {"num_sentences": count})
+        self._token_length.update(token_lengths(record.sentences))
         self._no_target += record.num_targets == 0
 
     def _put(self, key: bytes, value: bytes) -> None:

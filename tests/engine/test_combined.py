@@ -56,7 +56,7 @@ def write(path: Path, images: Sequence[tuple[int, int | None]], seed: int) -> Pa
             writer.add_image(key, encoded(photo, ".jpg"))
             for _ in range(1 + number % 3):
                 ref = sample_ref(position, number, SIZE, 1 + position % 4)
-                writer.add_ref(replace(ref, image_id=image_id), [4] * len(ref.sentences))
+                writer.add_ref(replace(ref, image_id=image_id))
                 position += 1
     return path
 

@@ -69,8 +69,6 @@ def test_a_sound_file_is_described_and_without_fault(path, capsys):
     assert "cut at word_len 17: 0, at 22: 0, of 20 sentences" in out
     assert "checked  every record: no fault" in out
     assert "published" not in out
-    look(path, "--word-len", 5, 17)
-    assert "cut at word_len 5: 20, at 17: 0, of 20 sentences" in capsys.readouterr().out
 
 
 GAP, (WIDTH, HEIGHT) = inspect_lmdb.GAP, inspect_lmdb.CELL

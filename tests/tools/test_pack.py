@@ -190,7 +190,7 @@ def pack_many(path: Path, count: int, grown: Connection) -> None:
             writer.add_image(key, photo)
             sent_ids = (3 * i, 3 * i + 1, 3 * i + 2)
             ref = RefRecord(i, key, image, 3, 480, 640, mask, ("a", "b", "c"), sent_ids)
-            writer.add_ref(ref, [4, 5, 6])
+            writer.add_ref(ref)
     grown.send(peak() - before)
 
 
