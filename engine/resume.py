@@ -30,6 +30,8 @@ from utils.records import RecordReader
 from utils.seed import rng_state, set_rng_state
 from utils.signals import EXIT_CODE, raise_losses_when_fetching
 
+# Without these a checkpoint is weights alone (the release's has an optimiser too), or older.
+NEEDED = {"rng", "optimizer", "progress", "faults", "records", "best_on"}
 PREEMPTED = "PREEMPTED"  # in the run's folder: it was asked to stop, and waits to be resumed
 ASK_EVERY = 0.25  # seconds between two exchanges of ranks, about
 MOST_APART = 16  # steps: so a signal is soon seen where steps become slower
@@ -161,7 +163,9 @@ def save_and_stop(run: Run) -> NoReturn:
     is_saved = save(run, {}, is_best=False)
     names, losses = zip(*gather_objects((run.stop.name, run.stop.loss)), strict=True)
     # A signal to the whole group ends the loaders' processes as well.
-    loss = None if any(names) else next(filter(None, losses), None)
+    if (loss := next(filter(None, losses), None)) and any(names):
+        logger.warning(f"{loss}; or by the signal")
+        loss = None
     if is_saved and not loss and run.ranks.is_main:
         told = f"{run.stop.name or 'a signal to another rank'}: stopped after step {run.step}"
         (run.folder / PREEMPTED).write_text(f"{told}\n")
@@ -287,7 +291,7 @@ def load_start(
     if source is None:
         return build_model(cfg, device), None
     model, state = restore_model(cfg, device, source, "TRAIN.resume")
-    if "rng" not in state:  # the release's has an epoch and an optimiser
+    if not state.keys() >= NEEDED:
         raise UserError(
             f"TRAIN.resume: {source} holds less than resuming needs; to start a new training from "
             "its weights give it as TRAIN.weight"

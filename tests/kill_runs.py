@@ -27,7 +27,7 @@ PHASES = {  # what begins them, and the most seconds to live from then on
     "step": (trainer, "forward_backward", 0.05),
     "validation": (trainer, "validate", 0.08),
     "record": (Tracker, "log", 0.004),
-    "save": (resume, "save_checkpoint", 0.08),
+    "save": (resume, "save_checkpoint", 0.03),
 }
 
 

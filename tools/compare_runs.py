@@ -89,7 +89,7 @@ def _parse(text: bytes, kinds: Mapping[str, type], where: str) -> dict:
     for name, kind in kinds.items():
         is_there = isinstance(value, dict) and name in value
         if not is_there or not isinstance(value[name], kind):
-            raise UserError(f"{where} has no usable {name}: test.py did not write it")
+            raise UserError(f"{where} has no usable {name}: this test.py did not write it")
     return value
 
 

@@ -203,7 +203,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="that are timed (default 50)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parse_with_opts(parser, argv)
-    check_at_least(parser, args, sentences=2, rounds=1)
+    check_at_least(parser, args, sentences=1, rounds=1)
     return args
 
 

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--skip-odd", action="store_true", help="leave out refs that cannot be used")
     add("--subset", action="store_true", help="a part of the data: compare no sizes and counts")
     args = parser.parse_args(argv)
+    if args.given is not None and not args.given.is_dir():
+        parser.error(f"--from {args.given} is no folder")
     for target in args.targets:
         if target in DATASETS:
             make_dataset(args, target, DATASETS[target])

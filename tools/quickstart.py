@@ -84,9 +84,8 @@ def training_command(config: str, cfg: Config) -> str | None:
     last, data = folder / LAST, [*map(Path, cfg.DATA.train_lmdb), Path(cfg.DATA.val_lmdb)]
     if is_fresh([last, folder / BEST], data):
         state = read_checkpoint(last, "quickstart")
-        configs = state["config"], cfg.model_dump()
-        was, now = ((values["DATA"], values["TRAIN"] | {"resume": None}) for values in configs)
-        if was == now:
+        was, now, rest = state.get("config"), cfg.model_dump(), {"resume": None}
+        if was and all(was[name] | rest == now[name] | rest for name in ("DATA", "TRAIN")):
             is_done = state["epoch"] == cfg.TRAIN.epochs
             return None if is_done else f"{command} --opts TRAIN.resume {last}"
     for path in (*list_checkpoints(folder), *folder.glob("test_*.json*")):

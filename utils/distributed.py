@@ -100,9 +100,10 @@ def name_start(store: dist.Store, rank: int, world_size: int) -> str:
     """Return a name of this start of the ranks: the same on all of them, and new.
 
     What dead ranks wrote is still in the store. So each other rank calls with a word of its own and
-    believes only what answers that; rank 0 answers with the name until it is called by it.
+    believes only what answers that; rank 0 answers with the name until it is called by it, at most
+    for the store's timeout.
     """
-    word = uuid4().hex
+    word, deadline = uuid4().hex, time.monotonic() + store.timeout.total_seconds()
     if rank > 0:
         store.set(f"start/call/{rank}", word)
         name = store.get(f"start/answer/{word}").decode()
@@ -110,6 +111,8 @@ def name_start(store: dist.Store, rank: int, world_size: int) -> str:
         return name
     for other in range(1, world_size):
         while not store.check([f"start/{word}/{other}"]):
+            if time.monotonic() > deadline:
+                raise UserError(f"rank {other} has not started")
             call = store.get(f"start/call/{other}").decode()  # perhaps a dead rank's
             store.set(f"start/answer/{call}", word)
             time.sleep(0.01)

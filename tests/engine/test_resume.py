@@ -218,6 +218,14 @@ def test_an_optimiser_of_another_kind_or_shape_is_refused(kind):
         resume.restore_optimizer(own, {"optimizer": other.state_dict()}, "x.pth")
 
 
+def test_a_run_whose_optimiser_does_not_fit_writes_nothing(straight, config, tmp_path):
+    state = optimizer_after_steps("Adam", 1).state_dict()
+    source = changed(straight / "last_model.pth", tmp_path / "x.pth", optimizer=state)
+    line = refusal(config, exp_name="b", resume=source)
+    assert line.startswith(f"TRAIN.resume: the optimiser in {source} does not fit (")
+    assert not (tmp_path / "exp/b").exists()
+
+
 @pytest.mark.parametrize("kind", ["Adam", "SGD", "Adagrad"])
 def test_an_optimiser_of_the_same_kind_gets_its_moments_back(kind):
     before, after = (optimizer_after_steps(kind, count) for count in (1, 0))
@@ -294,9 +302,10 @@ def test_a_run_begun_from_anothers_checkpoint_writes_its_own_best_model(straight
     assert load(folder / "best_model.pth")["epoch"] == EPOCHS + 1
 
 
-def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path):
-    state, source = load(straight / "last_model.pth"), tmp_path / "as_the_release_has_it.pth"
-    torch.save({key: state[key] for key in ("epoch", "optimizer", "state_dict")}, source)
+@pytest.mark.parametrize("lacks", ["rng", "optimizer", "best_on"])  # no rng: the release's
+def test_a_checkpoint_without_what_a_run_needs_is_refused(straight, config, tmp_path, lacks):
+    state, source = load(straight / "last_model.pth"), tmp_path / "x.pth"
+    torch.save({key: value for key, value in state.items() if key != lacks}, source)
     line = refusal(config, resume=source)
     assert line.startswith(f"TRAIN.resume: {source} holds less than resuming needs; to start a ")
     assert line.endswith("give it as TRAIN.weight")

@@ -310,12 +310,16 @@ def tar_files(path: Path, *files: Path) -> None:
             archive.add(file, f"data/odd name/{file.name}")
 
 
-def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path):
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path, source):
     (downloads := tmp_path / "data/downloads").mkdir(parents=True)
     shutil.copy(grefcoco / "train2014.zip", downloads)
     tar_files(archive := tmp_path / "grefs.tar.gz", *(grefcoco / "grefcoco").iterdir())
-    server.put_hub("datasets/KeepParallel/gRefCOCO", {archive.name: archive.read_bytes()})
-    found = records(run("grefcoco"), "grefcoco")
+    words = ["--from", tmp_path]
+    if source == "hub":
+        server.put_hub("datasets/KeepParallel/gRefCOCO", {archive.name: archive.read_bytes()})
+        words = []
+    found = records(run("grefcoco", *words), "grefcoco")
     assert set(found) == set(COUNTS)
     for refs in found.values():
         assert {min(ref.num_targets, 2) for ref in refs} == {0, 1, 2}
@@ -504,6 +508,12 @@ def test_the_program_ends_with_one_line_and_exit_code_1(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
         runpy.run_path(str(ROOT / "tools/prepare.py"), run_name="__main__")
+
+
+def test_a_folder_that_is_none_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("refcoco", "--from", "nowhere")
+    assert "--from nowhere is no folder" in capsys.readouterr().err
 
 
 def test_each_file_has_two_sources():

@@ -375,6 +375,13 @@ def test_an_interrupted_run_is_not_taken_for_a_complete_one(tmp_path, monkeypatc
     assert not refshapes.is_complete(tmp_path / "s", {"val": 2}, seed=0)
 
 
+def test_a_file_in_the_way_is_named_and_kept(tmp_path):
+    (tmp_path / "s").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=str(tmp_path / "s")):
+        refshapes.generate(tmp_path / "s", {"val": 1}, seed=0)
+    assert (tmp_path / "s").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("counts", "seed"),
     [({"val": 0}, 0), ({"val": -1, "train": 1}, 0), ({"val": 10**6}, 0), ({"val": 1}, -1)],
