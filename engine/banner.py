@@ -89,9 +89,9 @@ def describe_records(reader: RecordReader, kept: slice | np.ndarray) -> str:
 
 
 def options_on(cfg: Config) -> list[str]:
-    """Return `KEY value` of all settings but the published ones, and widths that fit the CLIP."""
-    widths = {"word_dim", "vis_dim", "fpn_in", "fpn_out"}
-    changed = cfg.model_dump(exclude_defaults=True, exclude={"TRAIN": widths, "TEST": True})
+    """Return `KEY value` of all settings but the published ones, and the sizes of the model."""
+    sizes = {"clip_arch", "word_dim", "vis_dim", "fpn_in", "fpn_out"}
+    changed = cfg.model_dump(exclude_defaults=True, exclude={"TRAIN": sizes, "TEST": True})
     return [
         f"{section}.{name} {shlex.quote(value) if isinstance(value, str) else json.dumps(value)}"
         for section, values in changed.items()
