@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import ROOT, random_batch, small_segmenter, write_config
 
-from engine.trainer import PRECISIONS
 from model.loss import text_to_pixel_loss
 from model.segmenter import Segmenter, build_segmenter
 from tools import benchmark, published
@@ -107,12 +106,14 @@ def test_evaluation_scores_the_same_sentences_and_counts_the_same_pixels(
     assert re.match(r"evaluation of \d\d+ sentences on 3 photos at 64 px", result["what"])
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-3), ("bf16", 0.5)])
-def test_training_compares_the_first_step(benchmark_of, precision, limit):
+@pytest.mark.parametrize(
+    ("precision", "dtype", "limit"), [("fp32", "float32", 1e-3), ("bf16", "bfloat16", 0.5)]
+)
+def test_training_compares_the_first_step(benchmark_of, precision, dtype, limit):
     opts = ("--opts", "TRAIN.precision", precision, "TRAIN.dropout", 0.0)
     result = benchmark_of("train", *opts)
     assert result["differences"]["loss of the first step, relative"] <= limit
-    assert f"64 px, {PRECISIONS[precision]}, dropout 0" in result["what"]
+    assert f"64 px, torch.{dtype}, dropout 0" in result["what"]
     assert result["ways"][OURS]["GFLOP"] < result["ways"][PUBLISHED]["GFLOP"]
 
 
