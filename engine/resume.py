@@ -377,11 +377,11 @@ def resume(run: Run, state: dict, source: str) -> None:
         set_rng_state(rngs[run.ranks.rank])
         run.sums.copy_(sums[run.ranks.rank])
     else:
-        run.sums.copy_(torch.stack(sums).mean(0))  # gives the same means over all ranks
+        run.sums.copy_(torch.stack(sums).sum(0) / run.ranks.world_size)  # gives the same means
     _resume_best(run, state, source)
     for path, digest in digests(run).items():
-        if state["records"].get(path, digest) != digest:
-            logger.warning(f"{path} holds other records now than when {source} was saved")
+        if digest not in state["records"].values():  # files may have been moved
+            logger.warning(f"{path} holds other records than the run had when {source} was saved")
     was = {"ranks": len(rngs), "threads": state["threads"], "code": state["version"]}
     now = {"ranks": run.ranks.world_size, "threads": torch.get_num_threads(), "code": run.version}
     for section, values in run.cfg.model_dump().items():

@@ -38,10 +38,10 @@ class Run:
 
     `epoch` counts complete epochs, with their validation; `position` the steps of the one after
     them, and `step` all steps of the run. `reached` is the progress of the run that is resumed.
-    `sums` is (2, 4) on the device, the sums of loss, IoU, Pr@0.5 and 1 over the micro-batches of
-    this epoch up to the last line in the log, and since. `faults` is (3,) int64 on
-    the device: steps left out since that line, how many the last ones are in a row, and the
-    position of the first (from 1; 0: none). `told` is the step of the log's last line about steps.
+    `sums` is (2, 4) on the device, the sums of loss, IoU, Pr@0.5 and 1 over the refs of this epoch
+    up to the last line in the log, and since. `faults` is (3,) int64 on the device: steps left out
+    since that line, how many the last ones are in a row, and the position of the first (from 1; 0:
+    none). `told` is the step of the log's last line about steps.
     """
 
     cfg: Config

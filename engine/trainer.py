@@ -111,10 +111,11 @@ def train_one_epoch(run: Run) -> dict[str, float]:
 
 
 def take_step(run: Run, micro_batches: list[TrainingBatch], sums: Tensor) -> None:
-    """Take an optimiser step, and add to `sums` what `forward_backward` returns."""
+    """Take an optimiser step, and add to `sums` what `forward_backward` returns, for each ref."""
     set_rates(run.optimizer, run.cfg, run.progress, run.step)
     for count, batch in enumerate(micro_batches, start=1):
-        sums += forward_backward(run, batch, synchronize=count == len(micro_batches))
+        values = forward_backward(run, batch, synchronize=count == len(micro_batches))
+        sums += len(batch["masks"]) * values  # refs, as batches are of other sizes after resuming
     optimizer_step(run)
 
 

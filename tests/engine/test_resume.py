@@ -162,17 +162,20 @@ def test_a_run_that_is_killed_over_and_over_ends_like_one_that_never_was(tmp_pat
 
 def test_what_has_changed_since_the_checkpoint_is_listed(straight, config, data, tmp_path, told):
     lmdb = str(data / "lmdb/shapes/train.lmdb")
-    changes = {"threads": 7, "version": "older", "records": {lmdb: "other"}}
-    source = changed(straight / "step_00000002.pth", tmp_path / "x.pth", **changes)
+    changes = {"threads": 7, "version": "older", "records": {"moved.lmdb": "other"}}
+    of_two = {key: 2 * load(straight / "step_00000002.pth")[key] for key in ("rng", "sums")}
+    source = changed(straight / "step_00000002.pth", tmp_path / "x.pth", **changes, **of_two)
     run = built(config, resume=source, batch_size=4)
     lines = [line.split(maxsplit=1)[1] for line in told().splitlines() if f"{source} was" in line]
-    assert lines[:4] == [
-        f"{lmdb} holds other records now than when {source} was saved",
+    assert torch.equal(run.sums, sum(of_two["sums"]))
+    assert lines[:5] == [
+        f"{lmdb} holds other records than the run had when {source} was saved",
+        f"ranks was 2 when {source} was saved, now 1",
         f"threads was 7 when {source} was saved, now 1",
         f"code was older when {source} was saved, now {run.version}",
         f"TRAIN.batch_size was 8 when {source} was saved, now 4",
     ]
-    keys = {line.split()[0] for line in lines[4:]}
+    keys = {line.split()[0] for line in lines[5:]}
     assert keys == {"TRAIN.output_folder", "TRAIN.save_every", "TRAIN.keep_checkpoints"}
 
 
@@ -252,8 +255,9 @@ def test_another_batch_keeps_the_cosine_and_the_mean_loss(config, folder, told):
         assert after[-1] < 2e-4
         records = read_metrics(other)
         *steps, epoch = records[: [r["kind"] for r in records].index("epoch") + 1]
-        total = sums.sum(0)[0] + 2 * sum(record["loss"] for record in steps)  # two passes a step
-        assert epoch["loss"] == pytest.approx(float(total) / (8 + 2 * len(steps)), abs=1e-5)
+        total = sums.sum(0)[0] + batch * sum(record["loss"] for record in steps)
+        refs = 4 * 8 + batch * len(steps)
+        assert epoch["loss"] == pytest.approx(float(total) / refs, abs=1e-5)
 
 
 def test_a_cosine_that_starts_at_an_epoch_ends_at_nothing(config, folder):
@@ -337,7 +341,7 @@ def test_auto_resumes_the_newest_whole_one_and_names_torn_ones(straight, config,
     (folder / "best_model.pth").unlink()
     run, err = built(config, resume="auto"), told()
     assert run.step == steps[-2]
-    assert "holds other records now" not in err
+    assert "holds other records" not in err
     for path in (last, newest):
         assert f"{path} is cut off or damaged, skipped" in err
 
