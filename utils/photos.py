@@ -138,10 +138,13 @@ def read_photo(photo: Photo) -> np.ndarray:
     _check_size(image.size, "the picture")
     if image.mode in ("F", "I"):
         raise UserError(f"the picture has mode {image.mode}: give 8 or 16 bits a pixel and colour")
+    name, image.filename = getattr(image, "filename", ""), ""  # Pillow would map it, see `_opened`
     try:
         return _to_rgb(image)
     except (OSError, SyntaxError, ValueError) as error:  # opened, but not read to its end yet
         raise UserError(f"the picture cannot be decoded as RGB ({error})") from None
+    finally:
+        image.filename = name
 
 
 def _read_file(path: Path) -> np.ndarray:
@@ -170,11 +173,12 @@ def _as_image(pixels: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """Turn a picture upright, and into (H, W, 3) uint8 as it looks on a white page."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow clips them
+        grey, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.dstack([np.uint8(grey >> 8), np.uint8(255) * (grey != clear)]))
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image.convert("RGBA"))
-    elif image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
 
 
