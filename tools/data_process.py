@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -55,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in sorted({*anns.glob("*.json"), *anns.glob("*.odd")} - files.keys()):
         path.unlink()
         print(f"removed {path}: of an earlier run, whose masks are not those of this one")
-    for path, text in files.items():
-        with atomic_path(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+    with ExitStack() as stack:  # no split appears before all are written
+        for path, text in files.items():
+            stack.enter_context(atomic_path(path)).write_text(text, encoding="utf-8")
     print(f"{args.dataset} ({args.split}) -> {anns}")
     print(summary(entries))
     if args.name == "refcocog":
@@ -73,10 +74,10 @@ def _refs_by_split(refer: Refer, args: argparse.Namespace, odd: OddRecords) -> d
         for split in splits
     }
     if not any(by_split.values()):
+        odd.settle()
         names = ", ".join(refer.split_names())
-        raise UserError(
-            f"{refer.refs_path} has no refs of {', '.join(splits)}; its splits: {names}"
-        )
+        what = f" of {', '.join(splits)}; its splits: {names}" if names else ""
+        raise UserError(f"{refer.refs_path} has no refs{what}")
     for ref in refer.refs if refer.refs_path.name.startswith("grefs") else ():
         with odd.catch("unknown split", ref["split"], ref["ref_id"]):
             if ref["split"] not in splits:

@@ -220,7 +220,7 @@ def find_photo(folder: Path, key: str) -> Path:
     """Return an image's path in a folder, under COCO's name of 2017 if that alone is there."""
     path = folder / key
     renamed = path.with_name(re.sub(r"^COCO_(train|val)2014_(?=\d{12}\.jpg$)", "", path.name))
-    return renamed if renamed.is_file() and not path.is_file() else path
+    return renamed if renamed != path and renamed.is_file() and not path.is_file() else path
 
 
 def image_id_of(image_key: str) -> int | None:

@@ -32,16 +32,17 @@ class OddRecords:
         self._found: dict[tuple[str | None, int], tuple[str, str]] = {}  # kind, text
 
     @contextmanager
-    def catch(self, kind: str, split: str | None, record: int) -> Iterator[None]:
+    def catch(self, kind: str, split: object, record: int) -> Iterator[None]:
         """Note a `UserError` that ends the block, under its own kind or else `kind`."""
+        split = split if isinstance(split, str) else None  # none that can be read
         try:
             yield
         except UserError as error:
             self._found.setdefault((split, record), (getattr(error, "kind", kind), str(error)))
 
-    def of_split(self, split: str | None) -> list[str]:
-        """Return a line for each odd record of a split; None: of no split that can be read."""
-        return [text for (place, _), (_, text) in self._found.items() if place == split]
+    def of_split(self, split: str) -> list[str]:
+        """Return a line for each odd record of a split, or of none that can be read."""
+        return [text for (place, _), (_, text) in self._found.items() if place in (split, None)]
 
     def settle(self) -> None:
         """List what is left out, or refuse the set with a `UserError`."""

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             writers[split].add_ref(ref)
         odd.settle()
         for split, writer in writers.items():
-            writer.left_out = len(odd.of_split(split)) + len(odd.of_split(None))
+            writer.left_out = len(odd.of_split(split))
     if not count:
         raise UserError(f"{args.jsonl} has no line to pack: {_REMEDY}")
     reader.print_notes()
@@ -138,11 +138,11 @@ class LineReader:
         where = f"{self._path}:{number}"
         with self._odd.catch("malformed line", None, number):
             item = read_as(_OBJECT, line, where, _REMEDY)
-            with self._odd.catch("malformed line", str(item.get("split")), number):
+            with self._odd.catch("malformed line", item.get("split"), number):
                 entry = read_as(_LINE, item, where, _REMEDY)
                 try:
                     found = self._record(entry, number)
-                except (UserError, OSError) as error:
+                except UserError as error:
                     kind = getattr(error, "kind", "unusable line")
                     text = f"{where}: {error}"
                     if kind == MISSING_PHOTO:  # told with the first of its lines

@@ -273,7 +273,7 @@ def load_refs(
     seen: set[str] = set()
     for place, item in enumerate(read_as(_REFS, content, str(path), remedy)):
         split = item.get("split") if isinstance(item, dict) else None
-        with odd.catch("malformed ref", str(split), ~place) if odd else nullcontext():
+        with odd.catch("malformed ref", split, ~place) if odd else nullcontext():
             ref = read_as(_REF, item, f"{path}[{place}]", remedy)
             refuse_seen(seen, [f"ref_id {ref['ref_id']}"], str(path), remedy)
             refs.append(ref)
@@ -300,10 +300,13 @@ def load_plain(data: bytes, where: str) -> Any:
 
 
 def read_file(path: Path, remedy: str, kind: str = "missing file") -> bytes:
-    """Read a file; an `OddError` of the kind if it is missing."""
-    if not path.is_file():
-        raise OddError(kind, f"{path} does not exist: {remedy}")
-    return path.read_bytes()
+    """Read a file; an `OddError` if that cannot be, of the kind if it is missing."""
+    try:
+        if path.is_file():
+            return path.read_bytes()
+    except OSError as error:
+        raise OddError("unreadable file", f"{path}: {error.strerror}: {remedy}") from None
+    raise OddError(kind, f"{path} does not exist: {remedy}")
 
 
 def refuse_seen(seen: set[str], numbers: Sequence[str], where: str, remedy: str) -> None:

@@ -143,6 +143,7 @@ def sentences(*sent_ids: int, sent: str = "mug") -> list[dict]:
 
 ODD = [
     r"refs\(me\)\.p\[3\].sentences: must be one or more",
+    r"refs\(me\)\.p\[10\].split: must be a valid string, not None",
     r"refs\(me\)\.p: ref_id 4 is there twice",
     r"has no image 404, which ref 1 ",
     r"refs\(me\)\.p\[2\].sentences\[1\].sent: must be a text with words, not ' &nbsp;'",
@@ -171,6 +172,7 @@ def test_odd_records_are_listed_at_once_or_left_out_and_counted_as_far_as_the_lm
         refer_ref(3, sentences=[]),
         *(refer_ref(i) for i in range(4, 9)),
         refer_ref(4, "val"),
+        refer_ref(9, None),
     ]
     annotations = {
         104: {"bbox": None},
@@ -183,7 +185,7 @@ def test_odd_records_are_listed_at_once_or_left_out_and_counted_as_far_as_the_lm
     with pytest.raises(UserError) as caught:
         prepare(root, tmp_path / "out", "--generate_mask")
     assert_matches(capsys.readouterr().err, ODD)
-    for text in ("9 odd records (", "1 of kind 'empty mask'", "2 of kind 'malformed ref'"):
+    for text in ("10 odd records (", "1 of kind 'empty mask'", "3 of kind 'malformed ref'"):
         assert text in str(caught.value)
     assert str(caught.value).endswith("nothing written: put them right, or add --skip-odd")
     assert files(tmp_path / "out") == set()
@@ -191,17 +193,42 @@ def test_odd_records_are_listed_at_once_or_left_out_and_counted_as_far_as_the_lm
     prepare(root, tmp_path, "--generate_mask", "--skip-odd")
     said = capsys.readouterr()
     assert_matches(said.err, ODD)
-    assert "note: left out 9 odd records (" in said.out
+    assert "note: left out 10 odd records (" in said.out
     assert files(tmp_path / "anns") == {"toys/train.json", "toys/train.odd"}
     (entry,) = entries_of(tmp_path, "toys/train")
     twice = json.dumps([entry, entry | {"segment_id": 5}])  # its sentences
     (tmp_path / "anns/toys/train.json").write_text(twice)
     reader = pack(tmp_path, "--skip-odd")
-    assert (reader.index.ref_ids, reader.meta["left_out"]) == ([0], 9)
+    assert (reader.index.ref_ids, reader.meta["left_out"]) == ([0], 10)
     inspect_lmdb.main([str(reader.path), "--samples", "0"])
-    assert "left out 9 odd refs" in capsys.readouterr().out
+    assert "left out 10 odd refs" in capsys.readouterr().out
     prepare(write(tmp_path / "in", ["train"]), tmp_path, "--generate_mask")
     assert "left_out" not in pack(tmp_path).meta
+
+
+def test_a_set_of_odd_refs_alone_is_listed_too(tmp_path: Path, capsys) -> None:
+    root = write(tmp_path / "in", [refer_ref(i, sentences=[]) for i in range(2)])
+    with pytest.raises(UserError, match="2 odd records"):
+        prepare(root, tmp_path)
+    with pytest.raises(UserError, match=r"refs\(me\)\.p has no refs$"):
+        prepare(root, tmp_path, "--skip-odd")
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_a_disk_that_is_full_leaves_the_files_of_all_splits(tmp_path: Path, monkeypatch) -> None:
+    root = write(tmp_path / "in", ["train", "val"])
+    write_text = Path.write_text
+
+    def fails(path: Path, text: str, **how: str) -> None:
+        if "val.json" in path.name:
+            raise OSError(28, "No space left on device")
+        write_text(path, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="No space") as caught:
+        prepare(root, tmp_path)
+    assert caught.value.filename == str(tmp_path / "anns/toys/val.json")
+    assert files(tmp_path / "anns") == set()
 
 
 def test_of_refs_that_share_a_sentence_id_only_the_later_is_left_out(tmp_path: Path) -> None:

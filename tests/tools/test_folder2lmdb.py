@@ -199,6 +199,7 @@ def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
         ("images/q.png", None, r"q\.png does not exist: check --images"),
         ("images/q.png", b"<html>", r"q\.png cannot be decoded \(6 bytes.*check --images"),
         (f"images/{COCO}", CUT_OFF, r"012\.jpg cannot be decoded .* cut off"),
+        (JSON, changed(img_name="q" * 300), "q: File name too long: check --images, .*--skip-odd"),
         ("masks/toys/1.png", None, r"1\.png does not exist: .*data_process.py --generate_mask"),
         ("masks/toys/1.png", b"", r"1\.png is an empty file: .*data_process"),
         ("masks/toys/1.png", BLANK, r"1\.png is an empty mask: check -m"),

@@ -227,11 +227,11 @@ def test_missing_images_share_a_line_that_asks_for_their_folder(data, capsys):
 
 def test_lines_that_cannot_be_used_are_left_out_and_counted_when_that_is_meant(data, capsys):
     lines = [line(image="none.jpg"), line(mask=[POLYGON[:4]]), line(split="val"), line()]
-    out = pack(data, *lines, "{", options=("--skip-odd",))
-    assert "note: left out 3 odd records" in capsys.readouterr().out
+    out = pack(data, *lines, "{", line(split=["val"]), options=("--skip-odd",))
+    assert "note: left out 4 odd records" in capsys.readouterr().out
     (train, val) = (RecordReader(out / f"{split}.lmdb") for split in ("train", "val"))
-    assert (train.index.ref_ids, train.meta["left_out"]) == ([4], 3)
-    assert val.meta["left_out"] == 1  # the line of no split
+    assert (train.index.ref_ids, train.meta["left_out"]) == ([4], 4)
+    assert val.meta["left_out"] == 2  # the lines of no split
     with pytest.raises(UserError, match="has no line to pack"):
         pack(data, line(image="none.jpg"), options=("--skip-odd", "--force"))
     assert train.index.ref_ids == RecordReader(train.path).index.ref_ids
