@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.data_process import encode_mask
-from tools.folder2lmdb import check_mask, image_id_of, image_size, packed_summary
+from tools.folder2lmdb import check_mask, find_photo, image_id_of, image_size, packed_summary
 from tools.odd_records import MISSING_PHOTO, OddError, OddRecords
 from tools.refer import (
     ImageKey,
@@ -156,7 +156,8 @@ class LineReader:
     def _record(self, entry: Line, number: int) -> tuple[str, bytes, RefRecord]:
         """Read the photo and masks of a line, whose fields are sound."""
         key, image_id, texts = entry["image"], entry.get("image_id"), tuple(entry["sentences"])
-        path, remedy = self._images / key, "check image, or name its folder with --images"
+        path = find_photo(self._images, key)
+        remedy = "check image, or name its folder with --images"
         photo = read_file(path, remedy, MISSING_PHOTO)
         size = self._sizes.get(key) or image_size(photo, str(path), remedy)
         self._sizes[key] = size

@@ -81,9 +81,7 @@ def make_dataset(args: argparse.Namespace, target: str, data: dict) -> None:
         which = ["--dataset", data["folder"], "--split", data["split_by"], "--generate_mask"]
         data_process.main([*where, *which, *odd])
     left = [split for split in left if (anns / f"{split}.json").is_file()]
-    if left and is_whole:
-        make_photos(args)
-    images = root / "images" / (PHOTOS if is_whole else data["folder"])
+    images = make_photos(args) if left and is_whole else root / "images" / data["folder"]
     for split in left:
         print(f"{target}: pack {split}", flush=True)
         words = ["-j", anns / f"{split}.json", "-i", images, "-m", root / "masks" / target]
@@ -128,14 +126,18 @@ def make_refs(args: argparse.Namespace, data: dict) -> None:
     write_refer(found, data["layout"], folder, split_by, args.root / "images" / name)
 
 
-def make_photos(args: argparse.Namespace) -> None:
-    """Make the folder of COCO's photos; one with all of them counts, whoever made it."""
-    folder, published = args.root / "images" / PHOTOS, ARCHIVES[f"{PHOTOS}.zip"]["photos"]
-    found = sum(1 for _ in folder.glob("*.jpg"))
+def make_photos(args: argparse.Namespace) -> Path:
+    """Make the folder of COCO's photos and return it; one with all of them counts, as train2017."""
+    needed = 1 if args.subset else ARCHIVES[f"{PHOTOS}.zip"]["photos"]
+    folder, of_2017 = (args.root / "images" / name for name in (PHOTOS, "train2017"))
+    found, renamed = (sum(1 for _ in path.glob("*.jpg")) for path in (folder, of_2017))
+    if found == 0 and renamed >= needed:
+        return of_2017
     if found == 0:
         get_archive(args, f"{PHOTOS}.zip", folder)
-    elif found != published and not args.subset:
-        raise UserError(f"{folder} has {found:,} of {published:,} photos: complete or delete it")
+    elif found < needed:
+        raise UserError(f"{folder} has {found:,} of {needed:,} photos: complete or delete it")
+    return folder
 
 
 def get_archive(args: argparse.Namespace, name: str, folder: Path) -> None:

@@ -165,7 +165,9 @@ def test_a_photo_that_its_exif_tag_turns_is_turned_like_its_mask(data):
 def test_ids_are_kept_and_absolute_paths_and_other_folders_of_images_are_read(data, tmp_path):
     (data / "photos").rename(tmp_path / "elsewhere")
     absolute = str(tmp_path / "elsewhere/2.jpg")
-    fields = {"1.jpg": (70, 5), absolute: (60, None)}
+    (tmp_path / "elsewhere/3.jpg").rename(tmp_path / "elsewhere/000000000003.jpg")
+    of_2014 = "COCO_train2014_000000000003.jpg"  # COCO's photo, under its name of 2017
+    fields = {"1.jpg": (70, 5), absolute: (60, None), of_2014: (50, 3)}
     lines = [line(image=key, ref_id=i, image_id=j) for key, (i, j) in fields.items()]
     out = pack(data, *lines, options=("--images", str(tmp_path / "elsewhere")))
     refs = all_refs(out / "train.lmdb")

@@ -339,8 +339,9 @@ def test_an_archive_that_is_cut_or_lacks_a_file_is_named(grefcoco, files, shapes
     assert not list((tmp_path / "data/refer").glob("*"))
 
 
-def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path):
-    shutil.copytree(shapes / "images", tmp_path / "data/images")
+@pytest.mark.parametrize("year", [2014, 2017])
+def test_what_a_person_unpacked_is_used_and_no_archive_is_asked_for(shapes, run, tmp_path, year):
+    shutil.copytree(shapes / "images/train2014", tmp_path / f"data/images/train{year}")
     shutil.copytree(shapes / "refcoco", tmp_path / "data/refer/refcoco")
     assert set(records(run("refcoco", "--mirror", "http://127.0.0.1:1"))) == set(COUNTS)
 
@@ -476,12 +477,14 @@ def test_without_any_network_one_line_says_what_to_do(run, monkeypatch):
         assert "--from FOLDER" in told
 
 
-def test_all_of_the_data_is_compared_with_what_is_published(files, made, tmp_path):
+def test_all_of_the_data_is_compared_with_what_is_published(files, made, tmp_path, monkeypatch):
     where = ["--root", str(made), "--mirror", "http://127.0.0.1:1"]
     with pytest.raises(UserError, match=r"train.lmdb: .* refs, where 42,404 are published"):
         prepare.main(["refcoco", *where])
     with pytest.raises(UserError, match=r"images/train2014 has 13 of 82,783 photos"):
         prepare.main(["coco-train2014", *where])
+    monkeypatch.setitem(prepare.ARCHIVES["train2014.zip"], "photos", 12)  # train2017 has more
+    prepare.main(["coco-train2014", *where])
     with pytest.raises(UserError, match=r"refcoco.zip has .* bytes, not 53,993,993"):
         prepare.main(["refcoco", "--root", str(tmp_path / "other"), "--from", str(files)])
 
