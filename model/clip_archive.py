@@ -126,7 +126,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _refusal(asked[1]) from error
         raise
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     items = content.items() if isinstance(content, dict) else ()

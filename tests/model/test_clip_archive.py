@@ -213,7 +213,7 @@ def test_zip_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
 def test_cris_checkpoint_is_pointed_to_train_weight(tmp_path, prefix, wrapper):
     state = {f"{prefix}{key}": torch.zeros(1) for key in ("backbone.visual.conv1.weight", "neck.a")}
     content = {"epoch": 1, "cur_iou": 0.5, wrapper: state} if wrapper else state
