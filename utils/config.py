@@ -511,7 +511,7 @@ def _merge(values: dict, tree: Mapping, source: str, sources: dict, prefix: str 
                 values[name] = {}
             _merge(values[name], value, source, sources, f"{prefix}{name}.")
         else:
-            values[name] = value
+            values[name] = None if value == "" else value  # as in --opts
 
 
 def _remove_without_effect(values: dict[str, Any]) -> list[str]:

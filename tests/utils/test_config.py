@@ -180,8 +180,9 @@ class TestOfficialFiles:
         assert (config.TRAIN.epochs, config.TRAIN.word_len) == (70, 6)
         assert config.TEST.splits == ("val",)
 
-    def test_missing_keys_and_empty_sections_take_the_defaults(self, tmp_path):
-        path = write(tmp_path, "_base_:\nTRAIN:\nTEST:\n  visualize: true\n")
+    def test_missing_keys_empty_sections_and_empty_paths_take_the_defaults(self, tmp_path):
+        text = "_base_:\nDATA:\nTRAIN: {weight: '', resume: ''}\nTEST:\n  visualize: true\n"
+        path = write(tmp_path, text)
         assert load_config(path) == Config(TEST=TestConfig(visualize=True))
 
 
