@@ -141,8 +141,8 @@ def read_photo(photo: Photo) -> np.ndarray:
     name, image.filename = getattr(image, "filename", ""), ""  # Pillow would map it, see `_opened`
     try:
         return _to_rgb(image)
-    except (OSError, SyntaxError, ValueError) as error:  # opened, but not read to its end yet
-        raise UserError(f"the picture cannot be decoded as RGB ({error})") from None
+    except (OSError, SyntaxError, ValueError, AssertionError) as error:  # cut off, or closed
+        raise UserError(f"the picture cannot be decoded as RGB ({error!r})") from None
     finally:
         image.filename = name
 

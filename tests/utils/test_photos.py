@@ -178,6 +178,10 @@ def test_other_things_are_refused():
         read_photo(picture("F"))
     with pytest.raises(UserError, match="cannot be decoded as RGB"):
         read_photo(Image.open(io.BytesIO(encoded(PIXELS, ".jpg")[:700])))
+    with Image.open(io.BytesIO(encoded(PIXELS))) as closed:
+        pass
+    with pytest.raises(UserError, match="cannot be decoded as RGB"):
+        read_photo(closed)
 
 
 def test_a_camera_that_puts_two_pictures_into_a_file_is_understood(tmp_path):
