@@ -1,6 +1,7 @@
 """Read photos as people have them: any usual file, array or Pillow image becomes RGB pixels."""
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,6 +95,7 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
 @contextmanager
 def _opened(data: bytes, name: str, remedy: str) -> Iterator[Image.Image]:
     """Open a file with Pillow for what OpenCV does not tell; what fails within is a `UserError`."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would print what is told here
     try:
         # Large pictures are refused below, in one line, and not warned of in several. Given the
         # path, Pillow would map the file, and with it a turned TIFF the wrong way round.

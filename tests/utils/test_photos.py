@@ -17,6 +17,7 @@ from utils.transforms import decode_image
 
 PIXELS = smooth_photo(np.random.default_rng(0), 37, 53)
 WHITE = (255, 255, 255)
+SAMPLES = b"\x15\x01\x03\0\x01\0\0\0%c\0"  # a TIFF's tag: values of a pixel
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -199,15 +200,17 @@ def test_a_camera_that_puts_two_pictures_into_a_file_is_understood(tmp_path):
         (encoded(PIXELS, ".jpg")[:700], "cannot be decoded .700 bytes; cut off"),
         (encoded(PIXELS)[:20], "cannot be decoded .20 bytes; cut off"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
+        (encoded(PIXELS, ".tif").replace(SAMPLES % 3, SAMPLES % 8), "cannot be decoded"),
     ],
 )
-def test_what_is_no_image_is_one_line(tmp_path, content, message):
+def test_what_is_no_image_is_one_line(tmp_path, caplog, content, message):
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         read_photo(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
