@@ -248,12 +248,14 @@ def test_a_program_whose_output_cannot_be_written(where, message):
     assert (ending.returncode, ending.stderr) == (int(bool(message)), message)
 
 
-@pytest.mark.parametrize("key", ["TRAIN.workers", "TRAIN.workers_val"])
-def test_training_in_a_container_with_a_small_dev_shm(config, tmp_path, key):
-    mount = "mount -t tmpfs -o size=4k tmpfs /dev/shm"
+@pytest.mark.parametrize(
+    ("key", "option"), [("workers", "size=4k"), ("workers_val", "size=4k"), ("workers", "ro")]
+)
+def test_training_in_a_container_with_a_small_dev_shm_or_none(config, tmp_path, key, option):
+    mount = f"mount -t tmpfs -o {option} tmpfs /dev/shm"
     if run_command("unshare", "-m", "bash", "-c", mount).returncode:
         pytest.skip("no tmpfs may be mounted here")
-    command = f"{sys.executable} train.py --config {config} --opts {key} 1"
+    command = f"{sys.executable} train.py --config {config} --opts TRAIN.{key} 1"
     ending = run_command("unshare", "-m", "bash", "-c", f"{mount} && exec {command}")
     one_line(ending, "/dev/shm has 0 MB free")
     assert "docker run --shm-size=8g" in ending.stderr

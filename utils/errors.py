@@ -9,9 +9,12 @@ from typing import TextIO
 
 import torch
 
-SHM_REMEDY = (
-    "give a container more (docker run --shm-size=8g), or lower TRAIN.workers and "
-    "TRAIN.workers_val; 0 needs none"
+FEWER = "lower TRAIN.workers and TRAIN.workers_val"
+SHM_REMEDY = f"give a container more (docker run --shm-size=8g), or {FEWER}; 0 needs none"
+# Of processes, threads and files, in the words of the system, Python and torch.
+LIMITS = (
+    "Cannot allocate memory|Resource temporarily unavailable|Too many open files|"
+    "can't start new thread"
 )
 
 
@@ -63,16 +66,15 @@ def _drop(stream: TextIO) -> None:
 def loader_loss(error: Exception) -> str | None:
     """Return how a loader process was lost, with the remedy; None for another error."""
     text = str(error)
+    if met := re.search(LIMITS, text):
+        return f"a limit of this machine was met ({met[0]}): {FEWER}, or raise it (see ulimit -a)"
     if "shared memory" in text or re.search(r"/torch_\w+>?: No space left", text):
         return f"a loader process found no room in /dev/shm: {SHM_REMEDY}"
     # Tensors are handed over by a socket, which a process takes along.
     is_cut = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     is_cut = is_cut and getattr(error, "filename", None) is None
     if is_cut or re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
-        return (
-            "a loader process was killed, perhaps because memory is short: lower TRAIN.workers and "
-            "TRAIN.workers_val"
-        )
+        return f"a loader process was killed, perhaps because memory is short: {FEWER}"
     return None
 
 
