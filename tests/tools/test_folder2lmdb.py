@@ -121,6 +121,7 @@ OBJECT[2:6, 3:9] = 1
 NONE, WIDE = 0 * OBJECT, OBJECT.astype(np.uint16)
 COLUMNS = np.tile([1, *[0] * 14, 1], (HEIGHT, 1)).astype(np.uint8)  # beside the object
 WHITE = 255 * (OBJECT + COLUMNS)
+SHADES = OBJECT * np.arange(16, dtype=np.uint8) % 5
 PAINTED = [68, 1, 84, 253, 231, 37, 9, 0, 0, 0, 0, 9]  # the background too, as viewers write it
 MASKS = {
     "ones": picture(OBJECT),
@@ -130,6 +131,7 @@ MASKS = {
     "dark blue": picture(NONE, NONE, OBJECT),
     "palette": picture(OBJECT * np.tile([1, 2, 3, 3], 4).astype(np.uint8), palette=PAINTED),
     "cut-out of black": picture(NONE, NONE, NONE, 99 * OBJECT),
+    "cut-out of a photo, black in places": picture(SHADES, SHADES, SHADES, 255 * OBJECT),
     "grey with alpha": picture(OBJECT + 200, 255 * OBJECT),
     "black around, columns transparent": picture(WHITE, WHITE, WHITE, 255 * (1 - COLUMNS)),
     "transparent index": picture(OBJECT + 2 * COLUMNS, palette=PAINTED, transparency=2),
