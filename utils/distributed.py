@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import UserError
 from utils.signals import obeyed
 
+REMEDY = "unset WORLD_SIZE, RANK and LOCAL_RANK for a single process, or start ranks with torchrun"
+
 
 class Ranks(NamedTuple):
     """Where this process stands."""
@@ -45,7 +47,7 @@ def start(alone: bool = False) -> Ranks:
         alone: stay a single process whatever the environment says, on Apple's GPU as well.
     Raises:
         UserError: there are GPUs, and fewer than ranks on this machine; or the environment names
-            ranks, but not as torchrun does.
+            ranks, but not as torchrun does; or they cannot meet.
     """
     announced = None if alone else _announced()
     rank, world_size, local_rank, local_size = announced or (0, 1, 0, 1)
@@ -62,16 +64,20 @@ def start(alone: bool = False) -> Ranks:
     ranks = Ranks(rank, world_size, local_rank, local_size, device)
     if announced is None:
         return ranks
-    store = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store for all its starts of the ranks, and torch (2.13) reads there,
-        # after a restart, under which address a dead rank listened; ranks would wait for it until
-        # the timeout. A count of restarts cannot tell starts apart: nodes may count differently.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        shared = dist.TCPStore(*address, timeout=dist.default_pg_timeout)
-        store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
     backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own)
+    told = {"rank": rank, "world_size": world_size, "device_id": own}
+    host, port, store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store for all its starts, and torch (2.13) reads there, after a
+            # restart, under which address a dead rank listened; ranks would wait for it until the
+            # timeout. A count of restarts cannot tell starts apart: nodes may count differently.
+            shared = dist.TCPStore(host, port, timeout=dist.default_pg_timeout)
+            store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
+        dist.init_process_group(backend, store=store, **told)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"ranks cannot meet at {host}:{port} ({reason}): {REMEDY}") from None
     return ranks
 
 
@@ -89,10 +95,8 @@ def _announced() -> tuple[int, int, int, int] | None:
         socket.getaddrinfo(given["MASTER_ADDR"], port)
     except (KeyError, ValueError, OSError) as error:
         told = ", ".join(f"{name}={given.get(name)}" for name in (*names, "MASTER_ADDR"))
-        raise UserError(
-            f"the environment names no rank that can start ({error}): {told}; unset WORLD_SIZE, "
-            "RANK and LOCAL_RANK for a single process, or start ranks with torchrun"
-        ) from None
+        line = f"the environment names no rank that can start ({error}): {told}; {REMEDY}"
+        raise UserError(line) from None
     return rank, size, local_rank, local_size
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import socket
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -319,6 +320,17 @@ def test_training_where_the_environment_names_half_a_rank(data, tmp_path, monkey
     assert all(f"{name}={value}" in line for name, value in changes.items())
     assert line.endswith("start ranks with torchrun")
     assert not (tmp_path / "exp").exists()
+
+
+def test_training_where_another_program_has_the_port_of_the_environment(
+    data, tmp_path, monkeypatch
+):
+    with socket.create_server(("", 0)) as busy:
+        announce(monkeypatch, WORLD_SIZE="1", MASTER_PORT=str(busy.getsockname()[1]))
+        line = error_of("train.py", write_config(tmp_path, data))
+    assert line.startswith("ranks cannot meet at 127.0.0.1:")
+    assert "address already in use" in line
+    assert line.endswith("start ranks with torchrun")
 
 
 def test_apples_gpu_scores_and_predicts_and_does_not_train(monkeypatch):
