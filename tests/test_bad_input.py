@@ -248,6 +248,12 @@ def test_a_program_whose_output_cannot_be_written(where, message):
     assert (ending.returncode, ending.stderr) == (int(bool(message)), message)
 
 
+def test_words_that_a_redirected_output_of_windows_has_no_letters_for_are_escaped():
+    program = "from utils.errors import run_entry_point as run; run(lambda: print('● 犬', flush=1))"
+    ending = run_command(sys.executable, "-c", program, PYTHONIOENCODING="cp1252", PYTHONUTF8="1")
+    assert (ending.returncode, ending.stdout, ending.stderr) == (0, "\\u25cf \\u72ac\n", "")
+
+
 @pytest.mark.parametrize(
     ("key", "option"), [("workers", "size=4k"), ("workers_val", "size=4k"), ("workers", "ro")]
 )
