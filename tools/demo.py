@@ -25,6 +25,7 @@ from utils.errors import UserError, run_entry_point
 from utils.logger import setup_logging
 from utils.photos import read_photo
 from utils.records import RecordReader
+from utils.signals import obeyed
 from utils.visualize import PRED_COLOR, fade, heat_map, overlay
 
 EPILOG = """example:
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     port = find_port(args.host, args.port)
     setup_logging(None, is_main=True)
     predictor = Predictor(load_config(args.config, args.opts), args.weights)
-    # Being told to end by the system is like Ctrl-C: the folder of photos goes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in obeyed():  # all are like Ctrl-C: the folder of photos goes
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="cris-demo-") as folder:
         # gradio reads these when it is imported; it asks for its own page before it goes on.
         quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}

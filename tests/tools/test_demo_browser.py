@@ -276,7 +276,7 @@ def test_a_client_cannot_name_what_it_did_not_upload(demo, photo):
     assert {file for file in demo.folder.rglob("*") if file.is_file()} == kept
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_at_once_and_leaves_nothing_even_with_a_page_open(
     trained, tmp_path, browser, photo, number
 ):
