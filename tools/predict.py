@@ -149,7 +149,8 @@ def write_answer(
         "overlay": shown,
     }
     with atomic_path(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        partial.write_text(text, "utf-8", "backslashreplace")  # as JSON has bytes of a name, too
     return record
 
 

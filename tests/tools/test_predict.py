@@ -1,6 +1,7 @@
 """tools/predict.py: what it writes, what it says, and what it does with bad input."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -193,6 +194,13 @@ def test_one_photo_of_many_that_cannot_be_read_does_not_stop_the_others(
         ask(trained, "--image", photo.parent, *texts("a"), "-o", tmp_path / "out")
     assert "broken.jpg cannot be decoded" in capsys.readouterr().err
     assert len(names(tmp_path / "out")) == 3
+
+
+def test_a_photo_whose_name_is_no_utf_8_is_answered(tmp_path, trained, photo):
+    photo = photo.rename(photo.with_name(os.fsdecode(b"caf\xe9.png")))
+    ask(trained, "--image", photo, *texts("a"), "-o", tmp_path / "out")
+    (record,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(record.read_text("utf-8"))["image"] == str(photo)
 
 
 def test_the_program_runs_from_anywhere(tmp_path, trained, photo):
