@@ -194,7 +194,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     side = _copy_stream(device) if device.type == "cuda" else None
     with nullcontext() if side is None else torch.cuda.stream(side):
         moved = {
-            name: value.to(device, non_blocking=True)
+            # Apple's GPU would read memory that is freed by then.
+            name: value.to(device, non_blocking=side is not None)
             for name, value in batch.items()
             if isinstance(value, Tensor)
         }

@@ -8,7 +8,13 @@ import torch
 from helpers import ALONE, CPU, assert_same, loader_config
 from torch.utils.data import DataLoader
 
-from engine.loaders import VisitSampler, build_evaluation_loader, build_train_loader, usable_workers
+from engine.loaders import (
+    VisitSampler,
+    build_evaluation_loader,
+    build_train_loader,
+    to_device,
+    usable_workers,
+)
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -188,3 +194,10 @@ def test_opencv_is_single_threaded_in_workers(shapes_lmdb):
         assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
+
+
+def test_a_batch_for_apples_gpu_is_copied_before_its_memory_may_be_freed(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, non_blocking: waits.append(not non_blocking))
+    to_device({"images": torch.ones(1)}, torch.device("mps"))
+    assert waits == [True]
