@@ -1,7 +1,6 @@
 """Several data sets in one run: what is left out, what is kept, and that nothing is mixed up."""
 
 import pickle
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from helpers import (
     ALONE,
-    CPU,
     ROOT,
     all_refs,
     assert_same,
@@ -24,7 +21,6 @@ from helpers import (
     run_program,
     sample_ref,
     smooth_photo,
-    write_config,
 )
 from torch.utils.data import DataLoader
 
@@ -32,7 +28,6 @@ from engine.loaders import build_train_loader, report_records, training_records
 from tools.inspect_lmdb import PUBLISHED
 from utils.config import Config, load_config
 from utils.dataset import TrainingDataset
-from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.records import (
     JoinedReader,
@@ -253,31 +248,6 @@ def test_positions_run_through_the_files_in_order_past_those_of_which_nothing_is
     assert records.ref(count + 1) == two.ref(4)
 
 
-def test_the_sentence_depends_on_seed_epoch_and_position_alone(files):
-    drawn = []
-    for workers, batch_by in ((0, "refs"), (1, "images")):
-        loader = build_train_loader(joined(files, workers=workers, batch_by=batch_by), 4, ALONE)
-        tokens: dict[tuple[int, int], list[int]] = {}
-        for epoch in range(2):
-            loader.batch_sampler.set_epoch(epoch)
-            for batch in loader:
-                rows = zip(batch["positions"].tolist(), batch["tokens"].tolist(), strict=True)
-                tokens |= {(epoch, position): row for position, row in rows}
-        drawn.append(tokens)
-    common = drawn[0].keys() & drawn[1].keys()
-    assert len(common) > 60
-    assert all(drawn[0][visit] == drawn[1][visit] for visit in common)
-    by_position = {p: drawn[0][0, p] != drawn[0].get((1, p)) for e, p in common if e == 0}
-    assert any(by_position.values())  # epochs differ
-
-
-def test_two_ranks_together_see_the_batch_of_one(files):
-    whole = [b["positions"].tolist() for b in build_train_loader(joined(files), 4, ALONE)]
-    halves = [build_train_loader(joined(files), 2, Ranks(r, 2, r, 2, CPU)) for r in range(2)]
-    for expected, a, b in zip(whole, *halves, strict=True):
-        assert sorted(expected) == sorted(a["positions"].tolist() + b["positions"].tolist())
-
-
 def test_spawned_workers_read_several_files(files):
     records = build_train_loader(joined(files), 4, ALONE).dataset.records
     assert len(pickle.dumps(records)) < 2_000
@@ -309,45 +279,15 @@ def test_the_combined_config_leaves_out_every_val_and_test_split_that_is_publish
     assert vars(cfg.TRAIN) == {**vars(single.TRAIN), **differs}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("a.lmdb", ("a.lmdb",)), ("[a.lmdb, b c.lmdb]", ("a.lmdb", "b c.lmdb"))],
-)
-def test_one_file_or_a_list_in_opts_and_in_a_file(text, expected, tmp_path):
-    cfg = load_config(ROOT / "config/base.yaml", ["DATA.train_lmdb", text])
-    assert cfg.DATA.train_lmdb == expected
-    path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump({"DATA": {"train_lmdb": list(expected)}}))
-    assert load_config(path).DATA.train_lmdb == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "message"),
-    [
-        ("DATA.train_lmdb", "[]", "DATA.train_lmdb must name one LMDB or several, each once"),
-        ("DATA.train_lmdb", "[a.lmdb, a.lmdb]", "each once, not ['a.lmdb', 'a.lmdb']"),
-        ("DATA.train_lmdb", "[a.lmdb, [b]]", "DATA.train_lmdb[1] must be a valid string"),
-        ("DATA.exclude_lmdb", "a.lmdb", "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
-    ],
-)
-def test_values_that_cannot_be_are_named(key, text, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        load_config(ROOT / "config/base.yaml", [key, text])
-
-
-def test_a_file_that_is_missing_among_several_is_named(files, data, tmp_path):
-    cfg = write_config(tmp_path, data)
-    train = str(data / "lmdb/shapes/train.lmdb")
-    line = error_of("train.py", cfg, "DATA.train_lmdb", [train, "no/t.lmdb"])
-    assert line.startswith("no/t.lmdb does not exist")
-    opts = ("DATA.train_lmdb", [train, str(files["one"])], "DATA.exclude_lmdb", ["no/v.lmdb"])
-    assert error_of("train.py", cfg, *opts).startswith("no/v.lmdb does not exist")
-
-
-def test_another_split_among_several_is_refused(data, tmp_path):
-    files = [str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testA")]
-    line = error_of("train.py", write_config(tmp_path, data), "DATA.train_lmdb", files)
-    assert line.startswith(f"{files[1]} holds shapes testA, the config says shapes train")
+def test_one_of_several_files_that_is_missing_or_another_split_is_named(config, files, data):
+    train, other = (str(data / f"lmdb/shapes/{split}.lmdb") for split in ("train", "testA"))
+    both = ([train, str(files["one"])], "DATA.exclude_lmdb", ["no/v.lmdb"])
+    for opts, message in (
+        (([train, "no/t.lmdb"],), "no/t.lmdb does not exist"),
+        (both, "no/v.lmdb does not exist"),
+        (([train, other],), f"{other} holds shapes testA, the config says shapes train"),
+    ):
+        assert error_of("train.py", config, "DATA.train_lmdb", *opts).startswith(message)
 
 
 def test_leaving_out_everything_is_an_error(files):
@@ -357,13 +297,14 @@ def test_leaving_out_everything_is_an_error(files):
         build_train_loader(cfg, 4, ALONE)
 
 
-def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(data, tmp_path):
+def test_a_run_on_two_data_sets_says_what_it_leaves_out_trains_and_is_scored(
+    config, data, tmp_path
+):
     shapes, other = data / "lmdb/shapes", tmp_path / "lmdb/other"
     both = [str(shapes / "train.lmdb"), str(other / "train.lmdb")]
     held_out, refs = other / "val.lmdb", all_refs(shapes / "train.lmdb")
     for path, some in ((other / "train.lmdb", refs), (held_out, refs[:5])):
         repack(shapes / "train.lmdb", path, some, dataset="other")
-    config = write_config(tmp_path, data)
     run_program(
         "train.py",
         config,

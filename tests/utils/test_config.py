@@ -242,13 +242,14 @@ class TestOpts:
             ("TEST.weights", {"~/best.pth": str(Path.home() / "best.pth")}),
             ("TRAIN.output_folder", {"~/exp": str(Path.home() / "exp")}),
             ("protocol", {"aligned": "aligned"}),
+            ("DATA.train_lmdb", {"a.lmdb": ("a.lmdb",), "[a, b c.lmdb]": ("a", "b c.lmdb")}),
         ],
     )
     def test_value_is_read_by_the_type_of_its_key(self, key, expected):
         leaf = key.rpartition(".")[2]
         for text, value in expected.items():
             config = load_config(R50, [key, text])
-            section = next(s for s in (config.TRAIN, config.TEST) if hasattr(s, leaf))
+            section = next(s for s in vars(config).values() if hasattr(s, leaf))
             assert getattr(section, leaf) == value
             assert type(getattr(section, leaf)) is type(value)
 
@@ -378,6 +379,10 @@ class TestErrors:
             ([*FROM_SCRATCH, "transformer_heads", "4"], "512 must be 64 times transformer_heads 4"),
             ([*FROM_SCRATCH, "vision_width", "63"], "vision_width must be a multiple of 2"),
             ([*FROM_SCRATCH, "vis_dim", "256"], "vis_dim 256 does not fit the CLIP: use 512"),
+            (["train_lmdb", "[]"], "DATA.train_lmdb must name one LMDB or several, each once"),
+            (["train_lmdb", "[a.lmdb, a.lmdb]"], "each once, not ['a.lmdb', 'a.lmdb']"),
+            (["train_lmdb", "[a.lmdb, [b]]"], "DATA.train_lmdb[1] must be a valid string"),
+            (["exclude_lmdb", "a.lmdb"], "DATA.exclude_lmdb must be a list, not 'a.lmdb'"),
         ],
     )
     def test_bad_opts_are_one_line(self, opts, message):
