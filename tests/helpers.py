@@ -22,6 +22,7 @@ from unittest import mock
 import cv2
 import lmdb
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing
 import yaml
@@ -43,6 +44,7 @@ from utils.cache import SquareCache
 from utils.config import Config, TestConfig, TrainConfig, load_config
 from utils.dataset import EvaluationDataset, SentenceTask, TrainingDataset
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.logger import Tracker
 from utils.records import JoinedReader, RecordReader, RecordWriter, RefRecord
 from utils.transforms import load_mask
@@ -345,6 +347,14 @@ def error_of(name: str, config: Path, *opts: object, switches: Sequence[str] = (
     assert line.startswith("error: ")
     assert len(line.splitlines()) == 1
     return line.removeprefix("error: ")
+
+
+def user_error(function: Callable, *args: object) -> str:
+    """The one line of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
 
 
 ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

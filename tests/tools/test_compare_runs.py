@@ -9,13 +9,13 @@ from helpers import (
     read_jsonl,
     read_script,
     run_command,
+    user_error,
     write_any_number,
     write_records,
     write_result,
 )
 
 from tools import compare_runs
-from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +35,7 @@ def main(*args: object) -> None:
 
 
 def error(*args: object) -> str:
-    """The one line that it ends with; no page is left."""
-    with pytest.raises(UserError) as caught:
-        main(*args)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    return user_error(main, *args)
 
 
 def rewrite(path: Path, lines: list[dict]) -> None:

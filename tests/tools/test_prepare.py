@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clips import TINY, assert_same_tensors, save_archive, tiny_clip, without_sizes
-from helpers import ROOT, all_refs, largest_file, run_program
+from helpers import ROOT, all_refs, largest_file, run_program, user_error
 from odd_server import Answer, OddServer
 from safetensors.torch import save_file
 
@@ -148,13 +148,6 @@ def made(whole, tmp_path) -> Path:
     return shutil.copytree(whole, tmp_path / "data", symlinks=True)
 
 
-def error(run: Callable[..., Path], *arguments: object) -> str:
-    with pytest.raises(UserError) as caught:
-        run(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
 def records(root: Path, target: str = "refcoco") -> dict:
     return {path.stem: all_refs(path) for path in (root / "lmdb" / target).glob("*.lmdb")}
 
@@ -215,7 +208,7 @@ def test_photos_that_coco_lacks_are_counted_and_may_be_left_out(
     first, second, *_ = sorted((tmp_path / "data/images/train2014").iterdir())
     first.unlink()
     second.unlink()
-    line = error(run, "refcoco", "--from", files)
+    line = user_error(run, "refcoco", "--from", files)
     assert f"{first} and 1 more do not exist" in line
     assert "--skip-odd" in line
     root = run("refcoco", "--from", files, "--skip-odd")
@@ -327,14 +320,14 @@ def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path, source
 
 def test_an_archive_that_is_cut_or_lacks_a_file_is_named(grefcoco, files, shapes, run, tmp_path):
     tar_files(tmp_path / "grefs.tar.gz", grefcoco / "grefcoco/grefs(unc).json")
-    told = error(run, "grefcoco", "--from", tmp_path)
+    told = user_error(run, "grefcoco", "--from", tmp_path)
     folder = tmp_path / "data/refer/grefcoco"
     assert f"lacks instances.json: get it again, or put its files into {folder}" in told
     path = tmp_path / "refcoco.zip"
     path.write_bytes((files / path.name).read_bytes()[:-100])
-    assert "refcoco.zip is no whole archive" in error(run, "refcoco", "--from", tmp_path)
+    assert "refcoco.zip is no whole archive" in user_error(run, "refcoco", "--from", tmp_path)
     shutil.copy(shapes / "train2014.zip", path)
-    told = error(run, "refcoco", "--from", tmp_path)
+    told = user_error(run, "refcoco", "--from", tmp_path)
     assert "refcoco.zip lacks instances.json and refs(unc).p" in told
     assert not list((tmp_path / "data/refer").glob("*"))
 
@@ -399,7 +392,7 @@ def test_weights_that_are_not_openais_are_refused(run, clip, tmp_path, monkeypat
     save_file(change(read_clip(tmp_path / "plain.safetensors")), path)
     if "another" in reason:
         prepare.CLIP["clip-rn50"]["layers"] = [3, 4, 6, 3]
-    assert reason in error(run, "clip-rn50", "--from", tmp_path)
+    assert reason in user_error(run, "clip-rn50", "--from", tmp_path)
     assert not list((tmp_path / "pretrain").iterdir())
 
 
@@ -427,7 +420,7 @@ def changed(row: dict, column: str, **values: object) -> dict:
 def test_parquet_that_is_odd_is_named(shapes, refer, run, tmp_path, rows, message):
     shutil.copytree(shapes / "images", tmp_path / "data/images")
     write_parquet(tmp_path / "given/train-0.parquet", rows(rows_of(refer)))
-    told = error(run, "refcoco", "--source", "parquet", "--from", tmp_path / "given")
+    told = user_error(run, "refcoco", "--source", "parquet", "--from", tmp_path / "given")
     assert re.search(message, told)
     assert not list((tmp_path / "data").rglob("*.lmdb"))
 
@@ -436,7 +429,7 @@ def test_a_photo_whose_name_is_a_path_is_refused(refer, shapes, run, tmp_path):
     rows = benchmark_rows(refer, shapes / "images/train2014", "val")
     rows[0]["image_info"] |= {"file_name": "../1.jpg"}
     write_parquet(tmp_path / "given/refcoco_unc_val-0.parquet", rows)
-    told = error(run, "refcoco-eval", "--from", tmp_path / "given")
+    told = user_error(run, "refcoco-eval", "--from", tmp_path / "given")
     assert "row 0 is no ref (ValueError: '../1.jpg' is no name of a photo)" in told
 
 
@@ -464,7 +457,7 @@ def test_what_is_not_whole_in_the_folder_is_named_and_not_downloaded(
     (tmp_path / "given").mkdir()
     for name, content in found.items():
         (tmp_path / "given" / name).write_bytes(content)
-    assert re.search(message, error(run, *words.split(), "--from", tmp_path / "given"))
+    assert re.search(message, user_error(run, *words.split(), "--from", tmp_path / "given"))
 
 
 def test_without_any_network_one_line_says_what_to_do(run, monkeypatch):
@@ -472,7 +465,7 @@ def test_without_any_network_one_line_says_what_to_do(run, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr("time.sleep", lambda _: None)
     for target in ("refcoco", "refcoco-eval"):
-        told = error(run, target)
+        told = user_error(run, target)
         assert "could not be" in told
         assert "--from FOLDER" in told
 
@@ -492,7 +485,7 @@ def test_all_of_the_data_is_compared_with_what_is_published(files, made, tmp_pat
 def test_too_little_room_is_told_before_the_first_request(server, run, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage if folder == tmp_path else None)
-    told = error(run, "refcoco", "--mirror", server.url)
+    told = user_error(run, "refcoco", "--mirror", server.url)
     needs = f"refcoco needs about 3.3 GB in {tmp_path / 'data'}, where 2.0 GB are free"
     assert told.startswith(needs)
     assert not server.requests

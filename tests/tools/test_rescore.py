@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import all_refs, read_jsonl, repack, write_any_number, write_result
+from helpers import all_refs, read_jsonl, repack, user_error, write_any_number, write_result
 from pycocotools import mask as coco_mask
 
 from tools import rescore
@@ -113,10 +113,7 @@ def changed(**values: object):
 )
 def test_predictions_that_do_not_fit_the_records_are_one_line(saved, tmp_path, edit, told):
     path = write(tmp_path / "p.jsonl", edit(read_jsonl(saved[0])))
-    with pytest.raises(UserError) as caught:
-        rescore.main([str(path), str(saved[1])])
-    assert told.format(path=path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert told.format(path=path) in user_error(rescore.main, [str(path), str(saved[1])])
 
 
 def test_what_is_not_there_or_has_no_unique_sentences_is_named(saved, tmp_path):
