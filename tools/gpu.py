@@ -30,7 +30,7 @@ from tools.latency import describe_machine, machine, take_turns
 from utils.arguments import text_parser
 from utils.config import load_config
 from utils.errors import run_entry_point
-from utils.files import atomic_path
+from utils.files import atomic_path, check_writable
 
 NO_GPU = "not run: no CUDA device"
 SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = text_parser(__doc__)
     parser.add_argument("-o", "--output", type=Path, default="exp/gpu", help="folder (%(default)s)")
     output = parser.parse_args(argv).output
+    check_writable(output)
     found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found["driver"] = collect_env.get_nvidia_driver_version(collect_env.run) or "none"
     results = {"machine": found | {"cuda": torch.version.cuda or "none"}, "parts": {}}
@@ -62,11 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"● {name}", flush=True)
         is_run = torch.cuda.is_available() or name in ON_CPU
         results["parts"][name] = run_part(measure, *given) if is_run else {"outcome": NO_GPU}
-    table = to_markdown(results)
+    print(table := to_markdown(results))
     for name, text in (("gpu.json", json.dumps(results, indent=2) + "\n"), ("gpu.md", table)):
         with atomic_path(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    print(table)
     if failed := [n for n, part in results["parts"].items() if part["outcome"] == "failed"]:
         sys.exit(f"error: failed: {', '.join(failed)}; {output / 'gpu.json'} has their errors")
 

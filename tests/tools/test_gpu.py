@@ -39,6 +39,10 @@ def test_a_part_that_fails_leaves_the_results_of_the_others(tmp_path, monkeypatc
     parts |= {"works": (dict, {"rate": 2.5})}
     monkeypatch.setattr(gpu, "ON_CPU", set(parts))
     monkeypatch.setattr(gpu, "PARTS", parts)
+    (tmp_path / "full/gpu.json").mkdir(parents=True)  # cannot be written in the end
+    with pytest.raises(IsADirectoryError):
+        gpu.main(["-o", str(tmp_path / "full")])
+    assert "| works | ok, " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: failed: fails, dies; .*gpu\.json has their err"):
         gpu.main(["-o", str(tmp_path)])
     table = re.sub(r"\d+ s ", "_ s ", capsys.readouterr().out)
@@ -47,6 +51,13 @@ def test_a_part_that_fails_leaves_the_results_of_the_others(tmp_path, monkeypatc
         "| dies | failed, _ s | its process ended with code 3 |",
         "| works | ok, _ s | rate 2.50 |",
     ]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/gpu"):
+        gpu.main(["-o", str(tmp_path / "file/gpu")])
+    assert capsys.readouterr().out == ""
 
 
 def test_commands_are_those_of_the_benchmark():
