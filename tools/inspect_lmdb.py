@@ -100,13 +100,13 @@ def inspect(
         differing = differences(meta)
         found.faults.extend(differing)
         print(f"  published {'differs' if differing else 'the same numbers'}")
-    if samples:
-        save_sheet(reader, sheet, samples, seed, found.sound)
-        print(f"  to look at: {sheet}")
     for fault in found.faults:
         print(f"  FAULT    {fault}")
     if not found.faults:
         print("  checked  every record: no fault")
+    if samples:
+        save_sheet(reader, sheet, samples, seed, found.sound)
+        print(f"  to look at: {sheet}")
     return found.faults
 
 

@@ -224,6 +224,13 @@ def test_counts_and_lengths_that_are_not_those_of_the_records_are_found(path, ca
     ]
 
 
+def test_faults_are_listed_though_the_sheet_cannot_be_written(path, tmp_path, capsys):
+    change_meta(path, sentences=7)
+    with pytest.raises(IsADirectoryError):
+        look(path, "-o", tmp_path)
+    assert "  FAULT    " in capsys.readouterr().out
+
+
 def test_without_a_sound_ref_the_sheet_is_blank(path, capsys):
     rewrite(path, {i: {"mask": b""} for i in range(NUM_REFS)})
     assert len(faults(path, capsys)) == NUM_REFS
