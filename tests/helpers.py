@@ -464,6 +464,12 @@ def read_metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path from there."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
     """Every file and folder below, with its size and the time of its last change."""
     stats = {path: path.stat() for path in folder.rglob("*")}

@@ -11,6 +11,7 @@ from unittest import mock
 import cv2
 import numpy as np
 import pytest
+from helpers import contents
 
 from engine.report.statistics import sentence_kinds
 from tools import refshapes
@@ -23,10 +24,6 @@ def read(root: Path) -> tuple[dict, list[dict]]:
     folder = root / "refshapes"
     refs = pickle.loads((folder / "refs(unc).p").read_bytes())
     return json.loads((folder / "instances.json").read_text()), refs
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +177,7 @@ def test_plurals_name_exactly_their_objects_and_others_are_nearly_true_of_someth
 
 
 def test_images_and_refs_of_one_object_are_the_same_with_any_number(root, any_root):
-    plain, richer = files(root), files(any_root)
+    plain, richer = contents(root), contents(any_root)
     changed = {name for name, data in plain.items() if richer[name] != data}
     assert changed == {"refshapes/refs(unc).p", "refshapes/generator.json"}
     single = [r for r in read(any_root)[1] if len(r["ann_id"]) == 1 and r["ann_id"] != [-1]]
@@ -198,7 +195,7 @@ def test_a_seed_gives_the_same_bytes_in_several_processes_and_another_seed_does_
     refshapes.generate(tmp_path / "other", counts, seed=6)
     monkeypatch.setattr(refshapes, "WORTH_A_POOL", 1)
     refshapes.generate(tmp_path / "together", counts, seed=5)
-    alone, other, together = (files(tmp_path / name) for name in ("alone", "other", "together"))
+    alone, other, together = (contents(tmp_path / name) for name in ("alone", "other", "together"))
     assert together == alone
     assert len(alone) == sum(counts.values()) + 3
     assert all(other[name] != data for name, data in alone.items())
@@ -207,13 +204,13 @@ def test_a_seed_gives_the_same_bytes_in_several_processes_and_another_seed_does_
 def test_seed_0_draws_what_it_has_always_drawn(root):
     """The scores in the documents are of these sentences."""
     name = "refshapes/refs(unc).p"
-    digest = hashlib.sha256(files(root)[name]).hexdigest()
+    digest = hashlib.sha256(contents(root)[name]).hexdigest()
     assert (refshapes.VERSION, digest[:16]) == (5, "d64dbbd59aadac53")
 
 
 def test_an_image_does_not_depend_on_how_many_are_asked_for(root, tmp_path):
     refshapes.generate(tmp_path / "few", {"train": 1, "val": 2}, seed=0)
-    few, many = files(tmp_path / "few"), files(root)
+    few, many = contents(tmp_path / "few"), contents(root)
     assert all(many[name] == data for name, data in few.items() if name.startswith("images"))
     assert [r for r in read(root)[1] if r["image_id"] in (1, 1_000_001, 1_000_002)] == (
         read(tmp_path / "few")[1]
@@ -355,9 +352,9 @@ def test_a_complete_folder_is_reused_and_other_parameters_replace_it(tmp_path, c
     assert runs == [False, False, True, False]
     foreign = out / "images" / "train2014" / "COCO_train2014_000000000009.jpg"
     foreign.write_bytes(b"a photo of the user's")
-    before = files(out)
+    before = contents(out)
     assert is_reused()
-    assert files(out) == before
+    assert contents(out) == before
     assert not is_reused("--seed", "1", "--train", "1")
     assert {r["image_id"] for r in read(out)[1]} == {1, 1_000_001, 1_000_002}
     assert len(list(out.glob("images/train2014/REFSHAPES_*"))) == 3
