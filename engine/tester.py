@@ -19,7 +19,7 @@ from utils.config import Config
 from utils.dataset import EvaluationDataset
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, write_text
 from utils.logger import progress
 from utils.metrics import describe_rule, percent
 from utils.records import RecordReader
@@ -155,8 +155,7 @@ def write_scores(result: Mapping, lines: Sequence[SentenceScore], folder: Path) 
     stem = result_stem(result)
     with atomic_path(folder / f"{stem}.jsonl") as partial, partial.open("w") as file:
         file.writelines(json.dumps(line.record()) + "\n" for line in lines)
-    with atomic_path(folder / f"{stem}.json") as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(folder / f"{stem}.json", json.dumps(result, indent=2) + "\n")
 
 
 def write_report(cfg: Config, reader: RecordReader, scored: Sequence[Scored]) -> None:

@@ -44,7 +44,7 @@ from utils.config import load_config
 from utils.dataset import TrainingBatch, TrainingDataset, collate_refs
 from utils.distributed import Ranks
 from utils.errors import UserError, run_entry_point
-from utils.files import atomic_path
+from utils.files import write_text
 from utils.logger import progress
 from utils.metrics import Counts
 from utils.records import JoinedReader, RecordReader
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     result = {"command": args.command, "machine": machine(setting.device), **result}
     print_table(result)
     if args.json:
-        with atomic_path(args.json) as partial:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
     return result
 
 

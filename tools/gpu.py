@@ -30,7 +30,7 @@ from tools.latency import describe_machine, machine, take_turns
 from utils.arguments import text_parser
 from utils.config import load_config
 from utils.errors import run_entry_point
-from utils.files import atomic_path, check_writable
+from utils.files import check_writable, write_text
 
 NO_GPU = "not run: no CUDA device"
 SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -64,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_run = torch.cuda.is_available() or name in ON_CPU
         results["parts"][name] = run_part(measure, *given) if is_run else {"outcome": NO_GPU}
     print(table := to_markdown(results))
-    for name, text in (("gpu.json", json.dumps(results, indent=2) + "\n"), ("gpu.md", table)):
-        with atomic_path(output / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_text(output / "gpu.json", json.dumps(results, indent=2) + "\n")
+    write_text(output / "gpu.md", table)
     if failed := [n for n, part in results["parts"].items() if part["outcome"] == "failed"]:
         sys.exit(f"error: failed: {', '.join(failed)}; {output / 'gpu.json'} has their errors")
 
@@ -90,8 +89,7 @@ def write_part(path: Path, measure: Callable[..., dict], *given: object) -> None
         part = {"outcome": "ok", "figures": measure(*given)}
     except (Exception, SystemExit):
         part = {"outcome": "failed", "error": traceback.format_exc().strip()}
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(part), encoding="utf-8")
+    write_text(path, json.dumps(part))
 
 
 def run_tests() -> dict[str, str]:

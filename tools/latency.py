@@ -24,7 +24,7 @@ from model.segmenter import Segmenter
 from utils.arguments import check_at_least, config_parser, parse_with_opts
 from utils.config import ClipArch, Config, load_config
 from utils.errors import run_entry_point
-from utils.files import atomic_path
+from utils.files import write_text
 from utils.logger import setup_logging
 
 EPILOG = """examples:
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     print_report(report)
     if args.json is not None:
-        with atomic_path(args.json) as partial:
-            partial.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
 
 
 def without_archive(cfg: Config) -> Config:

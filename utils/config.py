@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import write_text
 
 BASE_KEY = "_base_"
 QUOTED = r"^(['\"])(.*)\1$"
@@ -358,9 +358,7 @@ def load_config(path: str | Path, opts: Iterable[str] = ()) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write every key as YAML, whole or not at all; `load_config(path)` gives an equal config."""
-    with atomic_path(path) as partial:
-        text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
 
 def base_yaml() -> str:

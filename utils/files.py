@@ -33,6 +33,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; as `atomic_path`."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, to move what is whole out of it; as `atomic_path`."""

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import write_text
 
 LOG, METRICS = "train.log", "metrics.jsonl"  # in the folder of a run
 WANDB_RUN = "wandb_run"  # beside them: the id by which Weights & Biases knows the run
@@ -70,8 +70,7 @@ def _keep_records(path: Path, last: Mapping) -> int:
             record = json.loads(line)
             if line.endswith("\n") and record[record["kind"]] <= last[record["kind"]]:
                 kept.append(line)
-    with atomic_path(path) as partial:
-        partial.write_text("".join(kept))
+    write_text(path, "".join(kept))
     return len(kept)
 
 
@@ -171,6 +170,5 @@ def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_o
     # The count of records is no axis.
     for kind in ("step", "epoch"):
         run.define_metric(f"{kind}/*", step_metric=f"{kind}/{kind}")
-    with atomic_path(file) as partial:
-        partial.write_text(f"{run.id}\n")
+    write_text(file, f"{run.id}\n")
     return run

@@ -27,7 +27,7 @@ from PIL import Image
 from engine.evaluator import encode_rle
 from engine.report import statistics
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import write_text
 from utils.logger import progress
 from utils.machine import available_cores
 from utils.metrics import count_lines
@@ -188,14 +188,9 @@ def _write_templates(folder: Path, title: str, body: str, script: str) -> None:
     texts = {name: (TEMPLATES / name).read_text("utf-8") for name in names}
     head, rest = ((TEMPLATES / name).read_text("utf-8") for name in ("head.html", body))
     for name, text in (texts | {INDEX: head.replace("TITLE", title) + rest}).items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
 
 
 def _write_script(path: Path, name: str, value: object) -> None:
     """Write JSON as a script in ASCII: pages from the disk may load those, and nothing else."""
-    _write(path, f"window.{name} = {json.dumps(value, separators=(',', ':'))};\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as partial_path:
-        partial_path.write_text(text, encoding="utf-8")
+    write_text(path, f"window.{name} = {json.dumps(value, separators=(',', ':'))};\n")
