@@ -109,8 +109,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._tell_wandb("finish", exit_code=0 if kind is None else 1)
 
     def log(self, kind: str, record: dict) -> None:
         """Write one record: `kind` is "step" or "epoch", `record` plain numbers by name."""
@@ -121,10 +120,19 @@ class Tracker:
             for key, value in record.items()
         }
         self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
-        if self._wandb is not None:  # whose own counter begins at 0 in each start
-            named = {f"{kind}/{key}": value for key, value in record.items()}
-            self._wandb.log(named, step=self._records, commit=True)
+        named = {f"{kind}/{key}": value for key, value in record.items()}
+        # W&B's own counter begins at 0 in each start.
+        self._tell_wandb("log", named, step=self._records, commit=True)
         self._records += 1
+
+    def _tell_wandb(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of W&B's run, if there is one; where it fails, go on without it."""
+        try:
+            if self._wandb is not None:
+                getattr(self._wandb, method)(*args, **kwargs)
+        except Exception as error:  # its process may be killed, say
+            logger.warning(f"Weights & Biases has failed ({error}): the run goes on without it")
+            self._wandb = None
 
     def show(self, epoch: int, pictures: Sequence[tuple[str, Image]]) -> None:
         """Give Weights & Biases pictures with their captions, the same number in every epoch."""
@@ -136,7 +144,7 @@ class Tracker:
             f"epoch/sentence_{number}": wandb.Image(picture, caption=caption)
             for number, (caption, picture) in enumerate(pictures, start=1)
         }
-        self._wandb.log({"epoch/epoch": epoch, **images}, step=self._records)
+        self._tell_wandb("log", {"epoch/epoch": epoch, **images}, step=self._records)
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: dict | None, goes_on: bool) -> Any:

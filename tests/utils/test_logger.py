@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import largest_file, read_jsonl
@@ -209,6 +210,21 @@ def test_weights_and_biases_knows_whether_a_run_failed(tmp_path, quiet_wandb):
         (records,) = offline_runs(tmp_path / name)
         (ending,) = of_kind(records, "exit")
         assert ending.exit_code == (error is not None)
+
+
+def test_a_run_goes_on_where_weights_and_biases_own_process_was_killed(
+    tmp_path, quiet_wandb, log_lines
+):
+    for killed in ("log", "finish"):
+        tracker = Tracker(tmp_path / killed, "offline")
+        run, lost = tracker._wandb, ConnectionResetError("Connection lost")
+        with mock.patch.object(run, killed, side_effect=lost), tracker:
+            for step in (1, 2):
+                tracker.log("step", {"step": step})
+        run.finish()
+        assert len(read_jsonl(tmp_path / killed / "metrics.jsonl")) == 2
+    told = "Weights & Biases has failed (Connection lost): the run goes on without it"
+    assert log_lines == [told, told]
 
 
 def test_without_an_account_the_remedy_is_named_and_nothing_is_changed(tmp_path, quiet_wandb):
