@@ -23,7 +23,6 @@ from utils.config import Config
 from utils.dataset import EvaluationDataset, TrainingDataset, collate_images, collate_refs
 from utils.distributed import Ranks
 from utils.errors import SHM_REMEDY, UserError
-from utils.logger import progress
 from utils.machine import available_cores
 from utils.records import JoinedReader, RecordReader, group_positions, on_images_of
 from utils.signals import leave_stopping_to_the_parent
@@ -99,7 +98,7 @@ def build_train_loader(cfg: Config, micro_batch: int, ranks: Ranks) -> DataLoade
     parts = train.accumulation_steps, ranks.rank, ranks.world_size, train.manual_seed
     sampler = VisitSampler(groups, micro_batch, *parts)
     caches = {
-        reader.path: open_cache(folder, reader, train.input_size, progress)
+        reader.path: open_cache(folder, reader, train.input_size)
         for reader, _ in (records.parts if folder is not None else ())
     }
     dataset = TrainingDataset(records, train.input_size, train.word_len, train.manual_seed, caches)

@@ -45,7 +45,6 @@ from utils.dataset import TrainingBatch, TrainingDataset, collate_refs
 from utils.distributed import Ranks
 from utils.errors import UserError, run_entry_point
 from utils.files import write_text
-from utils.logger import progress
 from utils.metrics import Counts
 from utils.records import JoinedReader, RecordReader
 from utils.seed import deterministic, draw
@@ -260,7 +259,7 @@ def compare_reading(setting: Setting) -> dict:
     batches = setting.position_batches(min(16, len(setting.reader)))
     count = sum(map(len, batches))
     with TemporaryDirectory() as folder:
-        cache = open_cache(folder, setting.reader, setting.side, progress)
+        cache = open_cache(folder, setting.reader, setting.side)
         plain, cached = setting.dataset(), setting.dataset({setting.reader.path: cache})
         ways = {
             PUBLISHED: lambda: [setting.batch(batch) for batch in batches],

@@ -8,7 +8,6 @@ order of their first refs, (S, S, 3) uint8 RGB each, then the refs' masks, (S, S
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from loguru import logger
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -95,7 +95,7 @@ class SquareCache:
     def _make_mask(self, position: int) -> np.ndarray:
         return load_square_mask(self.reader.ref(position), self.side)
 
-    def make(self, progress: Callable[[Iterable, int, str], Iterable]) -> None:
+    def make(self) -> None:
         """Write the file; images are read in threads (OpenCV leaves Python's lock)."""
         groups = group_positions(self.reader.index.image_keys)
         squares = [(self._make_image, group[0]) for group in groups]
@@ -106,27 +106,21 @@ class SquareCache:
             ThreadPoolExecutor(available_cores()) as pool,
         ):
             file.write(self.header.ljust(_HEADER))
-            starts = range(0, len(squares), AT_A_TIME)
-            for start in progress(starts, len(starts), f"cache {self.path.name}"):
+            bar = {"desc": f"cache {self.path.name}", "disable": None, "leave": False}
+            for start in tqdm(range(0, len(squares), AT_A_TIME), **bar):
                 some = squares[start : start + AT_A_TIME]
                 file.writelines(pool.map(lambda square: square[0](square[1]), some))
             file.flush()
             os.fsync(file.fileno())
 
 
-def open_cache(
-    folder: str | Path,
-    reader: RecordReader,
-    side: int,
-    progress: Callable[[Iterable, int, str], Iterable],
-) -> SquareCache:
+def open_cache(folder: str | Path, reader: RecordReader, side: int) -> SquareCache:
     """Return the cache of an LMDB file, made now if it is not there or does not fit any more.
 
     Any number of processes may ask for it at once: one makes it, the others wait.
 
     Args:
         folder: of caches; created.
-        progress: wraps (iterable, length, description) to show how far the work is.
     Raises:
         UserError: `folder` is a file.
         OSError: its disk has no room.
@@ -145,5 +139,5 @@ def open_cache(
             how = "making anew" if path.exists() else "making"
             logger.info(f"DATA.cache: {how} {path}, {cache.size / 1e9:.2f} GB")
             path.unlink(missing_ok=True)  # of no use to anyone, and its room may be needed
-            cache.make(progress)
+            cache.make()
     return SquareCache(path, reader, side)  # `cache` may have mapped the file that went

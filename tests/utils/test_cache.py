@@ -29,13 +29,12 @@ from utils.cache import SquareCache
 from utils.dataset import collate_refs
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.logger import progress
 from utils.records import RecordReader
 from utils.transforms import load_image, load_square_mask
 
 
 def open_cache(path: Path, folder: Path, side: int = 32) -> SquareCache:
-    return module.open_cache(folder, RecordReader(path), side, progress)
+    return module.open_cache(folder, RecordReader(path), side)
 
 
 def contents(folder: Path) -> dict[str, int]:
