@@ -357,6 +357,13 @@ def user_error(function: Callable, *args: object) -> str:
     return str(caught.value)
 
 
+def usage_error(capsys: pytest.CaptureFixture, function: Callable, *args: object) -> str:
+    """What a program says of a command line that it does not take, and ends with 2."""
+    with pytest.raises(SystemExit, match="2"):
+        function(*args)
+    return capsys.readouterr().err
+
+
 ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import encoded, run_command, user_error
+from helpers import encoded, run_command, save_photo, user_error
 from helpers import pack as pack_refer
 from PIL import Image
 
@@ -18,6 +18,7 @@ from utils.transforms import decode_mask
 
 HEIGHT, WIDTH = 12, 16
 COCO = "COCO_train2014_000000000012.jpg"
+JSON = "anns/toys/val.json"
 
 
 def make_entry(ref_id: int, img_name: str) -> dict:
@@ -27,21 +28,21 @@ def make_entry(ref_id: int, img_name: str) -> dict:
     return entry | {"sentences": sentences, "sentences_num": 2}
 
 
-def write_entries(data: Path, images: tuple[str, ...]) -> None:
+def json_of(images: tuple[str, ...] = (COCO, "q.png", COCO), **second: object) -> bytes:
+    """The JSON of a ref on each photo; `second` changes the second, ... takes a field out."""
     entries = [make_entry(i, name) for i, name in enumerate(images)]
-    (data / "anns/toys/val.json").write_text(json.dumps(entries))
+    entries[1] = {key: v for key, v in (entries[1] | second).items() if v is not ...}
+    return json.dumps(entries).encode()
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """anns/toys/val.json with three refs on two images, and what belongs to them."""
-    rng = np.random.default_rng(0)
-    for folder in ("anns/toys", "images", "masks/toys"):
+    for folder in ("anns/toys", "masks/toys"):
         (tmp_path / folder).mkdir(parents=True)
-    write_entries(tmp_path, (COCO, "q.png", COCO))
-    for name in (COCO, "q.png"):
-        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-        (tmp_path / "images" / name).write_bytes(encoded(pixels, Path(name).suffix))
+    (tmp_path / JSON).write_bytes(json_of())
+    for seed, name in enumerate((COCO, "q.png")):
+        save_photo(tmp_path / "images" / name, seed, (HEIGHT, WIDTH))
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[:4, :4] = 254
     for ref_id in range(3):
@@ -50,7 +51,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def pack(data: Path, *more: str) -> RecordReader:
-    where = ["-j", "anns/toys/val.json", "-i", "images", "-m", "masks/toys", "-o", "lmdb/toys"]
+    where = ["-j", JSON, "-i", "images", "-m", "masks/toys", "-o", "lmdb/toys"]
     folder2lmdb.main([arg if arg[0] == "-" else str(data / arg) for arg in where] + [*more])
     return RecordReader(data / "lmdb/toys/val.lmdb")
 
@@ -162,34 +163,26 @@ def test_an_object_of_253_to_255_is_packed_bit_for_bit(data, capsys) -> None:
     assert "note:" not in capsys.readouterr().out
 
 
-def changed(**fields: object) -> bytes:
-    """The JSON with a changed second entry; ... takes a field out."""
-    first, second, third = (make_entry(i, name) for i, name in enumerate((COCO, "q.png", COCO)))
-    second = {key: value for key, value in (second | fields).items() if value is not ...}
-    return json.dumps([first, second, third]).encode()
-
-
 def sentence(**fields: object) -> bytes:
     """The JSON with a changed second sentence of the second entry."""
     first, second = make_entry(1, "q.png")["sentences"]
-    return changed(sentences=[first, second | fields])
+    return json_of(sentences=[first, second | fields])
 
 
 BLANK = encoded(NONE)
 OTHER_SIZE = encoded(np.full((WIDTH, HEIGHT), 255, np.uint8))
 CUT_OFF = encoded(np.zeros((99, 99, 3), np.uint8), ".jpg")[:500]
-JSON = "anns/toys/val.json"
 
 
 def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
-    (data / JSON).write_bytes(changed(num_targets=0))
+    (data / JSON).write_bytes(json_of(num_targets=0))
     with pytest.raises(UserError, match=r"1\.png is not empty, though num_targets is 0: check -m"):
         pack(data)
     (data / "masks/toys/1.png").write_bytes(BLANK)
     reader = pack(data)
     assert [reader.ref(i).num_targets for i in range(3)] == [1, 0, 1]
     assert reader.ref(1).mask == BLANK
-    (data / JSON).write_bytes(changed(num_targets=2))
+    (data / JSON).write_bytes(json_of(num_targets=2))
     with pytest.raises(UserError, match=r"1\.png is an empty mask: check -m"):
         pack(data)
 
@@ -202,7 +195,7 @@ def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
         ("images/q.png", None, r"q\.png does not exist: check --images"),
         ("images/q.png", b"<html>", r"q\.png cannot be decoded \(6 bytes.*check --images"),
         (f"images/{COCO}", CUT_OFF, r"012\.jpg cannot be decoded .* cut off"),
-        (JSON, changed(img_name="q" * 300), "q: File name too long: check --images, .*--skip-odd"),
+        (JSON, json_of(img_name="q" * 300), "q: File name too long: check --images, .*--skip-odd"),
         ("masks/toys/1.png", None, r"1\.png does not exist: .*data_process.py --generate_mask"),
         ("masks/toys/1.png", b"", r"1\.png is an empty file: .*data_process"),
         ("masks/toys/1.png", BLANK, r"1\.png is an empty mask: check -m"),
@@ -212,16 +205,16 @@ def test_a_ref_of_no_target_is_packed_with_its_empty_mask(data: Path) -> None:
         (JSON, b"[" * 100_000, r"val\.json is not readable JSON \(.*recurs"),
         (JSON, b"{}", r"val\.json: must be a valid list, not \{\}"),
         (JSON, b'["ref"]', r"val\.json\[0\]: must be a valid dictionary, not 'ref'"),
-        (JSON, changed(img_name=...), r"\[1\].img_name: is missing: make it"),
-        (JSON, changed(img_name=None), r"\[1\].img_name: must be a valid string, not None"),
-        (JSON, changed(img_name="x" * 600), "img_name: must be a path of at most 500 bytes, not"),
-        (JSON, changed(img_name="a\0.jpg"), r"img_name: must be a path .*, not 'a\\x00"),
-        (JSON, changed(img_name="\udc80"), r"img_name: .* unicode string, not '.udc80"),
-        (JSON, changed(num_targets=-1), r"\[1\].num_targets: must be greater than .* 0, not -1"),
-        (JSON, changed(sentences=[]), r"\[1\].sentences: must be one or more, not \[\]"),
-        (JSON, changed(cat=10**30), r"\[1\].cat: must be less than or equal to .*, not 1000"),
-        (JSON, changed(segment_id=10**30), r"\[1\].segment_id: must be less than"),
-        (JSON, changed(segment_id=0), r"val\.json\[1\]: segment_id 0 is there twice"),
+        (JSON, json_of(img_name=...), r"\[1\].img_name: is missing: make it"),
+        (JSON, json_of(img_name=None), r"\[1\].img_name: must be a valid string, not None"),
+        (JSON, json_of(img_name="x" * 600), "img_name: must be a path of at most 500 bytes, not"),
+        (JSON, json_of(img_name="a\0.jpg"), r"img_name: must be a path .*, not 'a\\x00"),
+        (JSON, json_of(img_name="\udc80"), r"img_name: .* unicode string, not '.udc80"),
+        (JSON, json_of(num_targets=-1), r"\[1\].num_targets: must be greater than .* 0, not -1"),
+        (JSON, json_of(sentences=[]), r"\[1\].sentences: must be one or more, not \[\]"),
+        (JSON, json_of(cat=10**30), r"\[1\].cat: must be less than or equal to .*, not 1000"),
+        (JSON, json_of(segment_id=10**30), r"\[1\].segment_id: must be less than"),
+        (JSON, json_of(segment_id=0), r"val\.json\[1\]: segment_id 0 is there twice"),
         (JSON, sentence(sent=3), r"\[1\].sentences\[1\].sent: must be a valid string, not 3"),
         (JSON, sentence(sent="mug \ud800"), r"sent: .* unicode string, not 'mug .ud800"),
         (JSON, sentence(sent=" &nbsp; "), r"sent: must be a text with words, not ' &nbsp; '"),
@@ -239,7 +232,7 @@ def test_a_bad_file_is_named_and_leaves_no_packed_one(data: Path, name, content,
 
 
 def test_missing_photos_share_a_line_and_sizes_that_differ_are_told(data: Path, capsys) -> None:
-    write_entries(data, (COCO, "q.png", "r.png", "s.png", "s.png"))
+    (data / JSON).write_bytes(json_of((COCO, "q.png", "r.png", "s.png", "s.png")))
     (data / "masks/toys/0.png").write_bytes(OTHER_SIZE)
     with pytest.raises(UserError) as caught:
         pack(data)

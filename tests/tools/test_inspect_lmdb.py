@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import all_refs, blob, encoded, put, repack, write_records
+from helpers import all_refs, blob, encoded, put, repack, usage_error, write_records
 from PIL import Image
 
 from tools import inspect_lmdb
@@ -239,7 +239,4 @@ def test_without_a_sound_ref_the_sheet_is_blank(path, capsys):
 
 @pytest.mark.parametrize("value", ["-1", "many"])
 def test_a_number_that_is_none_is_refused(path, capsys, value):
-    with pytest.raises(SystemExit) as stop:
-        look(path, f"--samples={value}")
-    assert stop.value.code == 2
-    assert value in capsys.readouterr().err
+    assert value in usage_error(capsys, look, path, f"--samples={value}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from helpers import all_refs, blob, encoded, put, user_error, write_records
+from helpers import all_refs, blob, encoded, put, usage_error, user_error, write_records
 
 from tools import folder2lmdb
 from utils import records
@@ -166,10 +166,8 @@ def test_the_refusal_of_a_file_of_the_release_gives_the_command_that_converts_it
     "words", [["-j", "a.json"], ["--from-lmdb", "a.lmdb", "-i", "images"], ["-i", "x", "-m", "y"]]
 )
 def test_the_command_line_takes_either_files_or_an_old_lmdb(words, capsys):
-    with pytest.raises(SystemExit) as ending:
-        folder2lmdb.main([*words, "-o", "out"])
-    assert ending.value.code == 2
-    assert "give -j, -i and -m, or --from-lmdb alone" in capsys.readouterr().err
+    told = usage_error(capsys, folder2lmdb.main, [*words, "-o", "out"])
+    assert "give -j, -i and -m, or --from-lmdb alone" in told
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clips import TINY, assert_same_tensors, save_archive, tiny_clip, without_sizes
-from helpers import ROOT, all_refs, largest_file, run_program, user_error
+from helpers import ROOT, all_refs, largest_file, run_program, usage_error, user_error
 from odd_server import Answer, OddServer
 from safetensors.torch import save_file
 
@@ -507,9 +507,8 @@ def test_the_program_ends_with_one_line_and_exit_code_1(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_none_is_refused(run, capsys):
-    with pytest.raises(SystemExit):
-        run("refcoco", "--from", "nowhere")
-    assert "--from nowhere is no folder" in capsys.readouterr().err
+    told = usage_error(capsys, run, "refcoco", "--from", "nowhere")
+    assert "--from nowhere is no folder" in told
 
 
 def test_each_file_has_two_sources():
