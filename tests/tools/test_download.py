@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import largest_file
+from helpers import largest_file, user_error
 from odd_server import Answer
 
 from tools.download import UnfitError, check_file, fetch, names_in, unpack
-from utils.errors import UserError
 
 CONTENT = b"PK\x03\x04" + bytes(range(256)) * 4096
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -66,10 +65,7 @@ def test_a_host_that_answers_wrongly_is_named_and_the_next_one_tried(
 def test_when_nobody_has_it_one_line_gives_every_reason_and_the_way_out(server, tmp_path):
     bad = server.put("bad", CONTENT, Answer(404))
     urls = [bad, "http://127.0.0.1:1/x", "hf:o/none/x", "nonsense"]
-    with pytest.raises(UserError) as caught:
-        fetch(urls, tmp_path / "x.zip", lambda _: None)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
+    message = user_error(fetch, urls, tmp_path / "x.zip", lambda _: None)
     assert all(f"{url}: " in message for url in urls)
     assert "--from FOLDER" in message
     assert os.listdir(tmp_path) == []

@@ -234,9 +234,7 @@ def test_a_bad_file_is_named_and_leaves_no_packed_one(data: Path, name, content,
 def test_missing_photos_share_a_line_and_sizes_that_differ_are_told(data: Path, capsys) -> None:
     (data / JSON).write_bytes(json_of((COCO, "q.png", "r.png", "s.png", "s.png")))
     (data / "masks/toys/0.png").write_bytes(OTHER_SIZE)
-    with pytest.raises(UserError) as caught:
-        pack(data)
-    assert str(caught.value).startswith(
+    assert user_error(pack, data).startswith(
         "4 odd records (3 of kind 'missing photo', 1 of kind 'mask of another size'), listed above"
     )
     assert capsys.readouterr().err.splitlines()[-2:] == [

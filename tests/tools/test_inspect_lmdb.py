@@ -7,13 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import all_refs, blob, encoded, put, repack, usage_error, write_records
+from helpers import all_refs, blob, encoded, put, repack, usage_error, user_error, write_records
 from PIL import Image
 
 from tools import inspect_lmdb
 from tools.inspect_lmdb import differences
 from utils import records
-from utils.errors import UserError
 from utils.records import RecordReader
 from utils.transforms import load_mask
 from utils.visualize import TRUTH_COLOR
@@ -34,11 +33,10 @@ def look(path: Path, *options: object) -> None:
 
 def faults(path: Path, capsys, *options: object) -> list[str]:
     """The faults that are listed; the program must end with an error that counts them."""
-    with pytest.raises(UserError) as caught:
-        look(path, *options)
+    told = user_error(look, path, *options)
     lines = capsys.readouterr().out.splitlines()
     listed = [line.removeprefix("  FAULT    ") for line in lines if "FAULT" in line]
-    assert str(caught.value) == f"{path}: {len(listed)} faults, listed above"
+    assert told == f"{path}: {len(listed)} faults, listed above"
     return listed
 
 
