@@ -1,6 +1,6 @@
 """What the model makes of a sentence, as a picture; and of the same few after each validation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -9,22 +9,21 @@ from pycocotools import mask as coco_mask
 from engine.evaluator import SentenceScore
 from engine.run import PICTURES, Run
 from utils.dataset import EvaluationDataset
+from utils.records import RecordReader, RefRecord
 from utils.transforms import decode_image, load_mask
 from utils.visualize import comparison, save_picture
 
 
-def draw_sentence(dataset: EvaluationDataset, score: SentenceScore) -> Image.Image:
+def draw_sentence(reader: RecordReader, ref: RefRecord, line: Mapping) -> Image.Image:
     """Photo, ground truth and prediction under the sentence and its IoU.
 
     Args:
-        dataset: that was scored.
-        score: of one of its sentences, with `pred_rle`.
+        ref: whose mask the sentence was scored against.
+        line: of the sentence in the `.jsonl`.
     """
-    ref = dataset.mask_source(score.key)
-    image = decode_image(dataset.reader.image(ref.image_key), ref.image_key)
-    rle = {"size": [score.height, score.width], "counts": score.pred_rle}
-    pred_mask = coco_mask.decode(rle) > 0
-    return comparison(image, load_mask(ref) > 0, pred_mask, score.sentence, score.iou)
+    image = decode_image(reader.image(ref.image_key), ref.image_key)
+    masks = load_mask(ref) > 0, coco_mask.decode(line["pred_rle"]) > 0
+    return comparison(image, *masks, line["sentence"], line["iou"])
 
 
 def watched_sentences(dataset: EvaluationDataset, count: int) -> set[tuple[int, int]]:
@@ -44,7 +43,8 @@ def show_sentences(run: Run, scores: Sequence[SentenceScore]) -> None:
     if not scores:
         return
     epoch, dataset = run.epoch + 1, run.val_loader.dataset
-    pictures = [draw_sentence(dataset, score) for score in scores]
+    lines = [(dataset.mask_source(score.key), score.record()) for score in scores]
+    pictures = [draw_sentence(dataset.reader, *line) for line in lines]
     captions = [f"{score.sentence} (IoU {score.iou:.2f})" for score in scores]
     run.tracker.show(epoch, list(zip(captions, pictures, strict=True)))
     picture = Image.fromarray(np.vstack(pictures))  # all have one width

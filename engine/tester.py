@@ -178,7 +178,8 @@ def draw(dataset: EvaluationDataset, lines: Sequence[SentenceScore], folder: Pat
         old.unlink()
     for line in progress(lines, len(lines), "pictures"):
         name = f"{line.ref_id}-{line.sent_id}-iou={line.iou:.2f}-{file_stem(line.sentence)}.png"
-        save_picture(draw_sentence(dataset, line), folder / name)
+        picture = draw_sentence(dataset.reader, dataset.mask_source(line.key), line.record())
+        save_picture(picture, folder / name)
     logger.info(f"{len(lines)} pictures in {folder}")
 
 

@@ -119,8 +119,8 @@ class Setting:
             ref = self.reader.ref(position)
             place = draw("sentence", len(ref.sentences), self.cfg.TRAIN.manual_seed, 0, position)
             chosen.append(ref.sentences[place])
-            images.append(published.read_image(self.reader.image(ref.image_key), self.side))
-            masks.append(published.read_mask(ref.mask, self.side))
+            images.append(published.read_image(self.reader, ref, self.side))
+            masks.append(published.read_mask(ref, self.side))
         parts = torch.stack(images), tokenize(chosen, self.word_len), torch.stack(masks)
         return tuple(part.to(self.device) for part in parts)
 

@@ -21,17 +21,15 @@ from model.loss import resize_target, text_to_pixel_loss
 from model.neck import coordinates
 from model.segmenter import Segmenter
 from utils.metrics import intersection_and_union, training_scores
-from utils.records import RecordReader
+from utils.records import RecordReader, RefRecord
 from utils.tokenizer import tokenize
 from utils.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     PROTOCOLS,
-    decode_image,
-    decode_mask,
-    letterbox_image,
-    letterbox_mask,
+    load_image,
     load_mask,
+    load_square_mask,
     restore_size,
     upsample_probability,
 )
@@ -177,18 +175,16 @@ def train_step(
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def read_image(data: bytes, side: int) -> Tensor:
-    """A photo's bytes -> (3, S, S) float32, normalised."""
-    image = letterbox_image(decode_image(data, "photo"), side)
-    pixels = torch.from_numpy(image.transpose(2, 0, 1)).float()
+def read_image(reader: RecordReader, ref: RefRecord, side: int) -> Tensor:
+    """A ref's photo -> (3, S, S) float32, normalised."""
+    pixels = torch.from_numpy(load_image(reader, ref, side).transpose(2, 0, 1)).float()
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return pixels.div_(255).sub_(mean).div_(std)
 
 
-def read_mask(data: bytes, side: int) -> Tensor:
-    """A mask's bytes -> (1, S, S) float32 in [0, 1]."""
-    mask = letterbox_mask(decode_mask(data, "mask"), side)
-    return torch.from_numpy(mask / 255.0).float()[None]
+def read_mask(ref: RefRecord, side: int) -> Tensor:
+    """A ref's mask -> (1, S, S) float32 in [0, 1]."""
+    return torch.from_numpy(load_square_mask(ref, side) / 255.0).float()[None]
 
 
 @torch.no_grad()
@@ -210,7 +206,7 @@ def evaluate(
     for position in positions:
         ref = reader.ref(position)
         # Stacked, as its loader makes a batch of one: decoded pixels lie with channels last.
-        image = torch.stack([read_image(reader.image(ref.image_key), side)]).to(device)
+        image = torch.stack([read_image(reader, ref, side)]).to(device)
         for place, sentence in enumerate(ref.sentences):
             tokens = tokenize(sentence, word_len).to(device)
             mask, probability = load_mask(ref), torch.sigmoid(model(image, tokens))

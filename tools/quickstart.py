@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from engine.pictures import draw_sentence
 from engine.report.pages import INDEX
 from engine.report.statistics import KIND_PATTERNS, object_share, sentence_kinds
 from engine.tester import REPORT, print_table, result_stem
@@ -27,8 +27,8 @@ from utils.checkpoint import BEST, LAST, list_checkpoints, read_checkpoint
 from utils.config import Config, load_config
 from utils.errors import UserError, run_entry_point
 from utils.records import RecordReader
-from utils.transforms import PROTOCOLS, decode_image, decode_mask
-from utils.visualize import comparison, grid, save_picture
+from utils.transforms import PROTOCOLS
+from utils.visualize import grid, save_picture
 
 REFER, LMDB = Path("datasets/refshapes"), Path("datasets/lmdb/refshapes")
 PICTURES = 40  # overlays a split
@@ -180,9 +180,7 @@ def contact_sheet(records: Sequence[dict]) -> Image.Image:
     cells = []
     for record in records:
         ref = reader.ref(positions[record["ref_id"]])
-        photo = decode_image(reader.image(ref.image_key), ref.image_key)
-        masks = decode_mask(ref.mask, "mask") > 0, coco_mask.decode(record["pred_rle"]) > 0
-        cells.append(comparison(photo, *masks, record["sentence"], record["iou"]))
+        cells.append(draw_sentence(reader, ref, record))
     return grid(cells, columns=2, gap=20)
 
 
