@@ -109,9 +109,7 @@ def test_graphs_take_any_number_of_images_and_sentences(graphs, cfg):
         assert about == {
             "input_size": "64", "word_len": "17", "protocol": "published", "threshold": "0.15",
         }  # fmt: skip
-    maps = {
-        "v3": ["images", 32, 4, 4], "v4": ["images", 64, 4, 4], "v5": ["images", 64, 2, 2],
-    }  # fmt: skip
+    maps = {"v3": ["images", 32, 4, 4], "v4": ["images", 64, 4, 4], "v5": ["images", 64, 2, 2]}
     assert shapes[IMAGE_ENCODER] == {"images": ["images", 64, 64, 3]} | maps
     assert shapes[TEXT_HEAD] == maps | {
         "image_index": ["sentences"], "tokens": ["sentences", 17],

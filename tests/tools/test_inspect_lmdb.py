@@ -191,9 +191,8 @@ def test_masks_that_older_tools_packed_with_class_numbers_are_told(path, capsys)
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"\xff" * 500])
 def test_what_cannot_be_read_is_named_once_and_the_rest_checked(path, capsys, content):
     cut_off = RecordReader(path).image("image_0.jpg")[:200]
-    put(
-        path, {b"ref:000000004": content, b"image:image_0.jpg": cut_off, b"image:image_1.jpg": None}
-    )
+    images = {b"image:image_0.jpg": cut_off, b"image:image_1.jpg": None}
+    put(path, images | {b"ref:000000004": content})
     image, missing, record, *counts = faults(path, capsys)  # each image once, whose refs are two
     assert all(fault.startswith("the file says ") for fault in counts)
     assert image.startswith("ref 100 (position 0): image image_0.jpg cannot be decoded")

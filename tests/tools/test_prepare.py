@@ -314,15 +314,12 @@ def test_grefcoco_comes_from_its_archive(grefcoco, server, run, tmp_path, source
         assert {min(ref.num_targets, 2) for ref in refs} == {0, 1, 2}
 
 
-def test_an_archive_that_is_cut_or_lacks_a_file_is_named(grefcoco, files, shapes, run, tmp_path):
+def test_an_archive_that_lacks_a_file_is_named(grefcoco, shapes, run, tmp_path):
     tar_files(tmp_path / "grefs.tar.gz", grefcoco / "grefcoco/grefs(unc).json")
     told = user_error(run, "grefcoco", "--from", tmp_path)
     folder = tmp_path / "data/refer/grefcoco"
     assert f"lacks instances.json: get it again, or put its files into {folder}" in told
-    path = tmp_path / "refcoco.zip"
-    path.write_bytes((files / path.name).read_bytes()[:-100])
-    assert "refcoco.zip is no whole archive" in user_error(run, "refcoco", "--from", tmp_path)
-    shutil.copy(shapes / "train2014.zip", path)
+    shutil.copy(shapes / "train2014.zip", tmp_path / "refcoco.zip")
     told = user_error(run, "refcoco", "--from", tmp_path)
     assert "refcoco.zip lacks instances.json and refs(unc).p" in told
     assert not list((tmp_path / "data/refer").glob("*"))
