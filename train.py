@@ -32,12 +32,8 @@ from utils.seed import deterministic, seed_everything
 def main() -> None:
     """Parse, start the ranks, train, stop."""
     parser = config_parser(__doc__)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, take one step, score one validation batch, say what memory that "
-        "took, and write nothing",
-    )
+    text = "take one step, score one validation batch, say what memory that took, write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     args = parse_with_opts(parser)
     cfg = load_config(args.config, args.opts)
     check_locks()

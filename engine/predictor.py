@@ -131,9 +131,7 @@ class Predictor:
         return self.predict([image], [sentences])[0]
 
     def predict(
-        self,
-        images: Sequence[Photo | EncodedImage],
-        sentences: Sequence[str | Sequence[str]],
+        self, images: Sequence[Photo | EncodedImage], sentences: Sequence[str | Sequence[str]]
     ) -> list[list[Prediction]]:
         """Segment several photos, each with its own sentences, in shared batches.
 

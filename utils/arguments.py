@@ -7,9 +7,8 @@ from collections.abc import Sequence
 def model_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """Return a parser of `--config` and `--weights`; `parse_with_opts` adds the rest."""
     parser = config_parser(description, epilog)
-    parser.add_argument(
-        "--weights", metavar="FILE", help="checkpoint (default: TEST.weights, or the run's best)"
-    )
+    text = "checkpoint (default: TEST.weights, or the run's best)"
+    parser.add_argument("--weights", metavar="FILE", help=text)
     return parser
 
 
@@ -40,13 +39,9 @@ def parse_with_opts(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Read a command line that ends with `--opts KEY VALUE ...`, if with any."""
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="override config values; last on the line, such as --opts TEST.threshold 0.5",
-    )
+    rest = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
+    text = "override config values; last on the line, such as --opts TEST.threshold 0.5"
+    parser.add_argument("--opts", **rest, help=text)
     args = parser.parse_args(argv)
     late = next((word for word in args.opts if word.startswith("--")), None)
     if late is not None:
