@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import cv2
@@ -28,7 +29,7 @@ import torch.multiprocessing
 import yaml
 from golden.fill import filled
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import train
@@ -399,19 +400,22 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def spawn(num_ranks: int, function: Callable, *args: object) -> None:
-    """Call `function(ranks, *args)` in processes joined by gloo; a failure in one is raised."""
-    torch.multiprocessing.spawn(_join, (num_ranks, free_port(), function, args), nprocs=num_ranks)
+def spawn(num_ranks: int, function: Callable, *args: object) -> list:
+    """Call `function(ranks, *args)` in processes joined by gloo; return what each returns."""
+    with TemporaryDirectory() as out:
+        given = (num_ranks, free_port(), Path(out), function, args)
+        torch.multiprocessing.spawn(_join, given, nprocs=num_ranks)
+        return [load(Path(out) / f"{rank}.pt") for rank in range(num_ranks)]
 
 
-def _join(rank: int, num_ranks: int, port: int, function: Callable, args: tuple) -> None:
+def _join(rank: int, num_ranks: int, port: int, out: Path, function: Callable, args: tuple) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for scope in ("", "LOCAL_"):
         os.environ |= {f"{scope}RANK": str(rank), f"{scope}WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
     ranks = distributed.start()
     try:
-        function(ranks, *args)
+        torch.save(function(ranks, *args), out / f"{rank}.pt")
     finally:
         distributed.stop()
 
@@ -475,6 +479,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path from there."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def assert_same_gradients(got: nn.Module, expected: nn.Module) -> None:
+    """Compare them but for what another order of additions may do."""
+    pairs = zip(expected.named_parameters(), got.parameters(), strict=True)
+    for (name, a), b in pairs:
+        if a.requires_grad:
+            tolerance = 1e-5 * a.grad.abs().max().item() + 1e-9
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=tolerance, msg=name)
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:

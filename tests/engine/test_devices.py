@@ -93,8 +93,7 @@ def test_scores_and_predictions_are_those_of_the_cpu(tmp_path, data, device):
     assert np.mean(masks[0] != masks[1]) <= PIXELS
 
 
-def test_latency_is_measured(tmp_path, data, device):
-    config = write_config(tmp_path, data)
+def test_latency_is_measured(config, tmp_path, device):
     where = ("--device", device, "--rounds", 2, "--json", tmp_path / "cost.json")
     run(device, "tools/latency.py", config, "TRAIN.num_layers", 1, switches=where)
     found = json.loads((tmp_path / "cost.json").read_text())
