@@ -231,9 +231,8 @@ def check(differences: Sequence[Difference], tolerance: float) -> None:
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = model_parser(__doc__, EPILOG)
     parser.add_argument("--format", required=True, choices=("safetensors", "onnx"))
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="default: export/ in the run's folder"
-    )
+    text = "default: export/ in the run's folder"
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help=text)
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference: of a probability as it "
         "is, of other outputs over their largest value (default: %(default)s)",

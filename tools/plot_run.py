@@ -52,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, draw them, say where the picture is."""
     parser = text_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the PNG (curves.png in the first folder)"
-    )
+    text = "the PNG (curves.png in the first folder)"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
     args = parser.parse_args(argv)
     output = args.output or args.runs[0] / "curves.png"
     if output.suffix.lower() != ".png":
@@ -86,10 +85,10 @@ def read_run(folder: Path, name: str) -> Series:
         )
     lines = path.read_text(errors="replace").splitlines()
     for line in lines:
-        with suppress(ValueError):  # the last one is cut off while it is being written
+        # The last one is cut off while it is being written.
+        with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
-            is_record = isinstance(record, dict) and "kind" in record
-            if is_record and isinstance(record.get("step"), int):
+            if "kind" in record and isinstance(record["step"], int):
                 records.append(record)
     if broken := len(lines) - len(records):
         print(f"{path}: {broken} line(s) cut off or damaged, left out", file=sys.stderr)
