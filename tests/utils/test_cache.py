@@ -18,6 +18,7 @@ from helpers import (
     loader_config,
     pack,
     training_dataset,
+    user_error,
     with_bad_image,
     write_records,
 )
@@ -28,7 +29,6 @@ from utils import cache as module
 from utils.cache import SquareCache
 from utils.dataset import collate_refs
 from utils.distributed import Ranks
-from utils.errors import UserError
 from utils.records import RecordReader
 from utils.transforms import load_image, load_square_mask
 
@@ -190,8 +190,7 @@ def test_a_cache_that_was_replaced_under_a_reader_is_noticed(lmdb, folder):
     cache = pickle.loads(pickle.dumps(open_cache(lmdb, folder)))
     repacked(lmdb, cache.path)
     open_cache(lmdb, folder)
-    with pytest.raises(UserError, match="was replaced while it was in use"):
-        cache.image(0)
+    assert "was replaced while it was in use" in user_error(cache.image, 0)
 
 
 # --------------------------------------------------------------------------------- several at once
@@ -247,13 +246,12 @@ def test_a_disk_without_room_is_named_and_nothing_is_left(lmdb, folder):
 
 def test_a_file_where_the_folder_should_be_is_left_alone(lmdb, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="file is a file: give a folder, or null for no cache"):
-        open_cache(lmdb, tmp_path / "file")
+    line = user_error(open_cache, lmdb, tmp_path / "file")
+    assert "file is a file: give a folder, or null for no cache" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_photo_that_cannot_be_decoded_is_named_and_nothing_is_left(lmdb, tmp_path, folder):
     bad = with_bad_image(lmdb, tmp_path / "bad.lmdb", b"no photo")
-    with pytest.raises(UserError, match=r"bad\.lmdb, image image_3\.jpg cannot be decoded"):
-        open_cache(bad, folder)
+    assert f"{bad}, image image_3.jpg cannot be decoded" in user_error(open_cache, bad, folder)
     assert contents(folder) == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, tracked
+from helpers import ROOT, tracked, user_error
 
 from model.segmenter import build_segmenter
 from utils.config import (
@@ -218,8 +218,8 @@ class TestValuesThatMayBeMistakes:
         neck = model.neck
         assert neck.aggr[0].out_channels == 640
         assert (neck.f3_v_proj[0].out_channels, neck.f1_v_proj[0].out_channels) == (320, 1280)
-        with pytest.raises(UserError, match=r"fpn_out\[1\] 512 does not fit the CLIP: use 640"):
-            load_config(BASE, [*names, "fpn_out", "[256, 512, 1024]"])
+        line = user_error(load_config, BASE, [*names, "fpn_out", "[256, 512, 1024]"])
+        assert "fpn_out[1] 512 does not fit the CLIP: use 640" in line
 
 
 class TestOpts:
@@ -273,8 +273,8 @@ class TestOpts:
     def test_null_removes_all_of_clip_arch(self):
         opts = ["TRAIN.clip_arch", "null"]
         assert load_config(TINY, opts).TRAIN.clip_arch is None
-        with pytest.raises(UserError, match=r"TRAIN\.clip_arch\.image_resolution is missing$"):
-            load_config(TINY, [*opts, "TRAIN.clip_arch.embed_dim", "96"])
+        line = user_error(load_config, TINY, [*opts, "TRAIN.clip_arch.embed_dim", "96"])
+        assert line.endswith("TRAIN.clip_arch.image_resolution is missing")
 
 
 class TestErrors:
@@ -337,11 +337,9 @@ class TestErrors:
     def test_a_bad_file_is_one_line_that_names_it(self, text, message, tmp_path):
         write(tmp_path, "_base_: x.yaml\n", "other.yaml")
         path = write(tmp_path, text)
-        with pytest.raises(UserError) as caught:
-            load_config(path)
-        assert message in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert str(tmp_path) in str(caught.value)
+        line = user_error(load_config, path)
+        assert message in line
+        assert str(tmp_path) in line
 
     def test_a_fault_names_the_file_that_holds_it_or_all_that_may(self, tmp_path):
         path = write(tmp_path, "_base_: base.yaml\nTRAIN: {epochs: 5}\n")
@@ -352,8 +350,7 @@ class TestErrors:
             ("TRAIN: {start_epoch: 7}", f"{base} + {path}: TRAIN.start_epoch must be below"),
         ):
             base.write_text(text)
-            with pytest.raises(UserError, match=f"^{re.escape(where)}"):
-                load_config(path)
+            assert user_error(load_config, path).startswith(where)
 
     @pytest.mark.parametrize("name", ["absent.yaml", "folder"])
     def test_a_file_that_cannot_be_read(self, name, tmp_path):
@@ -386,9 +383,7 @@ class TestErrors:
         ],
     )
     def test_bad_opts_are_one_line(self, opts, message):
-        with pytest.raises(UserError, match=re.escape(message)) as caught:
-            load_config(R50, opts)
-        assert "\n" not in str(caught.value)
+        assert message in user_error(load_config, R50, opts)
 
     def test_yaml_float_without_a_point_is_a_number(self, tmp_path):
         path = write(tmp_path, "TRAIN:\n  base_lr: 1e-4\n  weight_decay: 0\n  exp_name: 5\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import lmdb
 import pyarrow as pa
 import pytest
-from helpers import ROOT, all_refs, put
+from helpers import ROOT, all_refs, put, user_error
 
 from utils import records
 from utils.errors import UserError
@@ -156,8 +156,7 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, error, old: list
 
 
 def test_a_split_without_refs_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="split val of toys has no refs"):
-        write(tmp_path / "x.lmdb", [])
+    assert "split val of toys has no refs" in user_error(write, tmp_path / "x.lmdb", [])
     assert os.listdir(tmp_path) == []
 
 
@@ -290,6 +289,5 @@ def test_damaged_pages_are_named_with_the_command(path: Path) -> None:
 def test_a_file_that_cannot_be_used_is_refused_with_the_command(tmp_path, make, message) -> None:
     make(tmp_path / "x.lmdb")
     for use in (len, lambda r: r.meta, lambda r: r.index):
-        with pytest.raises(UserError, match=f"{message}.* python tools/folder2lmdb.py") as caught:
-            use(RecordReader(tmp_path / "x.lmdb"))
-        assert "\n" not in str(caught.value)
+        line = user_error(use, RecordReader(tmp_path / "x.lmdb"))
+        assert re.search(f"{message}.* python tools/folder2lmdb.py", line)
