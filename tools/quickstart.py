@@ -177,10 +177,8 @@ def contact_sheet(records: Sequence[dict]) -> Image.Image:
     """Set the photos of examples with truth and prediction in two columns."""
     reader = RecordReader(LMDB / "val.lmdb")
     positions = {ref_id: i for i, ref_id in enumerate(reader.index.ref_ids)}
-    cells = []
-    for record in records:
-        ref = reader.ref(positions[record["ref_id"]])
-        cells.append(draw_sentence(reader, ref, record))
+    refs = [reader.ref(positions[record["ref_id"]]) for record in records]
+    cells = [draw_sentence(reader, *pair) for pair in zip(refs, records, strict=True)]
     return grid(cells, columns=2, gap=20)
 
 

@@ -51,7 +51,7 @@ ADMITTED = [
 ]
 
 
-def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 0) -> None:
+def save_checkpoint(state: dict, folder: Path, is_best: bool, keep: int = 0) -> None:
     """Write `last_model.pth`, and `best_model.pth` as a link to the same bytes if it is best.
 
     Args:
@@ -62,7 +62,6 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
     Raises:
         OSError: it could not be written; what was there before still is.
     """
-    folder = Path(folder)
     last = folder / LAST
     with atomic_path(last) as partial:
         _write(state, partial)
@@ -74,7 +73,7 @@ def save_checkpoint(state: dict, folder: str | Path, is_best: bool, keep: int = 
             old.unlink(missing_ok=True)
 
 
-def find_newest(folder: str | Path) -> Path | None:
+def find_newest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, if there is any; name newer ones that are torn.
 
     Every byte is compared with its checksum.
@@ -94,9 +93,8 @@ def find_newest(folder: str | Path) -> Path | None:
     return None
 
 
-def list_checkpoints(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints that a run has written there, whole or not."""
-    folder = Path(folder)
     return [path for path in (folder / LAST, folder / BEST, *folder.glob(STEPS)) if path.is_file()]
 
 

@@ -91,9 +91,8 @@ def grid(cells: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     return sheet
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
+def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG or JPEG, whole or not at all; the suffix chooses."""
-    path = Path(path)
     with atomic_path(path) as partial:
         picture.save(partial, format={".jpg": "JPEG"}.get(path.suffix, "PNG"))
 
