@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,11 +68,7 @@ def test_what_is_saved_is_read(tmp_path):
 @pytest.mark.parametrize("has_links", [True, False])
 def test_the_best_one_stays_when_later_ones_are_written(tmp_path, monkeypatch, has_links):
     if not has_links:
-
-        def refuse(*_):
-            raise OSError("no hard links here")
-
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError("no hard links here")))
     for epoch, is_best in ((1, True), (2, True), (3, False), (4, False)):
         save_checkpoint(state(epoch, float(epoch)), tmp_path, is_best)
     assert_same(load(tmp_path / "best_model.pth"), state(2, 2.0))

@@ -20,11 +20,6 @@ def write_where_a_folder_stands(path: Path) -> None:
             partial.rmdir()
 
 
-def read_within(path: Path, other: Path) -> None:
-    with atomic_path(path):
-        other.read_text()
-
-
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     path = tmp_path / "cost.json"
     with pytest.raises(IsADirectoryError) as error:
@@ -34,8 +29,8 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
 
 
 def test_an_error_about_another_file_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        read_within(tmp_path / "a", tmp_path / "none")
+    with pytest.raises(FileNotFoundError) as error, atomic_path(tmp_path / "a"):
+        (tmp_path / "none").read_text()
     assert str(error.value.filename) == str(tmp_path / "none")
 
 

@@ -57,17 +57,13 @@ def test_other_ranks_are_silent_and_without_a_folder_nothing_is_written(
 def test_there_is_a_bar_only_on_a_terminal_and_on_the_first_rank(capsys, monkeypatch):
     assert list(progress([1, 2], 2, "epoch 1")) == [1, 2]
     assert capsys.readouterr().err == ""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     for show in (True, False):
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
         bar = progress([1, 2], 2, "epoch 1", show=show)
         assert list(bar) == [1, 2]
         bar.set_postfix_str("loss 0.1")
-        assert ("epoch 1" in sys.stderr.getvalue()) is show
+        assert ("epoch 1" in terminal.getvalue()) is show
 
 
 @pytest.mark.parametrize(
