@@ -30,7 +30,6 @@ Every photo and mask is decoded and every sentence read. The numbers of refs and
 RefCOCO, RefCOCO+ and G-Ref are compared with the published ones. Faults are listed, and the exit
 code is 1 if there are any."""
 
-
 # Refs and sentences (None where none are published) by the names that the configs use; the order of
 # the splits is that of the papers' tables.
 PUBLISHED = {

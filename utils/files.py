@@ -77,8 +77,7 @@ def _remove(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise OSError, which names it, if nothing can be written to a folder; it is made."""
-    with atomic_path(folder / ".writable") as partial:
-        partial.touch()
+    write_text(folder / ".writable", "")
     (folder / ".writable").unlink()
 
 
