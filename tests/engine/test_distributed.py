@@ -168,7 +168,7 @@ def validate_with_own_statistics(ranks: Ranks, config: Path) -> tuple[dict, dict
     return before, dict(unwrap(run.model).state_dict()), scores
 
 
-def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
+def on_rank(ranks: Ranks, config: Path) -> dict[str, object]:
     """Everything that is compared below, computed by one of two ranks."""
     assert distributed.gather_objects(ranks.rank) == [0, 1]
     assert distributed.any_rank(ranks.rank == 1, False) == (True, False)
@@ -185,15 +185,13 @@ def on_rank(ranks: Ranks, config: Path, out: Path) -> None:
     results["spoilt"] = statistics_after_bad_images(ranks, config)
     results["agree"] = synchronised_only_when_complete(ranks, config)
     results["validated"] = validate_with_own_statistics(ranks, config)
-    torch.save(results, out / f"{ranks.rank}.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, config) -> list[dict]:
+def two_ranks(config) -> list[dict]:
     """The results of both ranks."""
-    out = tmp_path_factory.mktemp("results")
-    spawn(2, on_rank, config, out)
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    return spawn(2, on_rank, config)
 
 
 # ---------------------------------------------------------------------------------- comparisons
