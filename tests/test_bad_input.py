@@ -25,7 +25,7 @@ from helpers import (
     write_config,
 )
 
-from utils.errors import UserError, run_entry_point
+from utils.errors import UserError, loader_loss, run_entry_point
 from utils.records import RecordReader
 
 
@@ -220,6 +220,9 @@ def test_too_little_memory_is_told_with_its_remedy():
     ):
         with pytest.raises(SystemExit, match=f"error: there is not enough memory{amount}; lower"):
             run_entry_point(fail)
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            fail()
+        assert loader_loss(caught.value) is None
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -2,8 +2,10 @@
 
 import argparse
 import hashlib
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -140,9 +142,11 @@ def pack(args: argparse.Namespace) -> Path:
                 fields = key, image_id_of(key), entry["cat"], *size, white, texts, sent_ids
                 writer.add_ref(RefRecord(number, *fields, num_targets))
         odd.settle()
-        lists = [p.with_suffix(".odd") for p in args.json]
-        earlier = sum(len(p.read_text("utf-8").split("\n")) for p in lists if p.is_file())
-        writer.left_out = earlier + len(odd.of_split(split))
+        earlier: Counter[str] = Counter()  # those of no split are in several files
+        for path_of_list in (p.with_suffix(".odd") for p in args.json):
+            if path_of_list.is_file():
+                earlier |= Counter(path_of_list.read_text("utf-8").split("\n"))
+        writer.left_out = earlier.total() + len(odd.of_split(split))
     _note_whitened(whitened, len(entries))
     return path
 
@@ -220,7 +224,7 @@ def find_photo(folder: Path, key: str) -> Path:
     """Return an image's path in a folder, under COCO's name of 2017 if that alone is there."""
     path = folder / key
     renamed = path.with_name(re.sub(r"^COCO_(train|val)2014_(?=\d{12}\.jpg$)", "", path.name))
-    return renamed if renamed != path and renamed.is_file() and not path.is_file() else path
+    return renamed if os.path.isfile(renamed) and not os.path.isfile(path) else path
 
 
 def image_id_of(image_key: str) -> int | None:

@@ -76,8 +76,9 @@ def start(alone: bool = False) -> Ranks:
             store = dist.PrefixStore(name_start(shared, rank, world_size), shared)
         dist.init_process_group(backend, store=store, **told)
     except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"ranks cannot meet at {host}:{port} ({reason}): {REMEDY}") from None
+        where = f"{host}:{port} ({str(error).splitlines()[0]})"
+        line = f"ranks cannot meet at {where}: give another MASTER_PORT, or {REMEDY}"
+        raise UserError(line) from None
     return ranks
 
 

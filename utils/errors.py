@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 import torch
@@ -37,7 +38,8 @@ def run_entry_point(main: Callable[[], None]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the program began
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file on Windows has few letters
+    with suppress(AttributeError):  # of a notebook, say
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file on Windows has few letters
     try:
         try:
             main()
@@ -67,7 +69,7 @@ def _drop(stream: TextIO) -> None:
 def loader_loss(error: Exception) -> str | None:
     """Return how a loader process was lost, with the remedy; None for another error."""
     text = str(error)
-    if met := re.search(LIMITS, text):
+    if "can't allocate memory" not in text and (met := re.search(LIMITS, text)):
         return f"a limit of this machine was met ({met[0]}): {FEWER}, or raise it (see ulimit -a)"
     if "shared memory" in text or re.search(r"/torch_\w+>?: No space left", text):
         return f"a loader process found no room in /dev/shm: {SHM_REMEDY}"

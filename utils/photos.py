@@ -62,8 +62,8 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
     """Read which code a person gave each pixel of a mask: its grey, or a number of its colour.
 
     A transparent pixel is background and gets 0. Where all others have 0 as well, they are a black
-    shape, and get 255; as does the black of a cut-out of several colours. A palette's code is the
-    index.
+    shape, and get 255; as does the black of a cut-out of several colours, the smaller part of it. A
+    palette's code is the index.
 
     Args:
         data: a PNG; other formats blur a mask.
@@ -90,10 +90,15 @@ def read_mask(data: bytes, name: str, remedy: str) -> np.ndarray:
         numbers = pixels @ np.array([1 << 8, 1 << 24, 1 << 40])
         pixels = np.where(is_grey, pixels[..., 0], numbers)
     codes = pixels * is_shown
-    if is_shown.all() or (codes.any() and image.mode not in ("LA", "RGBA")):
+    if is_shown.all():
         return codes
-    is_black_object = np.unique(codes[is_shown]).size != 2
-    return np.where(is_shown & (codes == 0) & is_black_object, np.uint8(255), codes)
+    shown = codes[is_shown]
+    if image.mode in ("LA", "RGBA"):
+        is_most = shown.size > np.count_nonzero(shown == 0) > shown.size / 2
+        is_drawn_on_black = is_most or np.unique(shown).size == 2
+    else:
+        is_drawn_on_black = shown.any()
+    return codes if is_drawn_on_black else np.where(is_shown & (codes == 0), np.uint8(255), codes)
 
 
 @contextmanager

@@ -323,7 +323,9 @@ def test_training_where_the_environment_names_half_a_rank(data, tmp_path, monkey
 def test_training_where_another_program_has_the_port_of_the_environment(
     data, tmp_path, monkeypatch
 ):
-    with socket.create_server(("", 0)) as busy:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as busy:
         announce(monkeypatch, WORLD_SIZE="1", MASTER_PORT=str(busy.getsockname()[1]))
         line = error_of("train.py", write_config(tmp_path, data))
     assert line.startswith("ranks cannot meet at 127.0.0.1:")

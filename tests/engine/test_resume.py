@@ -485,7 +485,8 @@ def test_a_run_whose_loader_is_killed_saves_first(straight, config, folder, name
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
 def test_a_run_that_may_start_no_loader_process_saves_and_names_the_limit(config, number):
-    with mock.patch("os.fork", side_effect=OSError(number, os.strerror(number))):
+    error = OSError(number, os.strerror(number))
+    with mock.patch("multiprocessing.process.BaseProcess.start", side_effect=error):
         line = refusal(config, workers=1)
     assert line.startswith("a limit of this machine was met (")
     assert f"{os.strerror(number)}): lower TRAIN.workers and TRAIN.workers_val" in line

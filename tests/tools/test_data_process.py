@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -199,6 +200,11 @@ def test_odd_records_are_listed_at_once_or_left_out_and_counted_as_far_as_the_lm
     assert (reader.index.ref_ids, reader.meta["left_out"]) == ([0], 10)
     inspect_lmdb.main([str(reader.path), "--samples", "0"])
     assert "left out 10 odd refs" in capsys.readouterr().out
+    for suffix in (".json", ".odd"):  # what has no split is in the list of each
+        shutil.copy(tmp_path / f"anns/toys/train{suffix}", tmp_path / f"anns/toys/val{suffix}")
+    both = [str(tmp_path / f"anns/toys/{split}.json") for split in ("train", "val")]
+    pack(tmp_path, "--skip-odd", "-j", *both)
+    assert RecordReader(tmp_path / "lmdb/toys/train+val.lmdb").meta["left_out"] == 12
     prepare(write(tmp_path / "in", ["train"]), tmp_path, "--generate_mask")
     assert "left_out" not in pack(tmp_path).meta
 

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from PIL import Image
 
 from engine.predictor import Predictor
 from utils.config import load_config
+from utils.signals import obeyed
 from utils.visualize import PRED_COLOR, fade, heat_map, overlay
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def test_a_client_cannot_name_what_it_did_not_upload(demo, photo):
     assert {file for file in demo.folder.rglob("*") if file.is_file()} == kept
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", obeyed())  # all but a SIGHUP that nohup has ignored
 def test_it_ends_at_once_and_leaves_nothing_even_with_a_page_open(
     trained, tmp_path, browser, photo, number
 ):

@@ -121,6 +121,7 @@ OBJECT[2:6, 3:9] = 1
 NONE, WIDE = 0 * OBJECT, OBJECT.astype(np.uint16)
 COLUMNS = np.tile([1, *[0] * 14, 1], (HEIGHT, 1)).astype(np.uint8)  # beside the object
 WHITE = 255 * (OBJECT + COLUMNS)
+SOFT = OBJECT * np.arange(200, 216, dtype=np.uint8)
 SHADES = OBJECT * np.arange(16, dtype=np.uint8) % 5
 PAINTED = [68, 1, 84, 253, 231, 37, 9, 0, 0, 0, 0, 9]  # the background too, as viewers write it
 MASKS = {
@@ -134,6 +135,7 @@ MASKS = {
     "cut-out of a photo, black in places": picture(SHADES, SHADES, SHADES, 255 * OBJECT),
     "grey with alpha": picture(OBJECT + 200, 255 * OBJECT),
     "black around, columns transparent": picture(WHITE, WHITE, WHITE, 255 * (1 - COLUMNS)),
+    "the same, of several greys": picture(SOFT, SOFT, SOFT, 255 * (1 - COLUMNS)),
     "transparent index": picture(OBJECT + 2 * COLUMNS, palette=PAINTED, transparency=2),
     "black shape of a palette": picture(1 - OBJECT, palette=PAINTED, transparency=1),
     "transparent grey": picture(200 * OBJECT + 9 * COLUMNS, transparency=9),
