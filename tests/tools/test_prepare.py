@@ -7,9 +7,10 @@ import runpy
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -87,6 +88,14 @@ def draw(folder: Path, name: str, any_number: bool = False) -> Path:
     (folder / "refshapes").rename(folder / name)
     zip_folder(folder / "images/train2014", folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room() -> Iterator[None]:
+    """Has room for the real data, whatever disk the machine has: these tests need little."""
+    usage = shutil.disk_usage(ROOT)._replace(free=10**12)
+    with mock.patch("shutil.disk_usage", return_value=usage):
+        yield
 
 
 @pytest.fixture(scope="module")
